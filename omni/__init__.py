@@ -1,0 +1,1 @@
+"""Qwen-Omni thinkers in plain PyTorch: questions about video with sound."""

@@ -1,0 +1,1 @@
+"""From clips, pictures, sound and text to the tensors the model reads."""

@@ -1,0 +1,1 @@
+"""Public checkpoints: hub id or folder, safetensors shards, parameters."""
