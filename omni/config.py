@@ -1,0 +1,298 @@
+"""The sizes of a thinker, read from a public checkpoint's own `config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+ARCHITECTURES = {"Qwen2_5OmniForConditionalGeneration": "qwen2_5_omni", "Qwen2_5OmniModel": "qwen2_5_omni"}
+"""Public architecture name → family. The second spelling is the one in the released 3B and 7B files."""
+
+
+class ConfigError(ValueError):
+    """A `config.json` that is missing, damaged, or of a model this library does not run."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision encoder (transformers' `Qwen2_5OmniVisionEncoderConfig`). Sizes in pixels and channels."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    window_size: int
+    full_attention_blocks: tuple[int, ...]
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Audio encoder (transformers' `Qwen2_5OmniAudioEncoderConfig`). A chunk is `2 · n_window` mel frames."""
+
+    num_mel_bins: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    n_window: int
+    output_size: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Text decoder (transformers' `Qwen2_5OmniTextConfig`)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the placeholders and of the marks around media."""
+
+    image: int
+    video: int
+    audio: int
+    vision_start: int
+    vision_end: int
+    audio_start: int
+    audio_end: int
+
+
+@dataclass(frozen=True)
+class OmniConfig:
+    """One thinker: its three networks, its token ids and its clock."""
+
+    family: str
+    vision: VisionConfig
+    audio: AudioConfig
+    decoder: DecoderConfig
+    tokens: TokenIds
+    positions_per_second: int
+    seconds_per_chunk: float
+    dtype: torch.dtype
+    stop_token_ids: tuple[int, ...]
+
+
+class _Section:
+    """One object of config.json: typed look-ups whose errors name the full key."""
+
+    def __init__(self, values: Any, name: str) -> None:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{name} must be a JSON object, not {type(values).__name__}.")
+        self.values, self.name = values, name
+
+    def section(self, key: str) -> _Section:
+        return _Section(self._get((key,)), f"{self.name}.{key}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def _get(self, keys: tuple[str, ...]) -> Any:
+        for key in keys:
+            if self.has(key):
+                return self.values[key]
+        raise ConfigError(f"{self.name} lacks {' or '.join(keys)!s}.")
+
+    def count(self, *keys: str) -> int:
+        """A positive integer, under the first of `keys` that is there."""
+        value = self._get(keys)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ConfigError(f"{self.name}.{keys[0]} must be a positive integer, not {value!r}.")
+        return value
+
+    def token(self, *keys: str) -> int:
+        value = self._get(keys)
+        if type(value) is not int or value < 0:
+            raise ConfigError(f"{self.name}.{keys[0]} must be a token id, not {value!r}.")
+        return value
+
+    def number(self, *keys: str) -> float:
+        value = self._get(keys)
+        if type(value) not in (int, float) or not value > 0:
+            raise ConfigError(f"{self.name}.{keys[0]} must be a positive number, not {value!r}.")
+        return float(value)
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        value = self._get((key,))
+        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+            raise ConfigError(f"{self.name}.{key} must be a list of integers, not {value!r}.")
+        return tuple(value)
+
+    def expect(self, key: str, *allowed: object) -> None:
+        """Refuses a value that would change the computation; an absent key means the family's own."""
+        if self.has(key) and self.values[key] not in allowed:
+            raise ConfigError(f"{self.name}.{key} = {self.values[key]!r} is not supported, only {allowed[0]!r}.")
+
+
+def read_config(folder: Path) -> OmniConfig:
+    """Reads `config.json` and, where there is one, `generation_config.json` of a checkpoint folder.
+
+    Raises ConfigError, which names the key, or the architecture and the supported ones.
+    """
+    root = _Section(_read_json(folder / "config.json"), "config.json")
+    names = root.values.get("architectures") or ["none"]
+    family = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+    if family is None:
+        raise ConfigError(
+            f"{folder / 'config.json'} describes {', '.join(map(str, names))}; supported: {', '.join(ARCHITECTURES)}."
+        )
+    thinker = root.section("thinker_config")
+    decoder = _decoder(thinker.section("text_config"))
+    config = OmniConfig(
+        family=family,
+        vision=_vision(thinker.section("vision_config")),
+        audio=_audio(thinker.section("audio_config")),
+        decoder=decoder,
+        tokens=TokenIds(
+            image=thinker.token("image_token_index", "image_token_id"),
+            video=thinker.token("video_token_index", "video_token_id"),
+            audio=thinker.token("audio_token_index", "audio_token_id"),
+            vision_start=thinker.token("vision_start_token_id"),
+            vision_end=thinker.token("vision_end_token_id"),
+            audio_start=thinker.token("audio_start_token_id"),
+            audio_end=thinker.token("audio_end_token_id"),
+        ),
+        positions_per_second=thinker.count("position_id_per_seconds"),
+        seconds_per_chunk=thinker.number("seconds_per_chunk"),
+        dtype=_dtype(root, thinker),
+        stop_token_ids=_stop_token_ids(folder, root, thinker),
+    )
+    for width, owner in ((config.vision.out_hidden_size, "vision"), (config.audio.output_size, "audio")):
+        if width != decoder.hidden_size:
+            raise ConfigError(
+                f"the {owner} encoder yields {width} channels but the decoder takes {decoder.hidden_size}."
+            )
+    return config
+
+
+def _vision(section: _Section) -> VisionConfig:
+    section.expect("hidden_act", "silu")
+    config = VisionConfig(
+        depth=section.count("depth"),
+        hidden_size=section.count("hidden_size"),
+        intermediate_size=section.count("intermediate_size"),
+        num_heads=section.count("num_heads"),
+        in_channels=section.count("in_channels", "in_chans"),
+        patch_size=section.count("patch_size"),
+        temporal_patch_size=section.count("temporal_patch_size"),
+        spatial_merge_size=section.count("spatial_merge_size"),
+        out_hidden_size=section.count("out_hidden_size"),
+        window_size=section.count("window_size"),
+        full_attention_blocks=section.counts("fullatt_block_indexes"),
+    )
+    if config.hidden_size % (4 * config.num_heads):
+        raise ConfigError(f"{section.name}: hidden_size must be a multiple of 4 · num_heads for 2-D rotary.")
+    if config.window_size % (config.patch_size * config.spatial_merge_size):
+        raise ConfigError(f"{section.name}: window_size must be a multiple of patch_size · spatial_merge_size.")
+    return config
+
+
+def _audio(section: _Section) -> AudioConfig:
+    section.expect("activation_function", "gelu")
+    section.expect("scale_embedding", False)
+    config = AudioConfig(
+        num_mel_bins=section.count("num_mel_bins"),
+        hidden_size=section.count("d_model"),
+        num_layers=section.count("encoder_layers"),
+        num_heads=section.count("encoder_attention_heads"),
+        intermediate_size=section.count("encoder_ffn_dim"),
+        n_window=section.count("n_window"),
+        output_size=section.count("output_dim"),
+    )
+    if config.n_window % 2:
+        raise ConfigError(f"{section.name}: n_window must be even, so that pooled pairs stay inside a chunk.")
+    if config.hidden_size % (2 * config.num_heads):
+        raise ConfigError(f"{section.name}: d_model must be an even multiple of encoder_attention_heads.")
+    return config
+
+
+def _decoder(section: _Section) -> DecoderConfig:
+    section.expect("hidden_act", "silu")
+    section.expect("use_sliding_window", False)
+    # Files written before transformers 5 say rope_scaling and rope_theta, later ones rope_parameters.
+    rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
+    rope.expect("rope_type", "default", "mrope")
+    rope.expect("type", "default", "mrope")
+    num_heads = section.count("num_attention_heads")
+    hidden_size = section.count("hidden_size")
+    if not section.has("head_dim") and hidden_size % num_heads:
+        raise ConfigError(f"{section.name}: hidden_size must be a multiple of num_attention_heads.")
+    head_dim = section.count("head_dim") if section.has("head_dim") else hidden_size // num_heads
+    mrope_section = rope.counts("mrope_section")
+    if len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
+        raise ConfigError(f"{rope.name}.mrope_section must be three counts that sum to {head_dim // 2}.")
+    config = DecoderConfig(
+        vocab_size=section.count("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=section.count("intermediate_size"),
+        num_layers=section.count("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=section.count("num_key_value_heads"),
+        head_dim=head_dim,
+        rope_theta=(rope if rope.has("rope_theta") else section).number("rope_theta"),
+        mrope_section=(mrope_section[0], mrope_section[1], mrope_section[2]),
+        rms_norm_eps=section.number("rms_norm_eps"),
+        max_position_embeddings=section.count("max_position_embeddings"),
+        tie_word_embeddings=bool(section.values.get("tie_word_embeddings", False)),
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(f"{section.name}: num_attention_heads must be a multiple of num_key_value_heads.")
+    return config
+
+
+def _dtype(root: _Section, thinker: _Section) -> torch.dtype:
+    for section in (thinker, thinker.section("text_config"), root):
+        for key in ("dtype", "torch_dtype"):
+            if section.has(key):
+                name = str(section.values[key]).removeprefix("torch.")
+                if name not in DTYPES:
+                    raise ConfigError(f"{section.name}.{key} = {name!r} is not one of {', '.join(DTYPES)}.")
+                return DTYPES[name]
+    return torch.bfloat16  # what every public checkpoint of the family stores
+
+
+def _stop_token_ids(folder: Path, root: _Section, thinker: _Section) -> tuple[int, ...]:
+    sections = [thinker, thinker.section("text_config"), root]
+    if (folder / "generation_config.json").is_file():
+        sections.insert(0, _Section(_read_json(folder / "generation_config.json"), "generation_config.json"))
+    for section in sections:
+        if section.has("eos_token_id"):
+            value = section.values["eos_token_id"]
+            return section.counts("eos_token_id") if isinstance(value, list) else (section.token("eos_token_id"),)
+    return ()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint folder holds config.json.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None

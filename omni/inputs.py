@@ -1,0 +1,81 @@
+"""One request as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """A request that the model cannot run: what was wrong with it and what to do."""
+
+
+@dataclass
+class Inputs:
+    """One request, under the names and shapes of transformers' processors: `Inputs(**batch)` takes theirs.
+
+    input_ids: (1, S) int64, every media placeholder expanded to as many ids as the media has tokens.
+    attention_mask: (1, S); positions that it masks are dropped.
+    pixel_values: (patches, patch_dim) of all images; image_grid_thw: (images, 3) their size in patches.
+    pixel_values_videos, video_grid_thw: the same of all clips; video_second_per_grid: (clips,) seconds.
+    input_features: (sounds, mel bins, frames) log-mel; feature_attention_mask: (sounds, frames), its frames
+    that are real. Sounds of clips and sounds on their own stand in the order of the prompt.
+    use_audio_in_video: whether sounds of clips are interleaved with the pictures. The prompt says so by
+    itself; the field is there for transformers' batches.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    video_second_per_grid: Tensor | None = None
+    input_features: Tensor | None = None
+    feature_attention_mask: Tensor | None = None
+    use_audio_in_video: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, field.name, torch.as_tensor(value))
+        self._check("input_ids", 2)
+        if self.input_ids.shape[0] != 1 or self.input_ids.shape[1] == 0:
+            raise InputError(f"input_ids must be (1, S) with S > 0, not {tuple(self.input_ids.shape)}.")
+        if self.attention_mask is not None:
+            if self.attention_mask.shape != self.input_ids.shape:
+                raise InputError("attention_mask must have the shape of input_ids.")
+            self.input_ids = self.input_ids[self.attention_mask.bool()][None]
+            self.attention_mask = None
+        self._together("pixel_values", 2, image_grid_thw=2)
+        self._together("pixel_values_videos", 2, video_grid_thw=2, video_second_per_grid=1)
+        self._together("input_features", 3, feature_attention_mask=2)
+        for grid in (self.image_grid_thw, self.video_grid_thw):
+            if grid is not None and (grid.shape[1] != 3 or bool((grid < 1).any())):
+                raise InputError("a grid_thw must be (n, 3) positive counts of patches: time, height, width.")
+
+    def _together(self, name: str, dims: int, **partners: int) -> None:
+        present = getattr(self, name) is not None
+        for partner in partners:
+            if (getattr(self, partner) is not None) != present:
+                raise InputError(f"{name} and {partner} go together: give both or neither.")
+        if present:
+            for key, count in {name: dims, **partners}.items():
+                self._check(key, count)
+
+    def _check(self, name: str, dims: int) -> None:
+        value: Any = getattr(self, name)
+        if not isinstance(value, Tensor) or value.dim() != dims:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} must be a tensor of {dims} dimensions, not {got}.")
+
+    @property
+    def mel_lengths(self) -> Tensor:
+        """(sounds,) valid mel frames."""
+        if self.feature_attention_mask is None:
+            return torch.zeros(0, dtype=torch.long)
+        return self.feature_attention_mask.sum(dim=1)

@@ -1,0 +1,262 @@
+"""Omni: a loaded checkpoint that prepares requests, prefills and answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import weights
+from omni.cache import Cache
+from omni.config import OmniConfig, read_config
+from omni.inputs import InputError, Inputs
+from omni.processing.processor import Processor
+from omni.processing.positions import Layout, layout
+from omni.processing.tokenizer import TextStream, Tokenizer
+from omni.runtime.sampling import Sampling, pick
+from omni.thinker import Thinker
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of one answer. Seconds are wall-clock; `prefill_seconds` ends with the first token."""
+
+    tokens: dict[str, int]
+    cache_bytes: int
+    encode_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    new_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate after the first token."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0
+
+
+@dataclass
+class Prefill:
+    """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
+
+    kept: the surviving original positions after each selection step, in order; empty where every token is
+    kept. cache and next_position are what decoding continues from.
+    """
+
+    logits: Tensor
+    kept: list[Tensor]
+    cache: Cache = field(repr=False)
+    next_position: int
+    tokens: dict[str, int]
+    encode_seconds: float
+    prefill_seconds: float
+
+
+@dataclass
+class Generation:
+    """An answer. tokens: ids, the stop token included; text: without control tokens."""
+
+    tokens: list[int]
+    stats: Stats
+    _tokenizer: Callable[[], Tokenizer] = field(repr=False)
+
+    @cached_property
+    def text(self) -> str:
+        return self._tokenizer().decode(self.tokens)
+
+
+class Omni:
+    """One checkpoint in memory. Made by `omni.load`."""
+
+    def __init__(self, thinker: Thinker, folder: Path) -> None:
+        self.thinker = thinker
+        self.config: OmniConfig = thinker.config
+        self.folder = folder
+
+    @property
+    def device(self) -> torch.device:
+        return self.thinker.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.thinker.embedding.weight.dtype
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
+        return Processor(self.folder, self.config)
+
+    def prepare(self, messages: list[dict[str, Any]], **options: Any) -> Inputs:
+        """Messages in the chat format, with media parts, → the tensors of one request.
+
+        Options and errors: `omni.processing.Processor.prepare`.
+        """
+        return self.processor.prepare(messages, **options)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: Inputs) -> Prefill:
+        """Runs the prompt. Raises InputError where it does not fit the model or its placeholders its media."""
+        return self._prefill(inputs, max_new_tokens=0)
+
+    def generate(self, inputs: Inputs, **options: Any) -> Generation:
+        """Answers a request. Options and errors: `stream`."""
+        tokens = self._tokens(inputs, **options)
+        while True:
+            try:
+                next(tokens)
+            except StopIteration as stop:
+                return stop.value
+
+    def stream(self, inputs: Inputs, **options: Any) -> Generator[str, None, Generation]:
+        """Yields the answer's text as it comes, in whole characters; the generator's value is the Generation.
+
+        max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`.
+        seed: makes sampling repeatable on one device. stop_token_ids: instead of the checkpoint's own.
+        Raises InputError before any work where prompt and answer exceed the context, ValueError for options
+        out of range.
+        """
+        text = TextStream(self.processor.tokenizer)
+        tokens = self._tokens(inputs, **options)
+        while True:
+            try:
+                piece = text.push(next(tokens))
+            except StopIteration as stop:
+                if rest := text.flush():
+                    yield rest
+                return stop.value
+            if piece:
+                yield piece
+
+    def _tokens(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop_token_ids: list[int] | None = None,
+    ) -> Generator[int, None, Generation]:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+        sampling = Sampling(temperature, top_p, top_k)
+        stops = frozenset(self._stop_token_ids() if stop_token_ids is None else stop_token_ids)
+        generator = torch.Generator(self.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+
+        with torch.inference_mode():
+            started = time.perf_counter()
+            prefill = self._prefill(inputs, max_new_tokens)
+            token = pick(prefill.logits[None], sampling, generator)
+        tokens = [int(token)]
+        first = time.perf_counter()
+        yield tokens[-1]
+        while tokens[-1] not in stops and len(tokens) < max_new_tokens:
+            with torch.inference_mode():
+                position = torch.full((3, 1, 1), prefill.next_position + len(tokens) - 1, device=self.device)
+                logits = self.thinker(self.thinker.embedding(token[:, None]), position, prefill.cache)
+                token = pick(logits, sampling, generator)
+            tokens.append(int(token))
+            yield tokens[-1]
+        stats = Stats(
+            tokens=prefill.tokens,
+            cache_bytes=prefill.cache.nbytes,
+            encode_seconds=prefill.encode_seconds,
+            prefill_seconds=first - started - prefill.encode_seconds,
+            decode_seconds=time.perf_counter() - first,
+            new_tokens=len(tokens),
+        )
+        return Generation(tokens, stats, lambda: self.processor.tokenizer)
+
+    def _prefill(self, inputs: Inputs, max_new_tokens: int) -> Prefill:
+        places = layout(inputs, self.config)
+        self._check_context(places, max_new_tokens)
+        started = time.perf_counter()
+        features = self.thinker.encode(inputs)
+        self._synchronize()
+        encoded = time.perf_counter()
+        length = places.positions.shape[1]
+        cache = Cache(self.config.decoder, length + max_new_tokens, device=self.device, dtype=self.dtype)
+        x = self.thinker.embed(inputs, places, features)
+        logits = self.thinker(x, places.positions[:, None].to(self.device), cache)
+        self._synchronize()
+        return Prefill(
+            logits=logits[0],
+            kept=[],
+            cache=cache,
+            next_position=places.next_position,
+            tokens=places.counts,
+            encode_seconds=encoded - started,
+            prefill_seconds=time.perf_counter() - encoded,
+        )
+
+    def _check_context(self, places: Layout, max_new_tokens: int) -> None:
+        limit = self.config.decoder.max_position_embeddings
+        length = places.positions.shape[1]
+        if length + max_new_tokens > limit:
+            counts = ", ".join(f"{count} {name}" for name, count in places.counts.items() if count)
+            raise InputError(
+                f"the prompt has {length} tokens ({counts}) and the answer may take {max_new_tokens}, together more "
+                f"than the model's {limit}: lower fps, max_frames, max_pixels or max_new_tokens, or cut the clip."
+            )
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        return self.config.stop_token_ids or self.processor.stop_token_ids
+
+    def _synchronize(self) -> None:
+        """So that seconds are those of the work, not of its launch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    progress: bool = False,
+) -> Omni:
+    """Loads a public checkpoint.
+
+    source: a hub id (`Qwen/Qwen2.5-Omni-7B`, with `revision`) or a folder in the public layout.
+    device: the accelerator where there is one, else the CPU. dtype: the checkpoint's own, but float32 on a CPU,
+    where most processors have no bfloat16 product. progress: bars on stderr.
+    Raises omni.config.ConfigError and weights.CheckpointError.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = weights.locate(source, revision=revision)
+    config = read_config(folder)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else config.dtype
+    with torch.device("meta"):
+        thinker = Thinker(config)
+    weights.fill(thinker, folder, tensor_names(config), device=device, dtype=dtype, progress=progress)
+    return Omni(thinker.eval().requires_grad_(False), folder)
+
+
+def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
+    """The public tensor names of a checkpoint with these sizes, and the parameters they fill."""
+    decoder = config.decoder
+    return weights.qwen2_5_omni(
+        vision_depth=config.vision.depth,
+        vision_size=config.vision.hidden_size,
+        vision_intermediate=config.vision.intermediate_size,
+        audio_layers=config.audio.num_layers,
+        decoder_layers=decoder.num_layers,
+        query_rows=decoder.num_heads * decoder.head_dim,
+        key_rows=decoder.num_kv_heads * decoder.head_dim,
+        decoder_intermediate=decoder.intermediate_size,
+        tied_head=decoder.tie_word_embeddings,
+    )
+
+

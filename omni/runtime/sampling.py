@@ -1,0 +1,41 @@
+"""The next token from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to pick: temperature 0 is greedy; top_k, then top_p keep the likeliest tokens, at least one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
+
+
+def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """(B, vocab) float32 logits → (B,) token ids on the same device, without a host read.
+
+    Order of the cuts as in transformers: temperature, top_k, top_p.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = (logits / sampling.temperature).topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
+    probabilities = logits.softmax(dim=-1)
+    # A token stays while the likelier ones have not yet reached top_p, so the first always stays.
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(-1, choice).squeeze(-1)
