@@ -24,5 +24,20 @@ check: $(VENV)/installed
 test: check
 	$(BIN)/python -m pytest
 
+# CHECKPOINT=folder-or-hub-id takes another model than the random one.
+CHECKPOINT ?= $(DEMO)/random
+QUESTION ?= What happens here?
+
+demo: $(VENV)/installed $(DEMO)/random/config.json $(DEMO)/clip.mp4
+	$(BIN)/python -m omni.generate --model $(CHECKPOINT) --max-new-tokens 32 $(DEMO)/clip.mp4 "$(QUESTION)"
+	@echo "(The random checkpoint knows nothing: its answer is noise. CHECKPOINT=... takes a real one.)"
+
+$(DEMO)/random/config.json: scripts/make_checkpoint.py $(VENV)/installed
+	$(BIN)/python scripts/make_checkpoint.py $(DEMO)/random
+
+$(DEMO)/clip.mp4: scripts/make_clip.py $(VENV)/installed
+	mkdir -p $(DEMO)
+	$(BIN)/python scripts/make_clip.py $@
+
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,170 @@
+"""python -m omni.generate [media ...] "question": the answer on stdout, progress and figures on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from omni.config import DTYPES, ConfigError
+from omni.inputs import InputError
+from omni.model import Generation, load
+from omni.processing.chat import ChatTemplateError
+from omni.processing.media import MediaError, kind_of
+from omni.processing.tokenizer import TokenizerError
+from weights import CheckpointError
+
+ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, MediaError, InputError)
+"""Every way in which a request can be wrong; anything else is a fault of this library."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one question; returns the exit status: 0, 1 for a bad request, 130 when interrupted."""
+    parser = argument_parser()
+    options = parser.parse_args(arguments)
+    try:
+        _answer(options)
+    except ERRORS as error:
+        print(f"omni-generate: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(
+            "omni-generate: the device ran out of memory: lower --fps, --max-frames or --max-pixels, "
+            "or take --dtype bfloat16.",
+            file=sys.stderr,
+        )
+        return 1
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): nothing more to say, not even at interpreter exit.
+        sys.stdout = None
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="omni-generate",
+        usage='%(prog)s [options] [media ...] "question"',
+        description="Answer a question about clips, pictures and sounds.",
+    )
+    parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
+    parser.add_argument("question")
+    parser.add_argument("--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
+    parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
+    parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
+    parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
+    parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--system", help="system message (default: the chat template's)")
+    parser.add_argument("--no-audio", action="store_true", help="leave out the sound of clips")
+    parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
+    return parser
+
+
+def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The command line as a conversation in the chat format."""
+    content: list[dict[str, str]] = []
+    for source in options.media:
+        kind = kind_of(source)
+        content.append({"type": kind, kind: source})
+    content.append({"type": "text", "text": options.question})
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return [*system, {"role": "user", "content": content}]
+
+
+def _answer(options: argparse.Namespace) -> None:
+    conversation = messages(options)  # a file that is not there is known before gigabytes are read
+    model = load(
+        options.model,
+        device=_device(options.device),
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        revision=options.revision,
+        progress=True,
+    )
+    started = time.perf_counter()
+    inputs = model.prepare(
+        conversation,
+        use_audio_in_video=not options.no_audio,
+        fps=options.fps,
+        max_frames=options.max_frames,
+        max_pixels=options.max_pixels,
+        progress=True,
+    )
+    media_seconds = time.perf_counter() - started
+    answer = model.stream(
+        inputs, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
+    generation = _print_stream(answer, quiet=options.json)
+    if options.json:
+        report = {"text": generation.text, "tokens": generation.tokens}
+        report["stats"] = {**asdict(generation.stats), "media_seconds": media_seconds}
+        print(json.dumps(report, ensure_ascii=False))
+    print(figures(generation, media_seconds), file=sys.stderr)
+
+
+def _print_stream(answer: Any, *, quiet: bool) -> Generation:
+    while True:
+        try:
+            piece = next(answer)
+        except StopIteration as stop:
+            if not quiet:
+                print(flush=True)
+            return stop.value
+        if not quiet:
+            print(piece, end="", flush=True)
+
+
+def figures(generation: Generation, media_seconds: float) -> str:
+    """One line: tokens by modality, time to the first token in its parts, rate after it."""
+    stats = generation.stats
+    tokens = ", ".join(f"{count} {name}" for name, count in stats.tokens.items() if count)
+    first = media_seconds + stats.encode_seconds + stats.prefill_seconds
+    return (
+        f"tokens: {tokens}; first token after {first:.2f} s (decode {media_seconds:.2f}, "
+        f"encoders {stats.encode_seconds:.2f}, prefill {stats.prefill_seconds:.2f}); "
+        f"{stats.new_tokens} new tokens, {stats.tokens_per_second:.1f} per second"
+    )
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used here ({reason}); try --device cpu.") from None
+    return device
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError("must be more than 0")
+        return value
+
+    return parse
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

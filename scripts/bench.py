@@ -1,0 +1,290 @@
+"""Prefill, encoders and decode beside transformers (SDPA), same random weights, same threads, in one run.
+
+    python scripts/bench.py                    # about 0.5 B parameters, float32, on the CPU
+    python scripts/bench.py --repeats 3 --tokens 500 --rows prefill decode
+
+Writes benchmarks/results/<machine>-<date>.json and renders benchmarks/README.md from all result files.
+Every row alternates the two sides and takes medians; the machine's matrix and memory rates are measured in the
+same run, before and after, so that a figure can be read as a share of what the machine can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import omni
+from omni.cache import Cache
+
+ROOT = Path(__file__).parents[1]
+ROWS = ("prefill", "vision", "vision ragged", "audio", "decode")
+
+DECODER = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rope_scaling": {"mrope_section": [8, 12, 12], "rope_type": "default", "type": "default"},
+    "tie_word_embeddings": True,
+}
+VISION = {
+    "depth": 8,
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_heads": 8,
+    "out_hidden_size": 896,
+    "fullatt_block_indexes": [3, 7],
+}
+AUDIO = {
+    "d_model": 640,
+    "encoder_layers": 8,
+    "encoder_attention_heads": 10,
+    "encoder_ffn_dim": 2560,
+    "output_dim": 896,
+    "n_window": 100,
+}
+
+
+def build_pair() -> tuple[Any, omni.Omni]:
+    """transformers' thinker and ours with the same random weights, ours read from the other's files."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    thinker = {"text_config": DECODER, "vision_config": VISION, "audio_config": AUDIO, "tie_word_embeddings": True}
+    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    reference = transformers.Qwen2_5OmniForConditionalGeneration(config).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        return reference.thinker, omni.load(folder, device="cpu", dtype=torch.float32)
+
+
+def alternate(sides: list[Callable[[], float]], repeats: int) -> list[float]:
+    """Median seconds of each side; one round of each first, to warm up, then in turns."""
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(repeats + 1):
+        for side, seconds in zip(sides, times, strict=True):
+            seconds.append(side())
+    return [statistics.median(seconds[1:]) for seconds in times]
+
+
+def timed(work: Callable[[], object]) -> Callable[[], float]:
+    def run() -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    return run
+
+
+def measure_ceilings(repeats: int) -> dict[str, float]:
+    """Matrix rate (float32, 2048³) and read rate (one matrix-vector product over 1 GiB) of this machine."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    big, x = torch.randn(65536, 4096), torch.randn(65536)
+    product, read = alternate([timed(lambda: a @ b), timed(lambda: x @ big)], max(5, repeats))
+    return {"matrix_gflops": 2 * 2048**3 / product / 1e9, "read_gb_per_s": big.nbytes / read / 1e9}
+
+
+def bench_prefill(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, float]:
+    """A prompt through the decoder to the logits of its last position, cache written."""
+    decoder = model.config.decoder
+    x = torch.randn(1, tokens, decoder.hidden_size)
+    positions = torch.arange(tokens).expand(3, 1, -1)
+
+    def theirs() -> Tensor:
+        hidden = reference.model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True)
+        return reference.lm_head(hidden.last_hidden_state[:, -1])
+
+    def ours() -> Tensor:
+        return model.thinker(x, positions, Cache(decoder, tokens, device=model.device, dtype=model.dtype))
+
+    row = compare(theirs, ours, repeats)
+    weights = sum(parameter.numel() for parameter in model.thinker.layers.parameters())
+    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * tokens**2  # causal half
+    head = 2 * decoder.hidden_size * decoder.vocab_size
+    return {**row, "our_gflops": (2 * weights * tokens + attention + head) / row["our_seconds"] / 1e9}
+
+
+def bench_vision(reference: Any, model: omni.Omni, side: int, repeats: int) -> dict[str, float]:
+    """Eight temporal grids of side × side patches."""
+    grid = torch.tensor([[8, side, side]])
+    patches = torch.randn(8 * side * side, model.config.vision.patch_dim)
+    return compare(
+        lambda: reference.model.visual(patches, grid_thw=grid).pooler_output,
+        lambda: model.thinker.vision(patches, grid),
+        repeats,
+    )
+
+
+def bench_audio(reference: Any, model: omni.Omni, repeats: int) -> dict[str, float]:
+    """Thirty seconds of sound."""
+    mel, length = torch.randn(1, 128, 3000), torch.tensor([3000])
+    return compare(
+        lambda: reference.model.audio_tower(mel[0], feature_lens=length).last_hidden_state,
+        lambda: model.thinker.audio(mel, length),
+        repeats,
+    )
+
+
+def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 1000, new: int = 16) -> dict[str, float]:
+    """Seconds per new token, greedy, after a prompt; both sides feed on their own picks."""
+    decoder = model.config.decoder
+    x = torch.randn(1, prompt, decoder.hidden_size)
+    positions = torch.arange(prompt).expand(3, 1, -1)
+    steps = [torch.full((3, 1, 1), prompt + step) for step in range(new)]
+    picks: dict[str, list[int]] = {}
+
+    def theirs() -> float:
+        language = reference.model.language_model
+        out = language(inputs_embeds=x, position_ids=positions, use_cache=True)
+        logits, tokens = reference.lm_head(out.last_hidden_state[:, -1]), []
+        started = time.perf_counter()
+        for step in steps:
+            tokens.append(logits.argmax(-1))
+            out = language(
+                input_ids=tokens[-1][:, None], position_ids=step, past_key_values=out.past_key_values, use_cache=True
+            )
+            logits = reference.lm_head(out.last_hidden_state[:, -1])
+        seconds = time.perf_counter() - started
+        picks["theirs"] = torch.cat(tokens).tolist()
+        return seconds / new
+
+    def ours() -> float:
+        cache = Cache(decoder, prompt + new, device=model.device, dtype=model.dtype)
+        logits, tokens = model.thinker(x, positions, cache), []
+        started = time.perf_counter()
+        for step in steps:
+            tokens.append(logits.argmax(-1))
+            logits = model.thinker(model.thinker.embedding(tokens[-1][:, None]), step, cache)
+        seconds = time.perf_counter() - started
+        picks["ours"] = torch.cat(tokens).tolist()
+        return seconds / new
+
+    their_seconds, our_seconds = alternate([theirs, ours], repeats)
+    if picks["theirs"] != picks["ours"]:
+        raise SystemExit("the two sides do not pick the same tokens: nothing to compare.")
+    read = sum(parameter.nbytes for parameter in model.thinker.layers.parameters())
+    read += model.thinker.embedding.weight.nbytes  # the tied head
+    row = {"their_seconds": their_seconds, "our_seconds": our_seconds, "speedup": their_seconds / our_seconds}
+    return {**row, "our_read_gb_per_s": read / our_seconds / 1e9, "their_read_gb_per_s": read / their_seconds / 1e9}
+
+
+def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
+    torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)
+    their_seconds, our_seconds = alternate([timed(theirs), timed(ours)], repeats)
+    return {"their_seconds": their_seconds, "our_seconds": our_seconds, "speedup": their_seconds / our_seconds}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    reference, model = build_pair()
+    benches: dict[str, Callable[[], dict[str, float]]] = {
+        "prefill": lambda: bench_prefill(reference, model, options.tokens, options.repeats),
+        "vision": lambda: bench_vision(reference, model, 24, options.repeats),
+        "vision ragged": lambda: bench_vision(reference, model, 20, options.repeats),
+        "audio": lambda: bench_audio(reference, model, options.repeats),
+        "decode": lambda: bench_decode(reference, model, options.repeats),
+    }
+    import transformers
+
+    with torch.inference_mode():
+        before = measure_ceilings(options.repeats)
+        rows = {}
+        for name in options.rows:
+            rows[name] = benches[name]()
+            print(f"{name}: {rows[name]['speedup']:.2f}x", {k: round(v, 4) for k, v in rows[name].items()}, flush=True)
+        after = measure_ceilings(options.repeats)
+    return {
+        "bench": "thinker against transformers, qwen2.5-omni layout",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "dtype": "float32",
+        "parameters": sum(parameter.numel() for parameter in model.thinker.parameters()),
+        "tokens": options.tokens,
+        "repeats": options.repeats,
+        "ceilings": {"before": before, "after": after},
+        "rows": rows,
+    }
+
+
+def machine() -> str:
+    """The processor's name, as short as a file name."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = f"{models[0]} x{len(models)}" if models else name
+    return name
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """benchmarks/README.md from all result files, newest first."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Rendered by `scripts/bench.py` from `results/`; do not edit. Speed-ups are ratios of medians, both sides in",
+        "turns in one run on one machine with the same random weights and threads. Repeat them with",
+        "`.venv/bin/python scripts/bench.py`.",
+    ]
+    for result in sorted(results, key=lambda r: r["date"], reverse=True):
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        ceilings = result["ceilings"]
+        rates = [
+            f"{ceilings['before'][key]:.0f} before, {ceilings['after'][key]:.0f} after"
+            for key in ("matrix_gflops", "read_gb_per_s")
+        ]
+        lines += [
+            "",
+            f"## {result['bench']}: {result['machine']}, {result['date']}",
+            "",
+            f"{result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {result['threads']} threads, "
+            f"{result['tokens']} prompt tokens, medians of {result['repeats']}; {versions}.",
+            f"The machine's own rates: matrix product {rates[0]} GFLOP/s; memory read {rates[1]} GB/s.",
+            "",
+            "| | speed-up | transformers, s | ours, s | ours in rates |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name, row in result["rows"].items():
+            rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
+            rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
+            lines.append(
+                f"| {name} | {row['speedup']:.2f} | {row['their_seconds']:.4g} | {row['our_seconds']:.4g} | {rate} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--tokens", type=int, default=3000, help="prompt length of the prefill row")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks")
+    options = parser.parse_args()
+    result = run(options)
+    folder = options.results / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in result["machine"]).lower()
+    (folder / f"{name}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    (options.results / "README.md").write_text(render(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Pairs of models with the same random weights: transformers' and ours, loaded from the same files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import omni
+from omni.encoders.audio import token_count
+from omni.processing.prompt import clip_block
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+IMAGE, VIDEO, AUDIO, VISION_START, VISION_END, AUDIO_START, AUDIO_END = 602, 603, 601, 606, 607, 604, 605
+
+TEXT = {
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e6,
+    "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+}
+VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [1, 3],
+}
+SOUND = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "output_dim": 64,
+    "n_window": 100,
+}
+
+
+@dataclass
+class Pair:
+    """`reference` is transformers' thinker, `model` ours; both hold the same numbers."""
+
+    reference: Any
+    model: omni.Omni
+
+    def reference_logits(self, inputs: omni.Inputs) -> Tensor:
+        """(V,) of the next token, by transformers."""
+        return self.reference(**as_batch(inputs), use_cache=False).logits[0, -1].float()
+
+
+def as_batch(inputs: omni.Inputs) -> dict[str, Any]:
+    batch = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    batch = {name: value for name, value in batch.items() if value is not None}
+    return {**batch, "attention_mask": torch.ones_like(inputs.input_ids)}
+
+
+@pytest.fixture(scope="session")
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    transformers = pytest.importorskip("transformers")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def make(
+        *, seed: int = 0, dtype: torch.dtype = torch.float32, text: dict | None = None, vision: dict | None = None
+    ) -> Pair:
+        torch.manual_seed(seed)
+        tied = (text or {}).get("tie_word_embeddings", False)
+        thinker = {
+            "text_config": {**TEXT, **(text or {})},
+            "vision_config": {**VISION, **(vision or {})},
+            "audio_config": dict(SOUND),
+            "audio_token_index": AUDIO,
+            "image_token_index": IMAGE,
+            "video_token_index": VIDEO,
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+            "audio_start_token_id": AUDIO_START,
+            "audio_end_token_id": AUDIO_END,
+            "position_id_per_seconds": 25,
+            "seconds_per_chunk": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": tied,
+        }
+        config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+        config._attn_implementation = "sdpa"
+        whole = transformers.Qwen2_5OmniForConditionalGeneration(config).eval()
+        for parameter in whole.parameters():  # large enough that a wrong bit shows in the logits
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+            else:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        whole = whole.to(dtype)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        whole.save_pretrained(folder)
+        return Pair(whole.thinker, omni.load(folder, device="cpu", dtype=dtype))
+
+    return make
+
+
+def text_ids(count: int) -> list[int]:
+    return torch.randint(8, 600, (count,)).tolist()
+
+
+def make_request(pair: Pair, parts: list[tuple], *, seed: int = 0) -> omni.Inputs:
+    """A random request. parts, in the order of the prompt: ("text", n), ("image", h, w), ("audio", mel frames),
+    ("video", t, h, w, seconds per grid) or the same with a last number, the mel frames of its sound."""
+    torch.manual_seed(seed)
+    config = pair.model.config
+    ids: list[int] = []
+    pixels: dict[str, list[Tensor]] = {"image": [], "video": []}
+    grids: dict[str, list[list[int]]] = {"image": [], "video": []}
+    seconds: list[float] = []
+    sounds: list[int] = []
+    for kind, *sizes in parts:
+        if kind == "text":
+            ids += text_ids(sizes[0])
+        elif kind == "audio":
+            sounds.append(sizes[0])
+            ids += [AUDIO_START, *[AUDIO] * token_count(sizes[0]), AUDIO_END]
+        else:
+            grid = [1, *sizes] if kind == "image" else sizes[:3]
+            grids[kind].append(grid)
+            pixels[kind].append(torch.randn(grid[0] * grid[1] * grid[2], config.vision.patch_dim))
+            if kind == "image":
+                block = [IMAGE] * (grid[1] * grid[2] // 4)
+            else:
+                seconds.append(sizes[3])
+                sounds += sizes[4:]
+                block = clip_block(grid, sizes[3], token_count(sizes[4]) if sizes[4:] else None, config)
+            ids += [VISION_START, *block, VISION_END]
+    fields: dict[str, Any] = {}
+    if grids["image"]:
+        fields |= {"pixel_values": torch.cat(pixels["image"]), "image_grid_thw": torch.tensor(grids["image"])}
+    if grids["video"]:
+        fields |= {"pixel_values_videos": torch.cat(pixels["video"]), "video_grid_thw": torch.tensor(grids["video"])}
+        fields |= {"video_second_per_grid": torch.tensor(seconds)}
+    if sounds:
+        mask = (torch.arange(max(sounds)) < torch.tensor(sounds)[:, None]).long()
+        fields |= {"input_features": torch.randn(len(sounds), 128, max(sounds)), "feature_attention_mask": mask}
+    with_sound = any(part[0] == "video" and len(part) == 6 for part in parts)
+    return omni.Inputs(input_ids=torch.tensor([ids]), use_audio_in_video=with_sound, **fields)

@@ -1,0 +1,111 @@
+"""config.json is foreign data: what cannot run is refused with the key or the architecture by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SOUND, TEXT, VISION
+
+from omni.config import ConfigError, read_config
+
+BASE = {
+    "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+    "torch_dtype": "bfloat16",
+    "thinker_config": {
+        "text_config": {**TEXT, "hidden_act": "silu", "rms_norm_eps": 1e-6},
+        "vision_config": {
+            **VISION,
+            "hidden_act": "silu",
+            "in_channels": 3,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+        },
+        "audio_config": {**SOUND, "num_mel_bins": 128, "activation_function": "gelu"},
+        "audio_token_index": 601,
+        "image_token_index": 602,
+        "video_token_index": 603,
+        "audio_start_token_id": 604,
+        "audio_end_token_id": 605,
+        "vision_start_token_id": 606,
+        "vision_end_token_id": 607,
+        "position_id_per_seconds": 25,
+        "seconds_per_chunk": 2,
+    },
+}
+
+
+def write(folder: Path, changes: dict[str, object]) -> Path:
+    """BASE with `a.b.c` paths replaced; the value None removes the key."""
+    config = copy.deepcopy(BASE)
+    for path, value in changes.items():
+        *parents, key = path.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        if value is None:
+            del section[key]
+        else:
+            section[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_reads_sizes(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, {}))
+    assert config.decoder.head_dim == 16
+    assert config.vision.full_attention_blocks == (1, 3)
+    assert (config.tokens.audio, config.tokens.video, config.dtype) == (601, 603, torch.bfloat16)
+    assert config.stop_token_ids == ()
+
+
+def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
+    """transformers 5 writes rope_parameters; released files write rope_scaling and rope_theta."""
+    parameters = {"rope_theta": 5e5, "mrope_section": [2, 3, 3], "rope_type": "default"}
+    text = "thinker_config.text_config"
+    write(tmp_path, {f"{text}.rope_scaling": None, f"{text}.rope_theta": None, f"{text}.rope_parameters": parameters})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    config = read_config(tmp_path)
+    assert config.decoder.rope_theta == 5e5
+    assert config.stop_token_ids == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Qwen2_5OmniForConditionalGeneration"),
+        ({"architectures": None}, "none"),
+        ({"thinker_config.text_config.hidden_size": None}, "text_config lacks hidden_size"),
+        ({"thinker_config.text_config.hidden_size": -1}, "text_config.hidden_size must be a positive integer"),
+        ({"thinker_config.text_config.vocab_size": 10**12}, "vocab_size must be a positive integer"),
+        ({"thinker_config.text_config.num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"thinker_config.text_config.rope_scaling": {"mrope_section": [1, 1, 1]}}, "sum to 8"),
+        ({"thinker_config.text_config.rope_scaling.rope_type": "yarn"}, "rope_type = 'yarn' is not supported"),
+        ({"thinker_config.text_config.hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"thinker_config.text_config.use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ({"thinker_config.vision_config": [1]}, "vision_config must be a JSON object"),
+        ({"thinker_config.vision_config.out_hidden_size": 65}, "vision encoder yields 65 channels"),
+        ({"thinker_config.audio_config.n_window": 51}, "n_window must be even"),
+        ({"thinker_config.audio_token_index": "x"}, "audio_token_index must be a token id"),
+        ({"torch_dtype": "int8"}, "'int8' is not one of bfloat16"),
+    ],
+)
+def test_refuses(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_config(write(tmp_path, changes))
+
+
+def test_refuses_what_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff{")
+    with pytest.raises(ConfigError, match="not readable JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="not readable JSON"):
+        read_config(tmp_path)

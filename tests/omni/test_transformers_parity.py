@@ -1,0 +1,129 @@
+"""Our thinker against transformers' own, live, on random small models and requests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Pair, make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni.processing.positions import layout
+from omni.processing.prompt import clip_block
+
+HEADS = {
+    "grouped": {},
+    "one key head, tied": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
+        "tie_word_embeddings": True,
+    },
+}
+REQUESTS = {
+    "text": [("text", 20)],
+    "image of whole windows": [("text", 5), ("image", 16, 8), ("text", 4)],
+    "image of odd size": [("text", 5), ("image", 10, 22), ("text", 4)],
+    "sound of odd length": [("text", 5), ("audio", 437), ("text", 4)],
+    "clip without sound": [("text", 5), ("video", 3, 6, 10, 1.0), ("text", 4)],
+    "clip with shorter sound": [("text", 5), ("video", 6, 6, 10, 1.0, 420), ("text", 4)],
+    "clip with longer sound": [("text", 5), ("video", 2, 8, 6, 1.0, 1101), ("text", 4)],
+    "slow clip with sound": [("text", 5), ("video", 3, 6, 6, 9.375, 2800), ("text", 2)],
+    "more grids than a batch": [("text", 5), ("video", 11, 10, 6, 0.8, 850), ("text", 4)],
+    "several clips with sound": [
+        *[("text", 3), ("video", 2, 6, 6, 1.0, 300), ("text", 3), ("video", 4, 8, 4, 1.0, 700)],
+        *[("text", 4), ("audio", 333), ("image", 6, 6), ("text", 2)],
+    ],
+    "several media apart": [
+        *[("text", 3), ("image", 6, 6), ("image", 10, 4), ("text", 3), ("audio", 250), ("video", 3, 6, 6, 0.5)],
+        *[("text", 4), ("video", 2, 10, 6, 1.0), ("audio", 641), ("text", 2)],
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=HEADS, ids=list(HEADS))
+def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
+    return make_pair(text=HEADS[request.param], seed=len(request.param))
+
+
+@pytest.fixture(scope="module")
+def rounded_pair(make_pair) -> Pair:
+    return make_pair(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_logits_and_positions_equal_transformers(pair: Pair, name: str) -> None:
+    """The whole path, every head layout and medium: logits within 1e-4 in float32, positions exactly."""
+    inputs = make_request(pair, REQUESTS[name])
+    expected = pair.reference_logits(inputs)
+    assert expected.std() > 0.1, "logits too flat to tell a right model from a wrong one"
+    torch.testing.assert_close(pair.model.prefill(inputs).logits, expected, atol=1e-4, rtol=0)
+    places = layout(inputs, pair.model.config)
+    positions, deltas = pair.reference.model.get_rope_index(
+        inputs.input_ids,
+        inputs.image_grid_thw,
+        inputs.video_grid_thw,
+        torch.ones_like(inputs.input_ids),
+        inputs.use_audio_in_video,
+        inputs.mel_lengths,
+        inputs.video_second_per_grid,
+    )
+    assert torch.equal(places.positions, positions[:, 0])
+    assert places.next_position == inputs.input_ids.shape[1] + int(deltas)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_bfloat16_logits_equal_transformers(rounded_pair: Pair, name: str) -> None:
+    """The dtype that checkpoints are run in: logits within 2e-2 relative."""
+    inputs = make_request(rounded_pair, REQUESTS[name])
+    expected = rounded_pair.reference_logits(inputs)
+    got = rounded_pair.model.prefill(inputs).logits
+    assert (got - expected).norm() / expected.norm() < 2e-2
+
+
+def test_greedy_answer_equals_transformers(pair: Pair) -> None:
+    """Cache, positions while decoding, and stop tokens: forty tokens equal transformers' generate."""
+    inputs = make_request(pair, REQUESTS["several clips with sound"])
+    ids, positions = inputs.input_ids, layout(inputs, pair.model.config)
+    answer = pair.model.generate(inputs, max_new_tokens=40, stop_token_ids=[])
+    # transformers' own loop, one whole prompt at a time: no cache that could hide the same mistake twice.
+    features = pair.model.thinker.encode(inputs)
+    assert set(features) == {"image", "video", "audio"}
+    from conftest import as_batch
+
+    generated = pair.reference.generate(
+        **as_batch(inputs), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert answer.tokens == generated[0, ids.shape[1] :].tolist()
+    assert positions.counts == answer.stats.tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4)),
+    seconds=st.sampled_from([0.2, 0.5, 0.8, 1.0, 2.0, 3.7, 9.375]),
+    audio_tokens=st.integers(1, 700),
+)
+def test_clip_ids_equal_transformers(grid: tuple[int, int, int], seconds: float, audio_tokens: int) -> None:
+    """Frames and sound take turns exactly as in transformers' processor, token by token."""
+    from transformers import Qwen2_5OmniProcessor as Public
+
+    names = {"audio_bos_token": "<", "audio_eos_token": ">", "video_token": "v", "audio_token": "a"}
+    public = SimpleNamespace(**names, video_processor=SimpleNamespace(merge_size=2))
+    public.get_chunked_index = lambda *values: Public.get_chunked_index(public, *values)
+    thw = torch.tensor([[grid[0], 2 * grid[1], 2 * grid[2]]]).numpy()
+    expected = Public.replace_video_with_audio_token(
+        public,
+        {"video_grid_thw": thw, "video_second_per_grid": [seconds]},
+        0,
+        {"num_audio_tokens": [audio_tokens]},
+        0,
+        position_id_per_seconds=25,
+        seconds_per_chunk=2.0,
+    )
+    tokens = SimpleNamespace(video="v", audio="a", audio_start="<", audio_end=">")
+    vision = SimpleNamespace(spatial_merge_size=2)
+    config = SimpleNamespace(tokens=tokens, vision=vision, positions_per_second=25, seconds_per_chunk=2.0)
+    assert "".join(clip_block(thw[0].tolist(), seconds, audio_tokens, config)) == expected
