@@ -1,0 +1,196 @@
+"""Messages → token ids, through the checkpoint's chat template."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni.processing.tokenizer import Tokenizer
+
+QWEN2_5_OMNI_TEMPLATE = (
+    "{% set media = {'image': '<|vision_bos|><|IMAGE|><|vision_eos|>',"
+    " 'audio': '<|audio_bos|><|AUDIO|><|audio_eos|>', 'video': '<|vision_bos|><|VIDEO|><|vision_eos|>'} %}"
+    "{% if messages[0].role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role + '\n' }}"
+    "{% if message.content is string %}"
+    "{{ message.content }}"
+    "{% else %}"
+    "{% for part in message.content %}{{ media.get(part.type, part.text) }}{% endfor %}"
+    "{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}"
+)
+"""The Qwen2.5-Omni family's template (ChatML with media marks), for checkpoints that bring none."""
+
+ROLES = ("system", "user", "assistant")
+MEDIA = ("image", "audio", "video")
+
+_WALL_SECONDS = 30
+
+
+class ChatTemplateError(ValueError):
+    """Messages that are malformed, or a chat template that is damaged, fails or takes too much."""
+
+
+def load_template(folder: Path) -> str | None:
+    """The chat template of a checkpoint, or None where it has none.
+
+    Looks in chat_template.jinja, then for the key chat_template in chat_template.json and in
+    tokenizer_config.json, where it may be a list of named templates: then the one named "default".
+    Raises ChatTemplateError for files that cannot be read as such.
+    """
+    source = Path(folder) / "chat_template.jinja"
+    if source.is_file():
+        return _read(source)
+    for source in (Path(folder) / "chat_template.json", Path(folder) / "tokenizer_config.json"):
+        if not source.is_file():
+            continue
+        try:
+            settings = json.loads(_read(source))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ChatTemplateError(f"{source} is no JSON ({error}): fetch it again.") from error
+        template = settings.get("chat_template") if isinstance(settings, dict) else settings
+        if isinstance(template, list):
+            template = _default_template(template, source)
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise ChatTemplateError(f"{source}: chat_template is neither a text nor a list of named texts.")
+    return None
+
+
+def _default_template(named: list[Any], source: Path) -> Any:
+    if not all(isinstance(entry, dict) for entry in named):
+        raise ChatTemplateError(f"{source}: chat_template is neither a text nor a list of named texts.")
+    for entry in named:
+        if entry.get("name") == "default":
+            return entry.get("template")
+    names = ", ".join(str(entry.get("name")) for entry in named)
+    raise ChatTemplateError(f'{source} has no chat template named "default", only: {names or "none"}.')
+
+
+def _read(source: Path) -> str:
+    try:
+        return source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"{source} cannot be read ({error}): fetch it again.") from error
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation, one placeholder id per media part.
+
+    messages: {"role": "system" | "user" | "assistant", "content": text or list of parts}; a part is
+    {"type": "text", "text": …} or {"type": "image" | "audio" | "video", that type: the medium}. The template
+    sees that a medium is there, never the medium.
+
+    Control tokens come from the template alone; typed ones stay plain text. To that end the characters with
+    which added tokens begin and end (< and > in this family) are stood in for by private-use characters
+    while the template runs, so no typed text can begin or end one, whole, in parts, or against the
+    template's own text, whatever the template strips or joins. Two consequences: a template that looks for
+    such a token inside a text does not find it, and one that writes both edges of a token around a text
+    makes that token.
+
+    The template runs in a process of its own: see `render`. Raises ChatTemplateError for malformed messages
+    and failing templates, TokenizerError for texts without UTF-8.
+    """
+    typed = set(json.dumps(_plain_messages(messages, {}), ensure_ascii=False)) | set(template)
+    private = (char for char in map(chr, range(0xE000, 0xF900)) if char not in typed)
+    edges = sorted({edge for token in tokenizer.added_tokens for edge in (token[0], token[-1])})
+    stand_ins = dict(zip(edges, private, strict=False))
+    if len(stand_ins) < len(edges):
+        raise ChatTemplateError("the messages use up Unicode's private-use characters: take some out.")
+    prompt = render(template, _plain_messages(messages, stand_ins), add_generation_prompt)
+    restored = str.maketrans({stand_in: edge for edge, stand_in in stand_ins.items()})
+    ids: list[int] = []
+    for piece in tokenizer.split(prompt):
+        if isinstance(piece, int):
+            ids.append(piece)
+        else:
+            ids += tokenizer.encode(piece.translate(restored), control=False)
+    return ids
+
+
+def _plain_messages(
+    messages: Sequence[Mapping[str, Any]], stand_ins: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Checked copies of messages that hold text alone: stand-ins in typed text, media left out."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ChatTemplateError('messages must be a list such as [{"role": "user", "content": "…"}].')
+    table = str.maketrans(dict(stand_ins))
+    plain: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise ChatTemplateError(f'{where} must be an object with the keys "role" and "content" alone.')
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise ChatTemplateError(f"{where} has the role {role!r}: known are {', '.join(ROLES)}.")
+        if isinstance(content, str):
+            plain.append({"role": role, "content": content.translate(table)})
+        elif isinstance(content, (list, tuple)):
+            parts = [_plain_part(part, f"{where}, part {i}", table) for i, part in enumerate(content, 1)]
+            plain.append({"role": role, "content": parts})
+        else:
+            raise ChatTemplateError(
+                f"{where}: content must be a text or a list of parts, not {content!r:.80}."
+            )
+    return plain
+
+
+def _plain_part(part: Any, where: str, table: Mapping[int, str]) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", *MEDIA):
+        known = ", ".join(("text", *MEDIA))
+        raise ChatTemplateError(f'{where}: "type" must be one of {known}, not {kind!r:.80}.')
+    if part.get(kind) is None:
+        raise ChatTemplateError(f'{where} is of type {kind!r} and needs the key "{kind}".')
+    if kind in MEDIA:
+        return {"type": kind, kind: kind}
+    if not isinstance(part["text"], str):
+        raise ChatTemplateError(f"{where}: text must be a string, not {part['text']!r:.80}.")
+    return {"type": "text", "text": part["text"].translate(table)}
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    """Renders a foreign template in jinja2's sandbox, in a process of its own.
+
+    Bounded: processor time, memory and the prompt's length (`omni.processing.sandbox` names the figures).
+    On systems other than Linux memory is not, and on Windows the wall clock alone bounds the time. The
+    process has this user's rights: what a hole in jinja2's sandbox would yield is not contained.
+    Costs the start of a Python interpreter, about a tenth of a second. Raises ChatTemplateError.
+    """
+    program = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
+    request = {"template": template, "messages": messages, "add_generation_prompt": add_generation_prompt}
+    try:
+        done = subprocess.run(
+            program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ChatTemplateError(
+            f"the chat template took more than {_WALL_SECONDS} s: use another."
+        ) from error
+    if done.returncode < 0:
+        raise ChatTemplateError(
+            "the chat template was stopped: it took too much time or memory. Use another."
+        )
+    if done.returncode > 0:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ChatTemplateError(f"the chat template could not be rendered: {reason}.")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise ChatTemplateError(f"the chat template failed: {answer['error']}.")
+    return answer["prompt"]
