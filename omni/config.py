@@ -80,7 +80,6 @@ class TokenIds:
     video: int
     audio: int
     vision_start: int
-    vision_end: int
     audio_start: int
     audio_end: int
 
@@ -139,6 +138,13 @@ class _Section:
             raise ConfigError(f"{self.name}.{keys[0]} must be a positive number, not {value!r}.")
         return float(value)
 
+    def flag(self, key: str) -> bool:
+        """True or false; false where the key is absent."""
+        value = self.values.get(key, False)
+        if type(value) is not bool:
+            raise ConfigError(f"{self.name}.{key} must be true or false, not {value!r}.")
+        return value
+
     def counts(self, key: str) -> tuple[int, ...]:
         value = self._get((key,))
         if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
@@ -164,7 +170,7 @@ def read_config(folder: Path) -> OmniConfig:
             f"{folder / 'config.json'} describes {', '.join(map(str, names))}; supported: {', '.join(ARCHITECTURES)}."
         )
     thinker = root.section("thinker_config")
-    decoder = _decoder(thinker.section("text_config"))
+    decoder = _decoder(thinker.section("text_config"), thinker)
     config = OmniConfig(
         family=family,
         vision=_vision(thinker.section("vision_config")),
@@ -175,7 +181,6 @@ def read_config(folder: Path) -> OmniConfig:
             video=thinker.token("video_token_index", "video_token_id"),
             audio=thinker.token("audio_token_index", "audio_token_id"),
             vision_start=thinker.token("vision_start_token_id"),
-            vision_end=thinker.token("vision_end_token_id"),
             audio_start=thinker.token("audio_start_token_id"),
             audio_end=thinker.token("audio_end_token_id"),
         ),
@@ -233,7 +238,7 @@ def _audio(section: _Section) -> AudioConfig:
     return config
 
 
-def _decoder(section: _Section) -> DecoderConfig:
+def _decoder(section: _Section, thinker: _Section) -> DecoderConfig:
     section.expect("hidden_act", "silu")
     section.expect("use_sliding_window", False)
     # Files written before transformers 5 say rope_scaling and rope_theta, later ones rope_parameters.
@@ -260,7 +265,8 @@ def _decoder(section: _Section) -> DecoderConfig:
         mrope_section=(mrope_section[0], mrope_section[1], mrope_section[2]),
         rms_norm_eps=section.number("rms_norm_eps"),
         max_position_embeddings=section.count("max_position_embeddings"),
-        tie_word_embeddings=bool(section.values.get("tie_word_embeddings", False)),
+        # Head and embedding belong to the thinker, so its word goes first; released files say it in text_config.
+        tie_word_embeddings=(thinker if thinker.has("tie_word_embeddings") else section).flag("tie_word_embeddings"),
     )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"{section.name}: num_attention_heads must be a multiple of num_key_value_heads.")

@@ -66,6 +66,7 @@ def build_pair() -> tuple[Any, omni.Omni]:
 
     transformers.logging.set_verbosity_error()
     thinker = {"text_config": DECODER, "vision_config": VISION, "audio_config": AUDIO, "tie_word_embeddings": True}
+    thinker["vision_start_token_id"] = 151652
     config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)

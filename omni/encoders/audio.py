@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 
-CHUNKS_PER_BATCH = 8
+CHUNKS_PER_BATCH = 5
+"""Ten seconds: common durations fill whole batches."""
 
 
 def token_count(mel_frames: int) -> int:

@@ -84,7 +84,6 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
             "image_token_index": IMAGE,
             "video_token_index": VIDEO,
             "vision_start_token_id": VISION_START,
-            "vision_end_token_id": VISION_END,
             "audio_start_token_id": AUDIO_START,
             "audio_end_token_id": AUDIO_END,
             "position_id_per_seconds": 25,

@@ -33,7 +33,6 @@ BASE = {
         "audio_start_token_id": 604,
         "audio_end_token_id": 605,
         "vision_start_token_id": 606,
-        "vision_end_token_id": 607,
         "position_id_per_seconds": 25,
         "seconds_per_chunk": 2,
     },

@@ -14,6 +14,7 @@ from omni.config import OmniConfig, read_config
 from omni.model import tensor_names
 from omni.thinker import Thinker
 
+ROPE = {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
 SMALLER = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "7B": ({}, 3584),
@@ -30,9 +31,10 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OmniConfig, d
     logging.getLogger("transformers").setLevel(logging.ERROR)
     text, width = SIZES[request.param]
     tied = text.get("tie_word_embeddings", False)
-    thinker = {"text_config": text, "vision_config": {"out_hidden_size": width}, "audio_config": {"output_dim": width}}
+    thinker = {"text_config": {**ROPE, **text}, "vision_config": {"out_hidden_size": width}, "audio_config": {"output_dim": width}}
+    thinker |= {"vision_start_token_id": 151652, "tie_word_embeddings": tied}
     config = transformers.Qwen2_5OmniConfig(
-        thinker_config={**thinker, "tie_word_embeddings": tied}, enable_audio_output=False
+        thinker_config=thinker, enable_audio_output=False
     )
     config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
@@ -70,7 +72,7 @@ def test_prefill_runs_at_full_size(built) -> None:
 
         cache = Cache(config.decoder, 200, device=torch.device("meta"), dtype=torch.float32)
         logits = thinker(torch.empty(1, 200, hidden), torch.zeros(3, 1, 200, dtype=torch.long), cache)
-        sound = thinker.audio.encode_batch(torch.empty(8, 128, 200), torch.tensor(1600))
+        sound = thinker.audio.encode_batch(torch.empty(5, 128, 200), torch.tensor(1000))
     assert logits.shape == (1, config.decoder.vocab_size)
-    assert sound.shape == (8, 50, hidden)
+    assert sound.shape == (5, 50, hidden)
     assert cache.length == 200
