@@ -1,0 +1,194 @@
+"""Which frames of a clip the model sees, at what size, and how pixels become patches.
+
+The family's rules, as in transformers' `models/qwen2_vl/{video,image}_processing_qwen2_vl.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+MAX_ASPECT_RATIO = 200
+
+
+class MediaError(ValueError):
+    """A clip, sound or picture that cannot be used: which one, what is wrong with it, what to do."""
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """The numbers of a family's vision processor. The defaults are Qwen2.5-Omni's.
+
+    Picture bounds: the checkpoints' preprocessor_config.json. Clip bounds: `videos_kwargs` of transformers'
+    Qwen2_5OmniProcessor, which are those of qwen-omni-utils. Mean and standard deviation: CLIP's.
+    """
+
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    min_frames: int = 4
+    image_min_pixels: int = 4 * 28**2
+    image_max_pixels: int = 16384 * 28**2
+    video_min_pixels: int = 128 * 28**2
+    video_max_pixels: int = 768 * 28**2
+    max_video_tokens: int = 128_000
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of what becomes one token."""
+        return self.patch_size * self.merge_size
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which the model sees a picture."""
+        return target_size(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.image_min_pixels,
+            max_pixels=self.image_max_pixels,
+        )
+
+    def clip_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which the model sees each of a clip's `num_frames` frames."""
+        return target_size(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.video_min_pixels,
+            max_pixels=clip_max_pixels(num_frames, self),
+        )
+
+
+def sample_indices(
+    total_frames: int, native_fps: float, *, fps: float = 2.0, min_frames: int = 4, max_frames: int = 768
+) -> list[int]:
+    """The frames to take from a clip of `total_frames` at `native_fps`: every `total / count`-th.
+
+    The count is even: `fps` for each second of the clip, at least `min_frames`, at most `max_frames` and no
+    more than the clip has; equal to `Qwen2VLVideoProcessor.sample_frames`. A clip of fewer than `min_frames`
+    frames, which the public code refuses or shortens, gives `min_frames` on the same grid, so that frames
+    repeat and each stands for as long as it was shown.
+    """
+    if total_frames < 1 or not native_fps > 0:
+        raise MediaError(f"a clip of {total_frames} frames at {native_fps} per second has nothing to sample.")
+    if not fps > 0:
+        raise MediaError(f"fps is {fps}; give a positive number of frames per second.")
+    if max_frames < min_frames:
+        raise MediaError(
+            f"max_frames is {max_frames}; the model needs at least {min_frames} frames of a clip."
+        )
+    count = min_frames
+    if total_frames >= min_frames:
+        wanted = max(total_frames / native_fps * fps, min_frames)
+        count = 2 * math.floor(min(wanted, max_frames, total_frames) / 2)
+    # The public code's own expression, so that it rounds alike; rounding can add one past the end.
+    return torch.arange(0, total_frames, total_frames / count)[:count].int().tolist()
+
+
+def sampled_fps(count: int, duration: float, fps: float) -> float:
+    """The rate at which `count` frames taken from `duration` seconds for a wish of `fps` follow each other.
+
+    `fps` itself where the count is what the wish gives, made even: the public processor tells the model
+    `temporal_patch_size / fps` seconds per temporal grid. Where a bound on the count changed it (a very short
+    clip, a very long one, one with fewer frames than wished), the true `count / duration`, as
+    qwen-omni-utils computes it.
+    """
+    return fps if 0 <= duration * fps - count < 2 else count / duration
+
+
+def target_size(
+    height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The multiples of `factor` nearest to (height, width), scaled to a product within the bounds.
+
+    Equal to `smart_resize` of the public code. Raises MediaError for shapes more than 200 times as long as
+    wide.
+    """
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise MediaError(
+            f"{width} x {height} pixels: a picture's long side may be at most {MAX_ASPECT_RATIO} times "
+            "its short one. Crop it."
+        )
+    # Python rounds halves to even, and so does the public code.
+    size = round(height / factor) * factor, round(width / factor) * factor
+    if size[0] * size[1] > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        size = (
+            max(factor, math.floor(height / shrink / factor) * factor),
+            max(factor, math.floor(width / shrink / factor) * factor),
+        )
+    elif size[0] * size[1] < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        size = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return size
+
+
+def clip_max_pixels(num_frames: int, sizes: VisionSizes) -> int:
+    """The most pixels a frame may have in a clip of `num_frames`, so that the whole clip stays in bounds.
+
+    The clip's budget is 90 % of `max_video_tokens` tokens' worth of pixels, shared evenly; a frame keeps at
+    least 1.05 times the minimum. `cap_pixels_per_frame` of transformers, `total_pixels` of qwen-omni-utils.
+    """
+    total = int(sizes.max_video_tokens * sizes.factor**2 * 0.9)
+    share = total * sizes.temporal_patch_size // num_frames
+    return max(min(sizes.video_max_pixels, share), int(sizes.video_min_pixels * 1.05))
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, 3, H, W) uint8 → (N, 3, *size) uint8, antialiased bicubic.
+
+    By Pillow, so equal to transformers' image processor on Pillow to the bit. torch's own filter is the same,
+    but rounds and clips between its two passes in an order of its own: at sharp edges 20 steps of 255 apart.
+    """
+    from PIL import Image
+
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    resized = torch.empty(len(frames), 3, *size, dtype=torch.uint8)
+    for into, frame in zip(resized, frames, strict=True):
+        picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
+        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        into.copy_(
+            torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1)
+        )
+    return resized
+
+
+def patchify(frames: Tensor, sizes: VisionSizes) -> tuple[Tensor, Tensor]:
+    """(N, 3, h, w) uint8 → normalised patches (t * gh * gw, 3 * temporal * patch²) float32, grid (3,) int64.
+
+    The grid is (t, gh, gw) in patches; h and w are multiples of `sizes.factor`. Patches are ordered by time,
+    then by `merge_size` x `merge_size` block, then within the block; a patch's numbers by channel, time,
+    row, column. A last group short of `temporal_patch_size` frames (a single picture, an odd count) repeats
+    its last one.
+    """
+    count, _, height, width = frames.shape
+    patch, merge, step = sizes.patch_size, sizes.merge_size, sizes.temporal_patch_size
+    grid = -(-count // step), height // patch, width // patch
+    patches = torch.empty(
+        grid[0], grid[1] // merge, grid[2] // merge, merge, merge, 3, step, patch, patch, dtype=torch.float32
+    )
+    mean = torch.tensor(sizes.image_mean).view(3, 1, 1)
+    std = torch.tensor(sizes.image_std).view(3, 1, 1)
+    # A few frames at a time: beside the result, a long clip never stands in memory as float32.
+    for first in range(0, grid[0], 4):
+        into = patches[first : first + 4]
+        index = torch.arange(first * step, (first + len(into)) * step).clamp(max=count - 1)
+        into.copy_(
+            rearrange(
+                (frames[index].float() / 255 - mean) / std,
+                "(t step) c (gh mh ph) (gw mw pw) -> t gh gw mh mw c step ph pw",
+                step=step,
+                mh=merge,
+                mw=merge,
+                ph=patch,
+                pw=patch,
+            )
+        )
+    return patches.view(math.prod(grid), 3 * step * patch**2), torch.tensor(grid)
