@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser()
     options = parser.parse_args(arguments)
     try:
-        _answer(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _answer(options)
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)
         return 1
@@ -56,13 +60,21 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
     parser.add_argument("question")
-    parser.add_argument("--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
-    parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
-    parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
-    parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
+    parser.add_argument(
+        "--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)"
+    )
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
@@ -99,7 +111,7 @@ def _answer(options: argparse.Namespace) -> None:
         fps=options.fps,
         max_frames=options.max_frames,
         max_pixels=options.max_pixels,
-        progress=True,
+        on_frame=_decoding_bar(),
     )
     media_seconds = time.perf_counter() - started
     answer = model.stream(
@@ -135,6 +147,26 @@ def figures(generation: Generation, media_seconds: float) -> str:
         f"encoders {stats.encode_seconds:.2f}, prefill {stats.prefill_seconds:.2f}); "
         f"{stats.new_tokens} new tokens, {stats.tokens_per_second:.1f} per second"
     )
+
+
+def _decoding_bar() -> Callable[[int, int], None]:
+    """A progress bar on stderr, one per clip."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def on_frame(done: int, total: int) -> None:
+        if not bars or bars[-1].n >= bars[-1].total:
+            bars.append(tqdm(total=total, desc="Decoding", unit="frame", file=sys.stderr, leave=False))
+        bars[-1].update(done - bars[-1].n)
+        if done == total:
+            bars[-1].close()
+
+    return on_frame
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"omni-generate: warning: {message}", file=sys.stderr)
 
 
 def _device(name: str | None) -> torch.device | None:

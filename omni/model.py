@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +91,7 @@ class Omni:
         """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
         return Processor(self.folder, self.config)
 
-    def prepare(self, messages: list[dict[str, Any]], **options: Any) -> Inputs:
+    def prepare(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Inputs:
         """Messages in the chat format, with media parts, → the tensors of one request.
 
         Options and errors: `omni.processing.Processor.prepare`.
@@ -258,5 +258,3 @@ def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
         decoder_intermediate=decoder.intermediate_size,
         tied_head=decoder.tie_word_embeddings,
     )
-
-

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omni.config import OmniConfig
 from omni.encoders.audio import token_count
-from omni.inputs import Inputs
+from omni.inputs import InputError, Inputs
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, encode_chat, load_template
+from omni.processing.frames import VisionSizes, patchify, resize
+from omni.processing.media import read_audio, read_image, read_video
+from omni.processing.mel import log_mel
 from omni.processing.prompt import clip_block, expand
 from omni.processing.tokenizer import Tokenizer
 
@@ -28,3 +34,121 @@ class Processor:
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ends of a turn, for checkpoints that name none."""
         return tuple(self.tokenizer.id_of(token) for token in ("<|im_end|>", "<|endoftext|>"))
+
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        use_audio_in_video: bool = True,
+        fps: float = 2.0,
+        max_frames: int = 768,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        on_frame: Callable[[int, int], None] | None = None,
+    ) -> Inputs:
+        """A conversation with media → the tensors of one request, on the CPU.
+
+        messages: `omni.processing.chat.encode_chat` describes them, `omni.processing.media` what a medium may be.
+        use_audio_in_video: whether clips are heard; one without sound is seen alone. fps, max_frames: of clips.
+        min_pixels, max_pixels: per frame and picture; unless given the family's (`VisionSizes`). on_frame: called
+        with (frames done, frames in all) of each clip while it is decoded.
+        Raises InputError, MediaError, ChatTemplateError or TokenizerError.
+        """
+        ids = encode_chat(self.tokenizer, self.template, messages)  # before minutes go into decoding
+        sizes = self._sizes(min_pixels, max_pixels)
+        tokens = self.config.tokens
+        blocks: list[tuple[int, list[int]]] = []
+        images: list[tuple[Tensor, Tensor]] = []
+        clips: list[tuple[Tensor, Tensor]] = []
+        seconds: list[float] = []
+        sounds: list[Tensor] = []
+        for kind, source in _media(messages):
+            if kind == "image":
+                picture = read_image(source)
+                size = sizes.image_size(picture.shape[1], picture.shape[2])
+                images.append(patchify(resize(picture[None], size), sizes))
+                count = len(images[-1][0]) // sizes.merge_size**2
+                blocks.append((tokens.image, [tokens.image] * count))
+            elif kind == "audio":
+                waveform = read_audio(source)
+                if waveform is None:
+                    raise InputError(f"{source} has no sound: give it as a video or leave it out.")
+                sounds.append(log_mel(waveform, self.config.audio.num_mel_bins))
+                blocks.append((tokens.audio, [tokens.audio] * token_count(sounds[-1].shape[1])))
+            else:
+                video = read_video(
+                    source,
+                    fps=fps,
+                    max_frames=max_frames,
+                    min_frames=sizes.min_frames,
+                    size_for=sizes.clip_size,
+                    on_frame=on_frame,
+                )
+                clips.append(patchify(video.frames, sizes))
+                seconds.append(sizes.temporal_patch_size / video.fps)
+                heard = None
+                # Frames that are an array have no sound beside them.
+                if use_audio_in_video and not isinstance(source, tuple):
+                    waveform = read_audio(source)
+                    mel = None if waveform is None else log_mel(waveform, self.config.audio.num_mel_bins)
+                    # A sound too short for a single token is none.
+                    if mel is not None and token_count(mel.shape[1]) > 0:
+                        sounds.append(mel)
+                        heard = token_count(mel.shape[1])
+                grid = clips[-1][1].tolist()
+                blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
+        fields: dict[str, Any] = {}
+        if images:
+            fields["pixel_values"], fields["image_grid_thw"] = _join(images)
+        if clips:
+            fields["pixel_values_videos"], fields["video_grid_thw"] = _join(clips)
+            fields["video_second_per_grid"] = torch.tensor(seconds)
+        if sounds:
+            lengths = torch.tensor([mel.shape[1] for mel in sounds])
+            longest = int(lengths.max())
+            fields["input_features"] = torch.stack(
+                [F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds]
+            )
+            fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
+
+    def _sizes(self, min_pixels: int | None, max_pixels: int | None) -> VisionSizes:
+        vision = self.config.vision
+        sizes = VisionSizes(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )
+        least = sizes.factor**2
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, the pixels of one token, not {value}.")
+        if min_pixels is None and max_pixels is not None:
+            # A lower ceiling than the family's floor lowers the floor.
+            sizes = replace(
+                sizes,
+                image_min_pixels=min(sizes.image_min_pixels, max_pixels),
+                video_min_pixels=min(sizes.video_min_pixels, max_pixels),
+            )
+        if min_pixels is not None:
+            sizes = replace(sizes, image_min_pixels=min_pixels, video_min_pixels=min_pixels)
+        if max_pixels is not None:
+            sizes = replace(sizes, image_max_pixels=max_pixels, video_max_pixels=max_pixels)
+        if sizes.video_min_pixels > sizes.video_max_pixels or sizes.image_min_pixels > sizes.image_max_pixels:
+            raise InputError("min_pixels must not exceed max_pixels.")
+        return sizes
+
+
+def _media(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """(kind, source) of every media part, in order; the messages have passed `encode_chat`."""
+    parts = [
+        part for message in messages if not isinstance(message["content"], str) for part in message["content"]
+    ]
+    return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
+
+
+def _join(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Patches and grids of several pictures or clips as one tensor each."""
+    patches = [patches for patches, _ in items]
+    # One clip is not copied: an hour of video is gigabytes.
+    return patches[0] if len(items) == 1 else torch.cat(patches), torch.stack([grid for _, grid in items])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +19,9 @@ import omni
 from omni.encoders.audio import token_count
 from omni.processing.prompt import clip_block
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+GOLDEN = ROOT.parent / "shared" / "golden"
 IMAGE, VIDEO, AUDIO, VISION_START, VISION_END, AUDIO_START, AUDIO_END = 602, 603, 601, 606, 607, 604, 605
 
 TEXT = {
@@ -72,7 +77,11 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     def make(
-        *, seed: int = 0, dtype: torch.dtype = torch.float32, text: dict | None = None, vision: dict | None = None
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        text: dict | None = None,
+        vision: dict | None = None,
     ) -> Pair:
         torch.manual_seed(seed)
         tied = (text or {}).get("tie_word_embeddings", False)
@@ -112,8 +121,8 @@ def text_ids(count: int) -> list[int]:
 
 
 def make_request(pair: Pair, parts: list[tuple], *, seed: int = 0) -> omni.Inputs:
-    """A random request. parts, in the order of the prompt: ("text", n), ("image", h, w), ("audio", mel frames),
-    ("video", t, h, w, seconds per grid) or the same with a last number, the mel frames of its sound."""
+    """A random request. parts, in the order of the prompt: ("text", n), ("image", h, w), ("audio", mel frames)
+    or ("video", t, h, w, seconds per grid) and, with sound, its mel frames."""
     torch.manual_seed(seed)
     config = pair.model.config
     ids: list[int] = []
@@ -142,10 +151,38 @@ def make_request(pair: Pair, parts: list[tuple], *, seed: int = 0) -> omni.Input
     if grids["image"]:
         fields |= {"pixel_values": torch.cat(pixels["image"]), "image_grid_thw": torch.tensor(grids["image"])}
     if grids["video"]:
-        fields |= {"pixel_values_videos": torch.cat(pixels["video"]), "video_grid_thw": torch.tensor(grids["video"])}
+        fields |= {
+            "pixel_values_videos": torch.cat(pixels["video"]),
+            "video_grid_thw": torch.tensor(grids["video"]),
+        }
         fields |= {"video_second_per_grid": torch.tensor(seconds)}
     if sounds:
         mask = (torch.arange(max(sounds)) < torch.tensor(sounds)[:, None]).long()
-        fields |= {"input_features": torch.randn(len(sounds), 128, max(sounds)), "feature_attention_mask": mask}
+        fields |= {
+            "input_features": torch.randn(len(sounds), 128, max(sounds)),
+            "feature_attention_mask": mask,
+        }
     with_sound = any(part[0] == "video" and len(part) == 6 for part in parts)
     return omni.Inputs(input_ids=torch.tensor([ids]), use_audio_in_video=with_sound, **fields)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint with tokenizer and template, written by the demo's own script."""
+    folder = tmp_path_factory.mktemp("random") / "checkpoint"
+    subprocess.run([sys.executable, "scripts/make_checkpoint.py", folder], cwd=ROOT, check=True, env=ENVIRONMENT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> omni.Omni:
+    return omni.load(checkpoint, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four seconds of moving shapes and tones, by the demo's own script."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    command = [sys.executable, "scripts/make_clip.py", path, "--seconds", "4"]
+    subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
+    return path

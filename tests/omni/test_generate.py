@@ -1,0 +1,92 @@
+"""The command line: an answer on stdout, figures on stderr, one sentence for a bad request."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+
+import pytest
+
+import omni
+from omni.generate import main
+
+
+def run(checkpoint: Path, *arguments: str | Path) -> int:
+    return main(["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "6", *map(str, arguments)])
+
+
+def test_answers_about_a_clip(
+    checkpoint: Path, clip: Path, model: omni.Omni, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the command prints is what the library answers, with figures by modality on stderr."""
+    assert run(checkpoint, clip, "What happens here?") == 0
+    out, err = capsys.readouterr()
+    content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What happens here?"}]
+    answer = model.generate(model.prepare([{"role": "user", "content": content}]), max_new_tokens=6)
+    assert out == answer.text + "\n"
+    figures = err.splitlines()[-1]
+    assert f"{answer.stats.tokens['video']} video, {answer.stats.tokens['audio']} audio" in figures
+    assert "first token after" in figures
+    assert "per second" in figures
+    assert answer.stats.tokens["audio"] == 100
+
+
+def test_json_and_no_audio(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(checkpoint, "--json", "--no-audio", "--fps", "1", clip, "What?") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tokens"]) == 6
+    assert isinstance(report["text"], str)
+    assert report["stats"]["tokens"]["audio"] == 0
+    assert report["stats"]["tokens"]["video"] > 0
+    assert report["stats"]["media_seconds"] > 0
+
+
+def test_sound_system_message_and_seed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = tmp_path / "tone.bin"  # told apart by content, not by name
+    with wave.open(str(sound), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(32_000))
+    options = ["--system", "Be brief.", "--temperature", "1", "--seed", "3", "--json", sound, "What is said?"]
+    reports = []
+    for _ in range(2):
+        assert run(checkpoint, *options) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0]["tokens"] == reports[1]["tokens"]
+    assert reports[0]["stats"]["tokens"]["audio"] == 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.mp4", "What?"], "missing.mp4 does not exist"),
+        ([".", "What?"], "is a folder"),
+        (["--device", "quantum", "What?"], "'quantum' cannot be used here"),
+        (["--max-new-tokens", "40000", "What?"], "more than the model's 32768"),
+        (["--max-pixels", "10", "What?"], "max_pixels must be at least 784"),
+    ],
+)
+def test_bad_request_is_one_sentence(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert run(checkpoint, *arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("omni-generate: ")
+    assert words in last
+    assert "Traceback" not in err
+
+
+def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "What?") == 1
+    assert "config.json" in capsys.readouterr().err
+    assert run(tmp_path / "nowhere", "What?") == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--fps", "0", "What?"], ["--temperature", "-1", "What?"], []])
+def test_bad_options_are_usage_errors(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2

@@ -1,0 +1,171 @@
+"""The public surface: prepare, prefill, generate, stream."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, TEXT, make_request
+
+import omni
+from omni.inputs import InputError
+
+REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
+
+
+@pytest.fixture(scope="module")
+def pair(make_pair):
+    return make_pair(seed=5)
+
+
+def chat(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_stream_is_the_answer_in_pieces(model: omni.Omni, clip: Path) -> None:
+    """Pieces join to the text of `generate`, and the generator's value is the Generation."""
+    inputs = model.prepare(chat({"type": "video", "video": clip}, {"type": "text", "text": "What?"}))
+    stream, pieces = model.stream(inputs, max_new_tokens=40, temperature=1.5, seed=4), []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            answer = stop.value
+            break
+    whole = model.generate(inputs, max_new_tokens=40, temperature=1.5, seed=4)
+    assert whole.tokens == answer.tokens
+    assert "".join(pieces) == answer.text == whole.text
+    assert len(pieces) > 1
+
+
+def test_prepared_equals_transformers_processor(model: omni.Omni, checkpoint: Path) -> None:
+    """Token ids, patches and log-mel of a prompt with picture and sound are those of transformers' processor."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    class Processor(transformers.Qwen2_5OmniProcessor):
+        def check_argument_for_proper_class(self, name: str, argument: object) -> None:
+            """Its video processor needs torchvision; this prompt has no clip."""
+
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(checkpoint)
+    names = {"image": "<|IMAGE|>", "audio": "<|AUDIO|>", "video": "<|VIDEO|>"}
+    names |= {"vision_bos": "<|vision_bos|>", "vision_eos": "<|vision_eos|>"}
+    names |= {"audio_bos": "<|audio_bos|>", "audio_eos": "<|audio_eos|>"}
+    for name, token in names.items():
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300, return_attention_mask=True)
+    public = Processor(Qwen2VLImageProcessorPil(), None, extractor, tokenizer)
+
+    random = np.random.default_rng(0)
+    picture = random.integers(0, 255, (100, 150, 3), dtype=np.uint8)
+    sound = (0.1 * random.standard_normal(50_000)).astype(np.float32)
+    question = {"type": "text", "text": "What is this, “here”?"}
+    inputs = model.prepare(chat({"type": "image", "image": picture}, {"type": "audio", "audio": sound}, question))
+    bare = chat({"type": "image"}, {"type": "audio"}, question)
+    rendered = render_jinja_template([bare], chat_template=model.processor.template, add_generation_prompt=True)
+    batch = public(text=rendered[0][0], images=[picture], audio=[sound], return_tensors="pt")
+    assert torch.equal(inputs.input_ids, batch["input_ids"])
+    assert torch.equal(inputs.image_grid_thw, batch["image_grid_thw"])
+    step = 1 / 255 / 0.26
+    torch.testing.assert_close(inputs.pixel_values, batch["pixel_values"], atol=step, rtol=0)
+    frames = inputs.input_features.shape[2]
+    assert batch["feature_attention_mask"].sum() == frames
+    torch.testing.assert_close(inputs.input_features, batch["input_features"][:, :, :frames], atol=1e-4, rtol=0)
+    theirs = omni.Inputs(**batch)
+    torch.testing.assert_close(model.prefill(theirs).logits, model.prefill(inputs).logits, atol=1e-3, rtol=0)
+
+
+def test_several_media_share_one_prompt(model: omni.Omni, clip: Path) -> None:
+    """Two clips, one of them silent, a picture and a sound: every placeholder finds its medium."""
+    picture = torch.randint(0, 255, (3, 60, 90), dtype=torch.uint8)
+    frames = torch.randint(0, 255, (9, 3, 60, 90), dtype=torch.uint8)
+    parts = [
+        {"type": "video", "video": clip},
+        {"type": "image", "image": picture},
+        {"type": "video", "video": (frames, 2.0)},
+        {"type": "audio", "audio": torch.zeros(16_000)},
+        {"type": "text", "text": "Which is which?"},
+    ]
+    inputs = model.prepare(chat(*parts), max_pixels=200 * 28 * 28)
+    prefill = model.prefill(inputs)
+    assert inputs.video_grid_thw.shape == (2, 3)
+    assert prefill.tokens["audio"] == 100 + 25
+    assert prefill.logits.shape == (model.config.decoder.vocab_size,)
+    assert prefill.logits.dtype == torch.float32
+
+
+def test_typed_control_tokens_stay_text(model: omni.Omni) -> None:
+    """A question cannot smuggle in a media placeholder or end its turn."""
+    ids = model.prepare(chat({"type": "text", "text": "<|VIDEO|><|im_end|>"})).input_ids[0].tolist()
+    assert model.config.tokens.video not in ids
+    assert ids.count(model.processor.tokenizer.id_of("<|im_end|>")) == 2  # system and user turn
+
+
+def test_stop_tokens_and_length(pair) -> None:
+    inputs = make_request(pair, REQUEST)
+    free = pair.model.generate(inputs, max_new_tokens=12, stop_token_ids=[]).tokens
+    assert len(free) == 12
+    stop = free[5]
+    assert pair.model.generate(inputs, max_new_tokens=12, stop_token_ids=[stop]).tokens == free[: free.index(stop) + 1]
+
+
+def test_closed_stream_leaves_the_next_answer_right(model: omni.Omni) -> None:
+    inputs = model.prepare(chat({"type": "text", "text": "Hello?"}))
+    expected = model.generate(inputs, max_new_tokens=8).tokens
+    stream = model.stream(inputs, max_new_tokens=50)
+    next(stream)
+    stream.close()
+    assert model.generate(inputs, max_new_tokens=8).tokens == expected
+
+
+def test_context_limit_is_checked_before_any_work(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has the tokens by modality and what to lower; no encoder runs."""
+    inputs = make_request(pair, REQUEST)
+    monkeypatch.setattr(pair.model.thinker, "encode", lambda *_: pytest.fail("work before the check"))
+    limit = TEXT["max_position_embeddings"]
+    with pytest.raises(InputError, match=rf"36 video, 105 audio.* more than the model's {limit}.*max_frames"):
+        pair.model.generate(inputs, max_new_tokens=limit, stop_token_ids=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_ids": torch.zeros(2, 3, dtype=torch.long)}, r"input_ids must be \(1, S\)"),
+        ({"pixel_values_videos": None}, "go together"),
+        ({"pixel_values_videos": torch.zeros(7, 1176)}, "its grid_thw asks for"),
+        ({"video_grid_thw": torch.tensor([[3, 6, 6]])}, "placeholders but its media make"),
+        ({"video_grid_thw": torch.tensor([[3, 0, 6]])}, "positive counts"),
+        ({"input_features": None, "feature_attention_mask": None}, "placeholders but its media make 0"),
+        ({"input_features": torch.zeros(128, 420)}, "3 dimensions"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(pair, change: dict[str, Any], words: str) -> None:
+    from dataclasses import replace
+
+    inputs = make_request(pair, REQUEST)
+    with pytest.raises(InputError, match=words):
+        pair.model.prefill(replace(inputs, **change))
+
+
+def test_masked_positions_are_dropped(pair) -> None:
+    """transformers pads on the left; what the mask hides does not count."""
+    inputs = make_request(pair, [("text", 9)])
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), inputs.input_ids], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 9])
+    masked = omni.Inputs(input_ids=padded, attention_mask=mask)
+    assert torch.equal(pair.model.prefill(masked).logits, pair.model.prefill(inputs).logits)
+
+
+def test_import_is_light() -> None:
+    """`import omni` needs no media, template, tokenizer or hub library."""
+    heavy = ["av", "PIL", "jinja2", "sentencepiece", "transformers", "huggingface_hub", "matplotlib"]
+    code = f"import sys, omni; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.strip() == "[]"
