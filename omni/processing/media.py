@@ -1,9 +1,9 @@
 """Containers → frames and sound; picture files → pixels.
 
 A source is a path, a seekable binary file object, or what is already decoded (arrays are torch's or numpy's):
-a picture as a PIL image or an array (H, W, 3) or (3, H, W) uint8; sound as an array (n,) in [-1, 1] at 16 kHz,
-or a pair (array, rate in Hz); a clip as a pair (array, frames per second) with an array (N, 3, H, W) or
-(N, H, W, 3) uint8. What a file holds is found from its content, never from its name.
+a picture as a PIL image or an array (H, W, 3) or (3, H, W) uint8; sound as an array (n,) in [-1, 1] at
+16 kHz, or a pair (array, rate in Hz); a clip as a pair (array, frames per second) with an array (N, 3, H, W)
+or (N, H, W, 3) uint8. What a file holds is found from its content, never from its name.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Video:
     """The frames of a clip that the model sees.
 
     frames: (N, 3, H, W) uint8, N even. fps: the rate at which they follow each other, as the model is told it
-    (`frames.sampled_fps`): `temporal_patch_size / fps` is its `video_second_per_grid`. duration: seconds of the
-    whole clip. size: (height, width) before resizing, upright.
+    (`frames.sampled_fps`): `temporal_patch_size / fps` is its `video_second_per_grid`. duration: seconds of
+    the whole clip. size: (height, width) before resizing, upright.
     """
 
     frames: Tensor
@@ -63,13 +63,15 @@ def kind_of(source: Any) -> Literal["video", "audio", "image"]:
         return "audio" if dims == 1 else "image" if dims == 3 else "video"
     if _is_pil(source):
         return "image"
-    with _file(source) as (file, _):
-        picture = _open_picture(file)
+    with _file(source) as (file, name):
+        picture = _open_picture(file, name)
         if picture is not None and not (
             picture.format in ("GIF", "PNG") and getattr(picture, "is_animated", False)
         ):
             return "image"
     with _container(source) as (container, name):
+        if container.format.name.endswith("_pipe"):  # libavformat's name for a single picture
+            return "image"
         if _pictures(container) is not None:
             return "video"
         if container.streams.audio:
@@ -190,7 +192,7 @@ def read_image(source: Any) -> Tensor:
     if _is_pil(source):
         return _pixels(source, "the picture")
     with _file(source) as (file, name):
-        picture = _open_picture(file)
+        picture = _open_picture(file, name)
         if picture is None:
             raise MediaError(f"{name} is not a picture of a known format ({', '.join(PICTURES)}).")
         return _pixels(picture, name)
@@ -282,7 +284,8 @@ def _scan(container: Any, stream: Any, name: str) -> _Timeline:
         _warn_if_short(name, container.duration / av.time_base, ends - start, "clip")
 
     numbers = [place for place in places if place is not None]
-    timed = len(set(numbers)) == len(places)
+    # AVI has no times of appearance, only a rate: what libavformat gives there counts in decoding order.
+    timed = len(set(numbers)) == len(places) and container.format.name != "avi"
     rate = stream.average_rate or stream.guessed_rate
     if not timed:
         numbers, shown = list(range(len(places))), list(range(len(shown)))
@@ -481,7 +484,8 @@ def _file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
             if isinstance(error, MediaError):
                 raise
             raise MediaError(
-                f"{type(source).__name__} is no source of media. Give a path, a seekable binary file, an array."
+                f"{type(source).__name__} is no source of media. Give a path, a seekable binary file or "
+                "an array."
             ) from error
         if empty:
             raise MediaError(f"{name} is empty.")
@@ -574,7 +578,8 @@ def _require_decoder(stream: Any, name: str) -> None:
         )
 
 
-def _open_picture(file: BinaryIO) -> Any | None:
+def _open_picture(file: BinaryIO, name: str) -> Any | None:
+    """A picture, not yet decoded; None where Pillow knows no such format."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
@@ -582,10 +587,12 @@ def _open_picture(file: BinaryIO) -> Any | None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes when it is decoded
         try:
             return Image.open(file, formats=[name for name in PICTURES if name in Image.OPEN])
-        except Image.DecompressionBombError as error:
-            raise MediaError(f"a picture is too large: {error}") from error
         except UnidentifiedImageError:
             return None
+        except Image.DecompressionBombError as error:
+            raise MediaError(f"{name} is too large for a picture. Scale it down.") from error
+        except Exception as error:
+            raise MediaError(f"{name} is a damaged picture: {error}.") from error
         finally:
             file.seek(0)
 
