@@ -15,7 +15,13 @@ class Cache:
     """
 
     def __init__(
-        self, config: DecoderConfig, capacity: int, *, batch: int = 1, device: torch.device, dtype: torch.dtype
+        self,
+        config: DecoderConfig,
+        capacity: int,
+        *,
+        batch: int = 1,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]

@@ -26,7 +26,11 @@ class Thinker(nn.Module):
         self.embedding = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
         self.layers = nn.ModuleList(Layer(decoder) for _ in range(decoder.num_layers))
         self.norm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps)
-        self.head = None if decoder.tie_word_embeddings else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        self.head = (
+            None
+            if decoder.tie_word_embeddings
+            else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        )
 
     def encode(self, inputs: Inputs) -> dict[str, Tensor]:
         """Media tokens by modality, each (n, hidden) in the order of the prompt; absent media are absent."""

@@ -65,7 +65,12 @@ def build_pair() -> tuple[Any, omni.Omni]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    thinker = {"text_config": DECODER, "vision_config": VISION, "audio_config": AUDIO, "tie_word_embeddings": True}
+    thinker = {
+        "text_config": DECODER,
+        "vision_config": VISION,
+        "audio_config": AUDIO,
+        "tie_word_embeddings": True,
+    }
     thinker["vision_start_token_id"] = 151652
     config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
     config._attn_implementation = "sdpa"
@@ -143,7 +148,9 @@ def bench_audio(reference: Any, model: omni.Omni, repeats: int) -> dict[str, flo
     )
 
 
-def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 1000, new: int = 16) -> dict[str, float]:
+def bench_decode(
+    reference: Any, model: omni.Omni, repeats: int, prompt: int = 1000, new: int = 16
+) -> dict[str, float]:
     """Seconds per new token, greedy, after a prompt; both sides feed on their own picks."""
     decoder = model.config.decoder
     x = torch.randn(1, prompt, decoder.hidden_size)
@@ -159,7 +166,10 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 1
         for step in steps:
             tokens.append(logits.argmax(-1))
             out = language(
-                input_ids=tokens[-1][:, None], position_ids=step, past_key_values=out.past_key_values, use_cache=True
+                input_ids=tokens[-1][:, None],
+                position_ids=step,
+                past_key_values=out.past_key_values,
+                use_cache=True,
             )
             logits = reference.lm_head(out.last_hidden_state[:, -1])
         seconds = time.perf_counter() - started
@@ -183,13 +193,21 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 1
     read = sum(parameter.nbytes for parameter in model.thinker.layers.parameters())
     read += model.thinker.embedding.weight.nbytes  # the tied head
     row = {"their_seconds": their_seconds, "our_seconds": our_seconds, "speedup": their_seconds / our_seconds}
-    return {**row, "our_read_gb_per_s": read / our_seconds / 1e9, "their_read_gb_per_s": read / their_seconds / 1e9}
+    return {
+        **row,
+        "our_read_gb_per_s": read / our_seconds / 1e9,
+        "their_read_gb_per_s": read / their_seconds / 1e9,
+    }
 
 
 def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
     torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)
     their_seconds, our_seconds = alternate([timed(theirs), timed(ours)], repeats)
-    return {"their_seconds": their_seconds, "our_seconds": our_seconds, "speedup": their_seconds / our_seconds}
+    return {
+        "their_seconds": their_seconds,
+        "our_seconds": our_seconds,
+        "speedup": their_seconds / our_seconds,
+    }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -208,7 +226,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows = {}
         for name in options.rows:
             rows[name] = benches[name]()
-            print(f"{name}: {rows[name]['speedup']:.2f}x", {k: round(v, 4) for k, v in rows[name].items()}, flush=True)
+            print(
+                f"{name}: {rows[name]['speedup']:.2f}x",
+                {k: round(v, 4) for k, v in rows[name].items()},
+                flush=True,
+            )
         after = measure_ceilings(options.repeats)
     return {
         "bench": "thinker against transformers, qwen2.5-omni layout",
@@ -230,7 +252,11 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = f"{models[0]} x{len(models)}" if models else name
     return name
 

@@ -67,7 +67,10 @@ def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
     """transformers 5 writes rope_parameters; released files write rope_scaling and rope_theta."""
     parameters = {"rope_theta": 5e5, "mrope_section": [2, 3, 3], "rope_type": "default"}
     text = "thinker_config.text_config"
-    write(tmp_path, {f"{text}.rope_scaling": None, f"{text}.rope_theta": None, f"{text}.rope_parameters": parameters})
+    write(
+        tmp_path,
+        {f"{text}.rope_scaling": None, f"{text}.rope_theta": None, f"{text}.rope_parameters": parameters},
+    )
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     config = read_config(tmp_path)
     assert config.decoder.rope_theta == 5e5
@@ -80,13 +83,22 @@ def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Qwen2_5OmniForConditionalGeneration"),
         ({"architectures": None}, "none"),
         ({"thinker_config.text_config.hidden_size": None}, "text_config lacks hidden_size"),
-        ({"thinker_config.text_config.hidden_size": -1}, "text_config.hidden_size must be a positive integer"),
+        (
+            {"thinker_config.text_config.hidden_size": -1},
+            "text_config.hidden_size must be a positive integer",
+        ),
         ({"thinker_config.text_config.vocab_size": 10**12}, "vocab_size must be a positive integer"),
         ({"thinker_config.text_config.num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"thinker_config.text_config.rope_scaling": {"mrope_section": [1, 1, 1]}}, "sum to 8"),
-        ({"thinker_config.text_config.rope_scaling.rope_type": "yarn"}, "rope_type = 'yarn' is not supported"),
+        (
+            {"thinker_config.text_config.rope_scaling.rope_type": "yarn"},
+            "rope_type = 'yarn' is not supported",
+        ),
         ({"thinker_config.text_config.hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"thinker_config.text_config.use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        (
+            {"thinker_config.text_config.use_sliding_window": True},
+            "use_sliding_window = True is not supported",
+        ),
         ({"thinker_config.vision_config": [1]}, "vision_config must be a JSON object"),
         ({"thinker_config.vision_config.out_hidden_size": 65}, "vision encoder yields 65 channels"),
         ({"thinker_config.audio_config.n_window": 51}, "n_window must be even"),

@@ -15,11 +15,19 @@ from omni.model import tensor_names
 from omni.thinker import Thinker
 
 ROPE = {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
-SMALLER = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+SMALLER = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+}
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "7B": ({}, 3584),
     "3B": ({**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936}, 2048),
-    "3B tied": ({**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}, 2048),
+    "3B tied": (
+        {**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+        2048,
+    ),
 }
 
 
@@ -31,11 +39,13 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OmniConfig, d
     logging.getLogger("transformers").setLevel(logging.ERROR)
     text, width = SIZES[request.param]
     tied = text.get("tie_word_embeddings", False)
-    thinker = {"text_config": {**ROPE, **text}, "vision_config": {"out_hidden_size": width}, "audio_config": {"output_dim": width}}
+    thinker = {
+        "text_config": {**ROPE, **text},
+        "vision_config": {"out_hidden_size": width},
+        "audio_config": {"output_dim": width},
+    }
     thinker |= {"vision_start_token_id": 151652, "tie_word_embeddings": tied}
-    config = transformers.Qwen2_5OmniConfig(
-        thinker_config=thinker, enable_audio_output=False
-    )
+    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
     config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     with torch.device("meta"):

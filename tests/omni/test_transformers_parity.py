@@ -37,7 +37,14 @@ REQUESTS = {
         *[("text", 4), ("audio", 333), ("image", 6, 6), ("text", 2)],
     ],
     "several media apart": [
-        *[("text", 3), ("image", 6, 6), ("image", 10, 4), ("text", 3), ("audio", 250), ("video", 3, 6, 6, 0.5)],
+        *[
+            ("text", 3),
+            ("image", 6, 6),
+            ("image", 10, 4),
+            ("text", 3),
+            ("audio", 250),
+            ("video", 3, 6, 6, 0.5),
+        ],
         *[("text", 4), ("video", 2, 10, 6, 1.0), ("audio", 641), ("text", 2)],
     ],
 }
