@@ -154,9 +154,7 @@ class _Section:
     def expect(self, key: str, *allowed: object) -> None:
         """Refuses a value that would change the computation; an absent key means the family's own."""
         if self.has(key) and self.values[key] not in allowed:
-            raise ConfigError(
-                f"{self.name}.{key} = {self.values[key]!r} is not supported, only {allowed[0]!r}."
-            )
+            raise ConfigError(f"{self.name}.{key} = {self.values[key]!r} is not supported, only {allowed[0]!r}.")
 
 
 def read_config(folder: Path) -> OmniConfig:
@@ -217,9 +215,7 @@ def _vision(section: _Section) -> VisionConfig:
     if config.hidden_size % (4 * config.num_heads):
         raise ConfigError(f"{section.name}: hidden_size must be a multiple of 4 · num_heads for 2-D rotary.")
     if config.window_size % (config.patch_size * config.spatial_merge_size):
-        raise ConfigError(
-            f"{section.name}: window_size must be a multiple of patch_size · spatial_merge_size."
-        )
+        raise ConfigError(f"{section.name}: window_size must be a multiple of patch_size · spatial_merge_size.")
     return config
 
 
@@ -270,9 +266,7 @@ def _decoder(section: _Section, thinker: _Section) -> DecoderConfig:
         rms_norm_eps=section.number("rms_norm_eps"),
         max_position_embeddings=section.count("max_position_embeddings"),
         # Head and embedding belong to the thinker, so its word goes first; released files say it in text_config.
-        tie_word_embeddings=(thinker if thinker.has("tie_word_embeddings") else section).flag(
-            "tie_word_embeddings"
-        ),
+        tie_word_embeddings=(thinker if thinker.has("tie_word_embeddings") else section).flag("tie_word_embeddings"),
     )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"{section.name}: num_attention_heads must be a multiple of num_key_value_heads.")
@@ -297,11 +291,7 @@ def _stop_token_ids(folder: Path, root: _Section, thinker: _Section) -> tuple[in
     for section in sections:
         if section.has("eos_token_id"):
             value = section.values["eos_token_id"]
-            return (
-                section.counts("eos_token_id")
-                if isinstance(value, list)
-                else (section.token("eos_token_id"),)
-            )
+            return section.counts("eos_token_id") if isinstance(value, list) else (section.token("eos_token_id"),)
     return ()
 
 

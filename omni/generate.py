@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             _answer(options)
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)
@@ -60,21 +60,13 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
     parser.add_argument("question")
-    parser.add_argument(
-        "--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)"
-    )
+    parser.add_argument("--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
-    parser.add_argument(
-        "--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)"
-    )
+    parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
+    parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
+    parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
@@ -119,8 +111,8 @@ def _answer(options: argparse.Namespace) -> None:
     )
     generation = _print_stream(answer, quiet=options.json)
     if options.json:
-        report = {"text": generation.text, "tokens": generation.tokens}
-        report["stats"] = {**asdict(generation.stats), "media_seconds": media_seconds}
+        stats = {**asdict(generation.stats), "media_seconds": media_seconds}
+        report = {"text": generation.text, "tokens": generation.tokens, "stats": stats}
         print(json.dumps(report, ensure_ascii=False))
     print(figures(generation, media_seconds), file=sys.stderr)
 

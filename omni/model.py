@@ -16,8 +16,8 @@ import weights
 from omni.cache import Cache
 from omni.config import OmniConfig, read_config
 from omni.inputs import InputError, Inputs
-from omni.processing.processor import Processor
 from omni.processing.positions import Layout, layout
+from omni.processing.processor import Processor
 from omni.processing.tokenizer import TextStream, Tokenizer
 from omni.runtime.sampling import Sampling, pick
 from omni.thinker import Thinker

@@ -30,9 +30,7 @@ def multimodal_rotary(
     return angles.cos(), angles.sin()
 
 
-def axial_rotary(
-    rows: Tensor, columns: Tensor, head_dim: int, theta: float = 10_000.0
-) -> tuple[Tensor, Tensor]:
+def axial_rotary(rows: Tensor, columns: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Two-axis rotary of the vision encoder: half of the angles turn with the row, half with the column.
 
     rows, columns: (N,) integers. Returns cos and sin, (N, head_dim / 2) float32.

@@ -27,9 +27,7 @@ class Thinker(nn.Module):
         self.layers = nn.ModuleList(Layer(decoder) for _ in range(decoder.num_layers))
         self.norm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps)
         self.head = (
-            None
-            if decoder.tie_word_embeddings
-            else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+            None if decoder.tie_word_embeddings else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         )
 
     def encode(self, inputs: Inputs) -> dict[str, Tensor]:

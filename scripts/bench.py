@@ -148,9 +148,7 @@ def bench_audio(reference: Any, model: omni.Omni, repeats: int) -> dict[str, flo
     )
 
 
-def bench_decode(
-    reference: Any, model: omni.Omni, repeats: int, prompt: int = 1000, new: int = 16
-) -> dict[str, float]:
+def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 1000, new: int = 16) -> dict[str, float]:
     """Seconds per new token, greedy, after a prompt; both sides feed on their own picks."""
     decoder = model.config.decoder
     x = torch.randn(1, prompt, decoder.hidden_size)
@@ -252,11 +250,7 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
+        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = f"{models[0]} x{len(models)}" if models else name
     return name
 

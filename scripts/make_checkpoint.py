@@ -13,6 +13,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
     words = [["Ġ", *word] for word in text.split()]
     merges = []
     for _ in range(count):
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in words for pair in pairwise(word))
         if not pairs:
             break
         pair = max(pairs, key=lambda p: (pairs[p], p))

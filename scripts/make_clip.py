@@ -44,13 +44,9 @@ def move(shape: Shape, seconds: float) -> bool:
     shape.x += shape.speed_x * seconds
     shape.y += shape.speed_y * seconds
     bounced = False
-    if (shape.x < shape.radius and shape.speed_x < 0) or (
-        shape.x > WIDTH - shape.radius and shape.speed_x > 0
-    ):
+    if (shape.x < shape.radius and shape.speed_x < 0) or (shape.x > WIDTH - shape.radius and shape.speed_x > 0):
         shape.speed_x, bounced = -shape.speed_x, True
-    if (shape.y < shape.radius and shape.speed_y < 0) or (
-        shape.y > HEIGHT - shape.radius and shape.speed_y > 0
-    ):
+    if (shape.y < shape.radius and shape.speed_y < 0) or (shape.y > HEIGHT - shape.radius and shape.speed_y > 0):
         shape.speed_y, bounced = -shape.speed_y, True
     return bounced
 
@@ -108,9 +104,7 @@ def make_clip(path: Path, seconds: float, seed: int) -> None:
             file.mux(video.encode(frame))
         file.mux(video.encode())
         for start in range(0, len(sound), 1024):
-            block = av.AudioFrame.from_ndarray(
-                sound[None, start : start + 1024].numpy(), format="fltp", layout="mono"
-            )
+            block = av.AudioFrame.from_ndarray(sound[None, start : start + 1024].numpy(), format="fltp", layout="mono")
             block.sample_rate, block.pts, block.time_base = RATE, start, Fraction(1, RATE)
             file.mux(audio.encode(block))
         file.mux(audio.encode())

@@ -86,9 +86,7 @@ class AudioEncoder(nn.Module):
         mel: (n, bins, frames) log-mel, on any device. lengths: (n,) valid frames of each, all at the front.
         Returns (Σ token_count, output_size) in the encoder's dtype, on its device.
         """
-        return torch.cat(
-            [part for sound in zip(mel, lengths.tolist(), strict=True) for part in self._encode(*sound)]
-        )
+        return torch.cat([part for sound in zip(mel, lengths.tolist(), strict=True) for part in self._encode(*sound)])
 
     def _encode(self, mel: Tensor, length: int) -> Iterator[Tensor]:
         batch_frames = CHUNKS_PER_BATCH * self.chunk_frames

@@ -69,10 +69,10 @@ def frame_layout(config: VisionConfig, height: int, width: int, device: torch.de
         place_slot = slot_real.nonzero().flatten()
         slot = torch.zeros(len(slot_real), dtype=torch.long)
         slot[place_slot] = torch.arange(len(place_slot))
-        filled = slot_real.view(tall * wide, 1, 1, -1)
-    tensors = (order, tokens.argsort(), cos, sin, slot, place_slot, filled)
-    order, restore, cos, sin, slot, place_slot, filled = (t if t is None else t.to(device) for t in tensors)
-    return FrameLayout(order, restore, cos, sin, tall * wide, slot, place_slot, filled)
+        slot, place_slot = slot.to(device), place_slot.to(device)
+        filled = slot_real.view(tall * wide, 1, 1, -1).to(device)
+    restore = tokens.argsort().to(device)
+    return FrameLayout(order.to(device), restore, cos.to(device), sin.to(device), tall * wide, slot, place_slot, filled)
 
 
 class Attention(nn.Module):

@@ -122,9 +122,7 @@ def encode_chat(
     return ids
 
 
-def _plain_messages(
-    messages: Sequence[Mapping[str, Any]], stand_ins: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def _plain_messages(messages: Sequence[Mapping[str, Any]], stand_ins: Mapping[str, str]) -> list[dict[str, Any]]:
     """Checked copies of messages that hold text alone: stand-ins in typed text, media left out."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ChatTemplateError('messages must be a list such as [{"role": "user", "content": "…"}].')
@@ -143,9 +141,7 @@ def _plain_messages(
             parts = [_plain_part(part, f"{where}, part {i}", table) for i, part in enumerate(content, 1)]
             plain.append({"role": role, "content": parts})
         else:
-            raise ChatTemplateError(
-                f"{where}: content must be a text or a list of parts, not {content!r:.80}."
-            )
+            raise ChatTemplateError(f"{where}: content must be a text or a list of parts, not {content!r:.80}.")
     return plain
 
 
@@ -174,17 +170,11 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_
     program = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
     request = {"template": template, "messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        done = subprocess.run(
-            program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS
-        )
+        done = subprocess.run(program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise ChatTemplateError(
-            f"the chat template took more than {_WALL_SECONDS} s: use another."
-        ) from error
+        raise ChatTemplateError(f"the chat template took more than {_WALL_SECONDS} s: use another.") from error
     if done.returncode < 0:
-        raise ChatTemplateError(
-            "the chat template was stopped: it took too much time or memory. Use another."
-        )
+        raise ChatTemplateError("the chat template was stopped: it took too much time or memory. Use another.")
     if done.returncode > 0:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ChatTemplateError(f"the chat template could not be rendered: {reason}.")

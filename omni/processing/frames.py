@@ -80,9 +80,7 @@ def sample_indices(
     if not fps > 0:
         raise MediaError(f"fps is {fps}; give a positive number of frames per second.")
     if max_frames < min_frames:
-        raise MediaError(
-            f"max_frames is {max_frames}; the model needs at least {min_frames} frames of a clip."
-        )
+        raise MediaError(f"max_frames is {max_frames}; the model needs at least {min_frames} frames of a clip.")
     count = min_frames
     if total_frames >= min_frames:
         wanted = max(total_frames / native_fps * fps, min_frames)
@@ -102,9 +100,7 @@ def sampled_fps(count: int, duration: float, fps: float) -> float:
     return fps if 0 <= duration * fps - count < 2 else count / duration
 
 
-def target_size(
-    height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
+def target_size(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The multiples of `factor` nearest to (height, width), scaled to a product within the bounds.
 
     Equal to `smart_resize` of the public code. Raises MediaError for shapes more than 200 times as long as
@@ -154,9 +150,7 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     for into, frame in zip(resized, frames, strict=True):
         picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
         picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        into.copy_(
-            torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1)
-        )
+        into.copy_(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1))
     return resized
 
 

@@ -57,17 +57,13 @@ def kind_of(source: Any) -> Literal["video", "audio", "image"]:
     if isinstance(source, tuple) or _is_array(source):
         dims = _array(source[0] if isinstance(source, tuple) else source).dim()
         if dims not in (1, 3, 4):
-            raise MediaError(
-                f"an array of {dims} dimensions is no media: a sound has 1, a picture 3, a clip 4."
-            )
+            raise MediaError(f"an array of {dims} dimensions is no media: a sound has 1, a picture 3, a clip 4.")
         return "audio" if dims == 1 else "image" if dims == 3 else "video"
     if _is_pil(source):
         return "image"
     with _file(source) as (file, name):
         picture = _open_picture(file, name)
-        if picture is not None and not (
-            picture.format in ("GIF", "PNG") and getattr(picture, "is_animated", False)
-        ):
+        if picture is not None and not (picture.format in ("GIF", "PNG") and getattr(picture, "is_animated", False)):
             return "image"
     with _container(source) as (container, name):
         if container.format.name.endswith("_pipe"):  # libavformat's name for a single picture
@@ -104,9 +100,7 @@ def read_video(
     if isinstance(source, tuple):
         return _sample_array(source, fps, max_frames, min_frames, size_for, on_frame)
     if _is_array(source):
-        raise MediaError(
-            "an array of frames does not say how fast they follow: give (array, frames per second)."
-        )
+        raise MediaError("an array of frames does not say how fast they follow: give (array, frames per second).")
     with _container(source) as (container, name):
         stream = _require_pictures(container, name)
         timeline = _scan(container, stream, name)
@@ -130,9 +124,7 @@ def read_video(
     if frames is None:
         raise MediaError(f"{name}: not one of its frames could be decoded. The file is damaged.")
     if lost:
-        _warn(
-            f"{name}: {lost} of {len(indices)} frames could not be decoded; earlier ones stand in for them."
-        )
+        _warn(f"{name}: {lost} of {len(indices)} frames could not be decoded; earlier ones stand in for them.")
     return Video(frames, rate, duration, size)
 
 
@@ -185,9 +177,7 @@ def read_image(source: Any) -> Tensor:
     if _is_array(source):
         array = _array(source)
         if array.dim() != 3 or array.dtype != torch.uint8 or 3 not in (array.shape[0], array.shape[2]):
-            raise MediaError(
-                f"an array of a picture must be (H, W, 3) or (3, H, W) uint8, not {_described(array)}."
-            )
+            raise MediaError(f"an array of a picture must be (H, W, 3) or (3, H, W) uint8, not {_described(array)}.")
         return array if array.shape[0] == 3 else array.permute(2, 0, 1)
     if _is_pil(source):
         return _pixels(source, "the picture")
@@ -276,9 +266,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Timeline:
             end = max(end, after or 0)
         places.append(packet.pts)
     if not shown:
-        raise MediaError(
-            f"{name} has a picture stream without a single picture. The file is cut off or damaged."
-        )
+        raise MediaError(f"{name} has a picture stream without a single picture. The file is cut off or damaged.")
     if container.duration is not None:
         start = (container.start_time or 0) / av.time_base
         _warn_if_short(name, container.duration / av.time_base, ends - start, "clip")
@@ -290,9 +278,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Timeline:
     if not timed:
         numbers, shown = list(range(len(places))), list(range(len(shown)))
         if not rate:
-            raise MediaError(
-                f"{name} states neither times nor a rate of its frames. Put it into an MP4 file."
-            )
+            raise MediaError(f"{name} states neither times nor a rate of its frames. Put it into an MP4 file.")
     order = sorted(numbers[n] for n in shown)
     if end <= order[-1]:  # the last one does not say how long it stays: as long as the others
         gap = (order[-1] - order[0]) / (len(order) - 1) if len(order) > 1 else 0
@@ -300,9 +286,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Timeline:
     return _Timeline(numbers, keys, order, timed, float(stream.time_base), float(rate) if rate else None, end)
 
 
-def _decode(
-    container: Any, stream: Any, timeline: _Timeline, indices: list[int]
-) -> Iterator[tuple[Any, bool]]:
+def _decode(container: Any, stream: Any, timeline: _Timeline, indices: list[int]) -> Iterator[tuple[Any, bool]]:
     """For each different index a decoded frame and whether it is that one, not an earlier in its stead."""
     wanted = deque(timeline.shown[index] for index in dict.fromkeys(indices))
     latest: Any = None
@@ -363,9 +347,7 @@ def _decode_spans(
 def _upright(frame: Any) -> Tensor:
     """(3, H, W) uint8 RGB, turned as the container's display matrix says."""
     if frame.width * frame.height > MAX_PIXELS:
-        raise MediaError(
-            f"a frame of {frame.width} x {frame.height} pixels is too large. Scale the clip down."
-        )
+        raise MediaError(f"a frame of {frame.width} x {frame.height} pixels is too large. Scale the clip down.")
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(picture, round(frame.rotation / 90), dims=(1, 2))
 
@@ -393,9 +375,7 @@ class _Mixer:
         # Time stamps are rounded, so a small gap is none; the sound of a clip may start with any.
         if gap > (0.1 if self.resampler else 0.0):
             if gap > MAX_SILENCE:
-                raise MediaError(
-                    f"{self.name}: its sound claims {gap:.0f} s of silence. The file is damaged."
-                )
+                raise MediaError(f"{self.name}: its sound claims {gap:.0f} s of silence. The file is damaged.")
             self._flush()
             self._put(torch.zeros(round(gap * self.sample_rate)))
             self.clock += gap
@@ -437,9 +417,7 @@ def _sample_array(
 ) -> Video:
     array, native = _array(source[0]), float(source[1])
     if array.dim() != 4 or array.dtype != torch.uint8 or 3 not in (array.shape[1], array.shape[3]):
-        raise MediaError(
-            f"an array of frames must be (N, 3, H, W) or (N, H, W, 3) uint8, not {_described(array)}."
-        )
+        raise MediaError(f"an array of frames must be (N, 3, H, W) or (N, H, W, 3) uint8, not {_described(array)}.")
     if array.shape[1] != 3:
         array = array.permute(0, 3, 1, 2)
     indices = sample_indices(len(array), native, fps=fps, min_frames=min_frames, max_frames=max_frames)
@@ -484,8 +462,7 @@ def _file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
             if isinstance(error, MediaError):
                 raise
             raise MediaError(
-                f"{type(source).__name__} is no source of media. Give a path, a seekable binary file or "
-                "an array."
+                f"{type(source).__name__} is no source of media. Give a path, a seekable binary file or an array."
             ) from error
         if empty:
             raise MediaError(f"{name} is empty.")
@@ -565,17 +542,14 @@ def _require_pictures(container: Any, name: str) -> Any:
     context = stream.codec_context
     if context.width * context.height > MAX_PIXELS:
         raise MediaError(
-            f"{name} has frames of {context.width} x {context.height} pixels, which is too large. "
-            "Scale it down."
+            f"{name} has frames of {context.width} x {context.height} pixels, which is too large. Scale it down."
         )
     return stream
 
 
 def _require_decoder(stream: Any, name: str) -> None:
     if stream.codec_context is None:
-        raise MediaError(
-            f"{name}: there is no decoder for its {stream.type} stream. Convert it to H.264 and AAC."
-        )
+        raise MediaError(f"{name}: there is no decoder for its {stream.type} stream. Convert it to H.264 and AAC.")
 
 
 def _open_picture(file: BinaryIO, name: str) -> Any | None:

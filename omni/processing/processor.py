@@ -106,9 +106,7 @@ class Processor:
         if sounds:
             lengths = torch.tensor([mel.shape[1] for mel in sounds])
             longest = int(lengths.max())
-            fields["input_features"] = torch.stack(
-                [F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds]
-            )
+            fields["input_features"] = torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds])
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
 
@@ -141,9 +139,7 @@ class Processor:
 
 def _media(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     """(kind, source) of every media part, in order; the messages have passed `encode_chat`."""
-    parts = [
-        part for message in messages if not isinstance(message["content"], str) for part in message["content"]
-    ]
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
 
 

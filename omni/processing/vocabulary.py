@@ -113,8 +113,7 @@ class Vocabulary:
                 )
             if token.text in made or token.text in BYTE_CHARACTERS.values():
                 raise TokenizerError(
-                    f"the added token {token.text!r} also comes out of plain text, which could not be told "
-                    "from it."
+                    f"the added token {token.text!r} also comes out of plain text, which could not be told from it."
                 )
 
 
@@ -136,9 +135,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         ids = _object(model.get("vocab"), whole_file)
         merges = _pairs(_list(model.get("merges"), whole_file), whole_file)
     else:
-        raise TokenizerError(
-            f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json."
-        )
+        raise TokenizerError(f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json.")
     return Vocabulary(ids, merges, _added_tokens(folder, whole))
 
 
@@ -170,9 +167,7 @@ def _added_tokens(folder: Path, whole: dict[str, Any]) -> list[AddedToken]:
     config = _read_object(config_file) if config_file.is_file() else {}
     if by_id := _object(config.get("added_tokens_decoder") or {}, config_file):
         return [
-            _added_token(
-                {**_object(entry, config_file), "id": int(id) if id.isdecimal() else id}, config_file
-            )
+            _added_token({**_object(entry, config_file), "id": int(id) if id.isdecimal() else id}, config_file)
             for id, entry in by_id.items()
         ]
     if entries := _list(whole.get("added_tokens") or [], whole_file):

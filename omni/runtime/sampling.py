@@ -32,9 +32,7 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator | None =
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = (logits / sampling.temperature).topk(
-        min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    )
+    logits, ids = (logits / sampling.temperature).topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
     probabilities = logits.softmax(dim=-1)
     # A token stays while the likelier ones have not yet reached top_p, so the first always stays.
     before = probabilities.cumsum(dim=-1) - probabilities

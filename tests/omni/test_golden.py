@@ -27,9 +27,7 @@ def read_request(path: Path) -> tuple[omni.Inputs, dict[str, torch.Tensor]]:
     tensors = load_file(path)
     names = {field.name for field in fields(omni.Inputs)} & tensors.keys()
     floats = (torch.float16, torch.float32)
-    return omni.Inputs(
-        **{n: tensors[n].float() if tensors[n].dtype in floats else tensors[n] for n in names}
-    ), tensors
+    return omni.Inputs(**{n: tensors[n].float() if tensors[n].dtype in floats else tensors[n] for n in names}), tensors
 
 
 @pytest.mark.parametrize("name", REQUESTS)

@@ -35,9 +35,7 @@ def number_of(frame: Tensor) -> int:
 
 def tone(hertz: float, seconds: float, rate: int, amplitude: float = 0.5) -> np.ndarray:
     """(n,) float32 sine."""
-    return (amplitude * np.sin(2 * math.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
-        np.float32
-    )
+    return (amplitude * np.sin(2 * math.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
 def write_clip(

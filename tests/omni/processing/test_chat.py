@@ -92,9 +92,7 @@ def test_family_template_is_the_published_format() -> None:
         "<|vision_bos|><|VIDEO|><|vision_eos|><|vision_bos|><|VIDEO|><|vision_eos|>\n b<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert (
-        chat.render(QWEN2_5_OMNI_TEMPLATE, [SYSTEM], False) == "<|im_start|>system\nYou are Qwen.<|im_end|>\n"
-    )
+    assert chat.render(QWEN2_5_OMNI_TEMPLATE, [SYSTEM], False) == "<|im_start|>system\nYou are Qwen.<|im_end|>\n"
 
 
 FRAGMENTS = [
@@ -188,9 +186,7 @@ def test_template_operations_make_no_control_tokens_of_typed_text(template: str,
 
 def test_templates_can_work_on_typed_text() -> None:
     """Comparing, searching and stripping see the text that was typed."""
-    template = (
-        "{% set t = messages[0].content %}{{ t.strip() == 'Hi there' }} {{ 'there' in t }} {{ t | length }}"
-    )
+    template = "{% set t = messages[0].content %}{{ t.strip() == 'Hi there' }} {{ 'there' in t }} {{ t | length }}"
     assert TOKENIZER.decode(encode_chat(TOKENIZER, template, _user(" Hi there\n"))) == "True True 10"
 
 
@@ -356,9 +352,7 @@ def test_template_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None:
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "neither"),
     ],
 )
-def test_damaged_template_files_are_one_error(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_damaged_template_files_are_one_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     """A cut or mistyped file is a ChatTemplateError that names it."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ChatTemplateError, match=message):

@@ -147,9 +147,7 @@ def test_sizes_equal_the_public_ones(height: int, width: int, factor: int, low: 
 
 
 @pytest.mark.parametrize("num_frames", [4, 100, 300, 302, 768, 20_000])
-def test_clip_sizes_equal_the_public_ones(
-    public_video: Any, num_frames: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clip_sizes_equal_the_public_ones(public_video: Any, num_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip's frames share the public budget of pixels: the sizes that `cap_pixels_per_frame` gives."""
 
     def asked(self: Any, image: Tensor, size: Any, resample: Any) -> tuple[int, int]:
@@ -220,7 +218,5 @@ def test_patches_by_a_plain_loop() -> None:
     expected = []
     for t, block_y, block_x, y, x in itertools.product(range(2), range(2), range(3), range(2), range(2)):
         top, left = (block_y * 2 + y) * 2, (block_x * 2 + x) * 2
-        expected.append(
-            frames[2 * t : 2 * t + 2, :, top : top + 2, left : left + 2].transpose(0, 1).flatten()
-        )
+        expected.append(frames[2 * t : 2 * t + 2, :, top : top + 2, left : left + 2].transpose(0, 1).flatten())
     np.testing.assert_allclose(patches.numpy(), torch.stack(expected).numpy(), atol=1e-3)

@@ -82,9 +82,7 @@ def test_frames_of_constant_rate_are_the_sampled_indices(
 
 @pytest.mark.parametrize("fps", [Fraction(30000, 1001), 30, 12])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_whole_seconds_do_not_lose_a_frame_to_rounding(
-    tmp_path: Path, fps: Fraction | int, name: str
-) -> None:
+def test_whole_seconds_do_not_lose_a_frame_to_rounding(tmp_path: Path, fps: Fraction | int, name: str) -> None:
     """Matroska rounds times to milliseconds; the number of frames does not suffer."""
     path = write_clip(tmp_path / name, 4 * round(fps), fps, gop=30)
     assert numbers(path) == sample_indices(4 * round(fps), float(fps))
@@ -99,9 +97,7 @@ def test_pixels_are_those_of_plain_decoding(tmp_path: Path) -> None:
         assert torch.equal(frame, every[index])
 
 
-def test_only_what_leads_to_a_wanted_frame_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_leads_to_a_wanted_frame_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a keyframe every second, four frames of a minute cost a fraction of its 600."""
     path = write_clip(tmp_path / "a.mp4", 600, 10, gop=10, draw=lambda n: numbered_frame(n % 256))
     fed = 0
@@ -192,9 +188,7 @@ def test_rotation_goes_by_the_matrix_in_the_file(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 4, 10)
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40
-    data[matrix : matrix + 36] = struct.pack(
-        ">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, SIZE[0] << 16, 0, 1 << 30
-    )
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, SIZE[0] << 16, 0, 1 << 30)
     path.write_bytes(data)
     frame = read_video(path).frames[0]
     assert frame.shape[1:] == SIZE[::-1]
@@ -207,9 +201,7 @@ def test_frames_are_resized_as_they_come(tmp_path: Path) -> None:
 
     def size_for(count: int, height: int, width: int) -> tuple[int, int]:
         asked.append((count, height, width))
-        return VisionSizes(video_min_pixels=2 * 28**2, video_max_pixels=6 * 28**2).clip_size(
-            count, height, width
-        )
+        return VisionSizes(video_min_pixels=2 * 28**2, video_max_pixels=6 * 28**2).clip_size(count, height, width)
 
     told: list[tuple[int, int]] = []
     path = write_clip(tmp_path / "a.mp4", 20, 10, rotation=90)
@@ -537,9 +529,7 @@ def test_damaged_frames_are_replaced_and_counted(tmp_path: Path) -> None:
     """Rubbish in the middle of a clip costs the frames it hits, says so, and shows no rubbish."""
     path = write_clip(tmp_path / "a.mp4", 100, 10, draw=noisy, gop=20, bframes=0)
     with av.open(str(path)) as file:
-        spots = [
-            (p.pos, p.size) for p in file.demux(video=0) if p.size and 40 <= p.pts * p.time_base * 10 < 60
-        ]
+        spots = [(p.pos, p.size) for p in file.demux(video=0) if p.size and 40 <= p.pts * p.time_base * 10 < 60]
     data = bytearray(path.read_bytes())
     for position, size in spots:
         data[position + 4 : position + size] = bytes(size - 4)
@@ -570,8 +560,7 @@ def test_claimed_sizes_are_not_believed(tmp_path: Path, side: int) -> None:
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     )
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(MediaError, match="too large"):

@@ -124,9 +124,7 @@ def test_ids_of_source_files_equal_the_reference_library(pair: Pair) -> None:
 
 
 # Marks are left to TEXTS: their canonical order differs between Unicode versions of Python and the library.
-ANY_TEXT = st.text(
-    st.characters(exclude_categories=["Cs", "Cn", "Mn"]) | st.sampled_from("e\u0301\u0308\u0327")
-)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn", "Mn"]) | st.sampled_from("e\u0301\u0308\u0327"))
 TRICKY_TEXT = st.text(st.sampled_from("aAsStTlL '\u017fé1٣\n\r\t\u00a0\u0085!.<|>日"))
 
 
@@ -227,9 +225,7 @@ def test_longest_of_overlapping_added_tokens_wins(trained: Pair) -> None:
     """Where added tokens begin alike or interlock, the split is the library's."""
     vocab = trained.reference.get_vocab(with_added_tokens=False)
     texts = ["<a>", "<a>b", "b<a", "a><"]
-    ours = Tokenizer(
-        Vocabulary(vocab, [], [AddedToken(text, len(vocab) + i, False) for i, text in enumerate(texts)])
-    )
+    ours = Tokenizer(Vocabulary(vocab, [], [AddedToken(text, len(vocab) + i, False) for i, text in enumerate(texts)]))
     reference = _reference(models.BPE(vocab, []))
     reference.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in texts])
     for text in ("<a>b<a>", "b<a><a>bb<a", "a><a>b", "<<a>>"):
