@@ -168,21 +168,22 @@ def patchify(frames: Tensor, sizes: VisionSizes) -> tuple[Tensor, Tensor]:
     patches = torch.empty(
         grid[0], grid[1] // merge, grid[2] // merge, merge, merge, 3, step, patch, patch, dtype=torch.float32
     )
-    mean = torch.tensor(sizes.image_mean).view(3, 1, 1)
-    std = torch.tensor(sizes.image_std).view(3, 1, 1)
-    # A few frames at a time: beside the result, a long clip never stands in memory as float32.
+    mean = torch.tensor(sizes.image_mean).view(3, 1, 1, 1)
+    std = torch.tensor(sizes.image_std).view(3, 1, 1, 1)
+    # A few frames at a time, and shuffled as bytes: a long clip is in memory as float32 once, as the result.
     for first in range(0, grid[0], 4):
         into = patches[first : first + 4]
         index = torch.arange(first * step, (first + len(into)) * step).clamp(max=count - 1)
         into.copy_(
             rearrange(
-                (frames[index].float() / 255 - mean) / std,
+                frames[index],
                 "(t step) c (gh mh ph) (gw mw pw) -> t gh gw mh mw c step ph pw",
                 step=step,
                 mh=merge,
                 mw=merge,
                 ph=patch,
                 pw=patch,
-            )
+            ).contiguous()
         )
+        into.div_(255).sub_(mean).div_(std)
     return patches.view(math.prod(grid), 3 * step * patch**2), torch.tensor(grid)
