@@ -1,1 +1,18 @@
 """Public checkpoints: hub id or folder, safetensors shards, parameters."""
+
+from weights.checkpoint import CheckpointError, StoredTensor, read_index
+from weights.load import Destination, fill
+from weights.names import qwen2_5_omni
+from weights.save import save_sharded
+from weights.source import locate
+
+__all__ = [
+    "CheckpointError",
+    "Destination",
+    "StoredTensor",
+    "fill",
+    "locate",
+    "qwen2_5_omni",
+    "read_index",
+    "save_sharded",
+]

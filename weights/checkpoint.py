@@ -1,0 +1,228 @@
+"""What a checkpoint folder holds: file, place, dtype and shape of every tensor, checked before any is read.
+
+A shard is a safetensors file: 8 bytes of header length, a JSON header, the tensors back to back (format:
+https://github.com/huggingface/safetensors#format). The index maps tensor names to shards. Both are foreign
+data: nothing they say is believed before it is held against the file's real size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MAX_JSON_BYTES = 100_000_000
+"""The safetensors library's own bound for a header."""
+MAX_LINES = 20
+MAX_LINE_LENGTH = 240
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found, fetched, trusted or fitted to the model. Says what and where."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a shard. offset: its first byte in the file."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def listed(summary: str, problems: Sequence[str]) -> CheckpointError:
+    """One error for several problems: a line each, at most MAX_LINES of them, and how many more there are."""
+    lines = [summary, *(f"  {problem[:MAX_LINE_LENGTH]}" for problem in problems[:MAX_LINES])]
+    if len(problems) > MAX_LINES:
+        lines.append(f"  … and {len(problems) - MAX_LINES} more.")
+    return CheckpointError("\n".join(lines))
+
+
+def read_index(folder: str | Path, prefix: str = "thinker.") -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder whose name starts with `prefix`.
+
+    Shards without such a tensor are not opened and need not be there. Raises CheckpointError with all that is
+    wrong: a shard that is absent, outside the folder, truncated or corrupt; index and shards that disagree;
+    tensors of other dtypes than DTYPES.
+    """
+    folder = Path(folder)
+    if (folder / INDEX_FILE).is_file():
+        shard_of = read_weight_map(folder, prefix)
+        shards = sorted(set(shard_of.values()))
+    elif (folder / SINGLE_FILE).is_file():
+        shard_of = None
+        shards = [SINGLE_FILE]
+    else:
+        raise CheckpointError(f"{folder} holds no checkpoint: neither {INDEX_FILE} nor {SINGLE_FILE} is there.")
+
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for shard in shards:
+        try:
+            held, unsound = _read_shard(_shard_path(folder, shard), prefix)
+        except OSError as error:
+            problems.append(f"{shard} cannot be read: {error.strerror}.")
+        except ValueError as error:
+            problems.append(f"{shard} {error}.")
+        else:
+            tensors |= held
+            problems += [f"{shard}: {problem}." for problem in unsound]
+            if shard_of is not None and not unsound:
+                promised = {name for name, file in shard_of.items() if file == shard}
+                for name in sorted(promised ^ held.keys()):
+                    does, places = ("lacks", "places") if name in promised else ("holds", "does not place")
+                    problems.append(f"{shard} {does} {name!r}, which the index {places} there.")
+    if problems:
+        raise listed(f"The checkpoint in {folder} is damaged or not supported:", problems)
+    if not tensors:
+        raise CheckpointError(f"{folder / SINGLE_FILE} holds no tensor whose name starts with {prefix!r}.")
+    return tensors
+
+
+def read_weight_map(folder: Path, prefix: str) -> dict[str, str]:
+    """Tensor name → shard's file name, from the index of a checkpoint, for names that start with `prefix`.
+
+    Raises CheckpointError where the index is no such map, or names a file in another folder.
+    """
+    path = folder / INDEX_FILE
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is longer than {MAX_JSON_BYTES} bytes")
+        weight_map = _parse_object(path.read_bytes()).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError('it has no "weight_map" object')
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    shard_of = {name: file for name, file in weight_map.items() if name.startswith(prefix)}
+    if not shard_of:
+        raise CheckpointError(f"{path} names no tensor that starts with {prefix!r}.")
+    # Plain names only: they reach the file system, and the hub client as patterns.
+    foreign = {
+        repr(file)
+        for file in shard_of.values()
+        if not (isinstance(file, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII))
+    }
+    if foreign:
+        raise listed(f"{path} names files that are no safetensors files of its own folder:", sorted(foreign))
+    return shard_of
+
+
+def _shard_path(folder: Path, shard: str) -> Path:
+    path = folder / shard
+    if not path.is_file():
+        raise ValueError("is absent")
+    root = folder.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":  # the hub's cache: files are links into blobs/, beside snapshots/
+        homes.append(root.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise ValueError("is a link that leaves the folder")
+    return path
+
+
+def _read_shard(path: Path, prefix: str) -> tuple[dict[str, StoredTensor], list[str]]:
+    """A shard's tensors under `prefix`, and what is wrong with single ones.
+
+    Raises ValueError, a phrase about the file without its name, where the file as a whole is unsound.
+    """
+    header, data_start, data_bytes = _read_header(path)
+    header.pop("__metadata__", None)
+    tensors: dict[str, StoredTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    problems: list[str] = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, begin, end = _parse_entry(entry)
+            spans.append((begin, end, name))
+            if not name.startswith(prefix):
+                continue
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"is stored as {dtype[:20]!r}: only {', '.join(DTYPES)} weights are supported, "
+                    "quantised checkpoints are not"
+                )
+            tensors[name] = StoredTensor(path, data_start + begin, DTYPES[dtype], shape)
+            if tensors[name].num_bytes != end - begin:
+                raise ValueError(f"has shape {shape} in {dtype}, but {end - begin} bytes")
+        except ValueError as error:
+            problems.append(f"{name!r} {error}")
+    if len(spans) == len(header):
+        _check_spans(sorted(spans), data_bytes)
+    return tensors, problems
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A shard's header, the first byte of its data, and how many bytes of data follow."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        if first == b"version ":
+            raise ValueError("is a Git LFS pointer, not the tensors themselves: run `git lfs pull`")
+        length = int.from_bytes(first, "little")
+        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
+            raise ValueError(f"is cut short or no safetensors file: {size} bytes, header of {length}")
+        try:
+            return _parse_object(file.read(length)), 8 + length, size - 8 - length
+        except ValueError as error:
+            raise ValueError(f"has an unreadable header: {error}") from error
+
+
+def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and end of one tensor as its shard's header gives them."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            # A bool is an int to isinstance. Eight dimensions keep the product of absurd sizes cheap.
+            counts = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            if counts and len(shape) <= 8 and begin <= end:
+                return dtype, tuple(shape), begin, end
+    raise ValueError("has no sound dtype, shape and data_offsets")
+
+
+def _check_spans(spans: Sequence[tuple[int, int, str]], data_bytes: int) -> None:
+    """spans: (begin, end, name), sorted. They must tile the data: no gap, no overlap, nothing left over."""
+    last = max((end for _, end, _ in spans), default=0)
+    if last > data_bytes:
+        raise ValueError(f"is cut short: {data_bytes} bytes of tensors where its header lists {last}")
+    if last < data_bytes:
+        raise ValueError(f"has {data_bytes - last} bytes after its last tensor")
+    place = 0
+    for begin, end, name in spans:
+        if begin != place:
+            what = "overlaps the tensor" if begin < place else "leaves a gap after the tensor"
+            raise ValueError(f"is corrupt: {name!r} {what} before it (data byte {begin}, not {place})")
+        place = end
+
+
+def _parse_object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_distinct)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return values

@@ -1,0 +1,147 @@
+"""Filling parameters from safetensors: memory-mapped, straight to device and dtype, nothing held twice."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from weights.checkpoint import StoredTensor, listed, read_index
+
+PIECE_BYTES = 16 << 20
+"""How much of a shard is mapped at a time: all the host memory that loading takes besides the parameters."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a public tensor goes: a parameter, or a part of it that is contiguous in memory.
+
+    rows: `slice(a, b)` of a parameter that fuses several tensors by rows (dimension 0).
+    entry: place in a parameter that stacks tensors in a new dimension 0; `rows` are then rows of the entry.
+    """
+
+    parameter: str
+    rows: slice | None = None
+    entry: int | None = None
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of the parameter that the public tensor fills, of the public tensor's shape."""
+        part = parameter if self.entry is None else parameter[self.entry]
+        return part if self.rows is None else part[self.rows]
+
+
+@torch.no_grad()
+def fill(
+    module: nn.Module,
+    folder: str | Path,
+    destinations: Mapping[str, Destination],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    prefix: str = "thinker.",
+    ignored: Collection[str] = (),
+    progress: bool = False,
+) -> None:
+    """Replaces a module's parameters, made on `meta`, by ones on `device` in `dtype`, filled from a checkpoint.
+
+    destinations: public tensor name → where it goes; together they cover every parameter exactly once.
+    ignored: names under `prefix` that the checkpoint may hold and nobody needs. progress: a bar on stderr.
+    Host memory besides the parameters: PIECE_BYTES. Buffers stay as they are.
+    Raises CheckpointError, before anything is allocated, for a damaged checkpoint (`read_index`) and for
+    tensors missing, unexpected or misshapen.
+    """
+    from tqdm import tqdm
+
+    stored = read_index(folder, prefix)
+    meta = dict(module.named_parameters())
+    _check(Path(folder), stored, meta, destinations, ignored)
+    for name, parameter in meta.items():
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(empty, parameter.requires_grad))
+    parameters = dict(module.named_parameters())
+
+    wanted = sorted(destinations, key=lambda name: (stored[name].path, stored[name].offset))
+    total = sum(stored[name].num_bytes for name in wanted)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
+        for path, names in groupby(wanted, key=lambda name: stored[name].path):
+            with path.open("rb") as file:
+                for name in names:
+                    destination = destinations[name]
+                    _copy(file, stored[name], destination.view(parameters[destination.parameter]))
+                    bar.update(stored[name].num_bytes)
+
+
+def _check(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    parameters: Mapping[str, Tensor],
+    destinations: Mapping[str, Destination],
+    ignored: Collection[str],
+) -> None:
+    """Raises CheckpointError, which lists all, unless checkpoint, destinations and parameters fit."""
+    missing = [
+        f"missing: {name!r}, for {destination.parameter}"
+        for name, destination in destinations.items()
+        if name not in stored
+    ]
+    unexpected = [
+        f"unexpected: {name!r} in {tensor.path.name}"
+        for name, tensor in stored.items()
+        if name not in destinations and name not in ignored
+    ]
+    misshapen = []
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in parameters}
+    for name, destination in destinations.items():
+        part = destination.view(parameters[destination.parameter])
+        begin = int(part.storage_offset())
+        spans[destination.parameter].append((begin, begin + part.numel()))
+        if name in stored and stored[name].shape != part.shape:
+            shapes = f"is {stored[name].shape}, the model takes {tuple(part.shape)}"
+            misshapen.append(f"misshapen: {name!r} in {stored[name].path.name} {shapes}")
+    unfilled = [
+        f"not filled once: {name}, elements {begin} to {end}"
+        for name, parameter in parameters.items()
+        for begin, end in _breaks(sorted(spans[name]), parameter.numel())
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshapen": misshapen,
+        "not filled once": unfilled,
+    }
+    if problems := [problem for kind in kinds.values() for problem in kind]:
+        counts = ", ".join(f"{len(kind)} {what}" for what, kind in kinds.items() if kind)
+        raise listed(f"The checkpoint in {folder} does not fit the model ({counts}):", problems)
+
+
+def _breaks(spans: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """Where sorted spans that should tile 0 … size leave a gap or overlap."""
+    place = 0
+    for begin, end in (*spans, (size, size)):
+        if begin != place:
+            yield min(begin, place), max(begin, place)
+        place = max(place, end)
+
+
+def _copy(file: BinaryIO, tensor: StoredTensor, target: Tensor) -> None:
+    """Reads one tensor into a contiguous target of its shape, converting to the target's device and dtype.
+
+    Each piece is mapped and unmapped in turn, so that pages of the file never pile up in this process. The
+    mapping is private rather than read-only because PyTorch wants writable memory; nothing writes to it.
+    """
+    flat = target.view(-1)
+    step = PIECE_BYTES // tensor.dtype.itemsize
+    for first in range(0, flat.numel(), step):
+        piece = flat[first : first + step]
+        begin = tensor.offset + first * tensor.dtype.itemsize
+        margin = begin % mmap.ALLOCATIONGRANULARITY  # a mapping starts on a page
+        length = margin + piece.numel() * tensor.dtype.itemsize
+        with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin - margin) as window:
+            piece.copy_(torch.frombuffer(window, dtype=tensor.dtype, count=piece.numel(), offset=margin))

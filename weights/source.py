@@ -1,0 +1,91 @@
+"""Finding a checkpoint: a folder as it is, or what a thinker needs of a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, listed, read_weight_map
+
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    INDEX_FILE,
+]
+
+
+def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str = "thinker.") -> Path:
+    """The folder of a checkpoint.
+
+    source: an existing folder, returned as it is, or a hub id `owner/name`, of which the files that are not in
+    the hub's cache yet are fetched: configuration, tokenizer, index, and the shards that hold tensors named
+    `tensor_prefix`…; never code, pickles or other parts of the model. revision: branch, tag or commit of a
+    hub id. The hub library's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
+    Raises CheckpointError where the checkpoint cannot be found or fetched.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}: leave it out.")
+        return Path(source)
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
+        raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
+    folder = _fetch(source, revision, SMALL_FILES)
+    if (folder / INDEX_FILE).is_file():
+        shards = sorted(set(read_weight_map(folder, tensor_prefix).values()))
+    else:
+        shards = [SINGLE_FILE]
+    if absent := _absent(folder, shards):
+        # The commit that answered the first request, so that all files are of one version.
+        _fetch(source, folder.name, absent)
+        if absent := _absent(folder, shards):
+            raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
+    return folder
+
+
+def _absent(folder: Path, files: list[str]) -> list[str]:
+    return [file for file in files if not (folder / file).is_file()]
+
+
+def _fetch(repo_id: str, revision: str | None, files: list[str]) -> Path:
+    """The snapshot folder in the hub's cache, holding those of the files that the repository has."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
+    except Exception as error:  # The library's HTTP client, and so what it raises, changes between versions.
+        raise CheckpointError(f"{repo_id} {_reason(error, revision)}.") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """What went wrong at the hub and what to do about it."""
+    from huggingface_hub import errors
+
+    wanted = "the default revision" if revision is None else f"revision {revision!r}"
+    match error:
+        case errors.HFValidationError():
+            return "is neither an existing folder nor a valid hub id"
+        case errors.GatedRepoError():
+            return "is gated: ask for access on its page, then log in (`hf auth login`, or set HF_TOKEN)"
+        case errors.RepositoryNotFoundError():
+            return (
+                "is neither an existing folder nor a repository that the hub shows you: check the spelling, "
+                "and log in if it is private (`hf auth login`, or set HF_TOKEN)"
+            )
+        case errors.RevisionNotFoundError():
+            return f"has no {wanted}: its page on the hub lists branches, tags and commits"
+        case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            return f"is not wholly in the hub's cache ({wanted}) and HF_HUB_OFFLINE is set: unset it once to fetch it"
+        case errors.LocalEntryNotFoundError():
+            return f"is not wholly in the hub's cache ({wanted}) and the hub cannot be reached: check the network"
+        case _:
+            cause = (str(error).splitlines() or [""])[0]
+            return f"could not be fetched, try again ({type(error).__name__}: {cause})"
