@@ -80,15 +80,16 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
-        text: dict | None = None,
-        vision: dict | None = None,
+        text: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        sound: dict[str, Any] | None = None,
     ) -> Pair:
         torch.manual_seed(seed)
         tied = (text or {}).get("tie_word_embeddings", False)
         thinker = {
             "text_config": {**TEXT, **(text or {})},
             "vision_config": {**VISION, **(vision or {})},
-            "audio_config": dict(SOUND),
+            "audio_config": {**SOUND, **(sound or {})},
             "audio_token_index": AUDIO,
             "image_token_index": IMAGE,
             "video_token_index": VIDEO,
