@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from weights.checkpoint import StoredTensor, listed, read_index
 
 PIECE_BYTES = 16 << 20
-"""How much of a shard is mapped at a time: all the host memory that loading takes besides the parameters."""
+"""How much of a shard is mapped at a time, at least a row: all that loading takes besides the parameters."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def fill(
 
     destinations: public tensor name → where it goes; together they cover every parameter exactly once.
     ignored: names under `prefix` that the checkpoint may hold and nobody needs. progress: a bar on stderr.
-    Host memory besides the parameters: PIECE_BYTES. Buffers stay as they are.
+    Host memory besides the parameters: PIECE_BYTES, or a row where that is more. Buffers stay as they are.
     Raises CheckpointError, before anything is allocated, for a damaged checkpoint (`read_index`) and for
     tensors missing, unexpected or misshapen.
     """
@@ -63,7 +64,7 @@ def fill(
     _check(Path(folder), stored, meta, destinations, ignored)
     for name, parameter in meta.items():
         owner, _, leaf = name.rpartition(".")
-        empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+        empty = _allocate(parameter.shape, dtype, torch.device(device))
         setattr(module.get_submodule(owner), leaf, nn.Parameter(empty, parameter.requires_grad))
     parameters = dict(module.named_parameters())
 
@@ -130,18 +131,35 @@ def _breaks(spans: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, 
         place = max(place, end)
 
 
-def _copy(file: BinaryIO, tensor: StoredTensor, target: Tensor) -> None:
-    """Reads one tensor into a contiguous target of its shape, converting to the target's device and dtype.
+def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Storage of a parameter. In a CPU's memory the longer side of a matrix is contiguous, whichever it is.
 
-    Each piece is mapped and unmapped in turn, so that pages of the file never pile up in this process. The
-    mapping is private rather than read-only because PyTorch wants writable memory; nothing writes to it.
+    Decoding is matrix-vector products, bound by the memory. PyTorch's CPU product reads such a matrix at the full
+    memory rate, and one that lies the other way round at about two thirds of it; products of many rows take both
+    alike (`scripts/bench.py`, row decode).
     """
-    flat = target.view(-1)
-    step = PIECE_BYTES // tensor.dtype.itemsize
-    for first in range(0, flat.numel(), step):
-        piece = flat[first : first + step]
-        begin = tensor.offset + first * tensor.dtype.itemsize
+    if device.type == "cpu" and len(shape) == 2 and shape[0] > shape[1]:
+        return torch.empty(shape[1], shape[0], dtype=dtype, device=device).t()
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _copy(file: BinaryIO, tensor: StoredTensor, target: Tensor) -> None:
+    """Reads one tensor into a target of its shape, converting to the target's device and dtype.
+
+    Each piece, some rows or one, is mapped and unmapped in turn, so that pages of the file never pile up in this
+    process. The mapping is private rather than read-only because PyTorch wants writable memory; nothing writes.
+    """
+    rows = target.reshape(1) if target.dim() == 0 else target
+    row = tensor.dtype.itemsize * math.prod(rows.shape[1:])
+    if rows.numel() == 0:
+        return
+    step = max(1, PIECE_BYTES // row)
+    for first in range(0, len(rows), step):
+        piece = rows[first : first + step]
+        begin = tensor.offset + first * row
         margin = begin % mmap.ALLOCATIONGRANULARITY  # a mapping starts on a page
-        length = margin + piece.numel() * tensor.dtype.itemsize
+        length = margin + len(piece) * row
         with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin - margin) as window:
-            piece.copy_(torch.frombuffer(window, dtype=tensor.dtype, count=piece.numel(), offset=margin))
+            values = torch.frombuffer(window, dtype=tensor.dtype, count=piece.numel(), offset=margin)
+            piece.copy_(values.view(piece.shape))
+            del values  # a window with a view cannot be closed
