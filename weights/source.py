@@ -32,7 +32,7 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
     hub id. The hub library's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
     Raises CheckpointError where the checkpoint cannot be found or fetched.
     """
-    if Path(source).is_dir():
+    if source != "" and Path(source).is_dir():  # Path("") is the working directory
         if revision is not None:
             raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}: leave it out.")
         return Path(source)

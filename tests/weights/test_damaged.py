@@ -29,7 +29,7 @@ NAMES = [name for name in TENSORS if name.startswith("thinker.")]
 SOUND = save(TENSORS, metadata={"format": "pt"})
 DATA_START = 8 + int.from_bytes(SOUND[:8], "little")
 HEADER = json.loads(SOUND[8:DATA_START])
-WEIGHT_MAP = {name: "model-1.safetensors" for name in TENSORS}
+WEIGHT_MAP = dict.fromkeys(TENSORS, "model-1.safetensors")
 TRIES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

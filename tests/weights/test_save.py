@@ -62,6 +62,6 @@ def test_an_error_leaves_the_folder_as_it_was(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="no more"):
         save_sharded(breaks(), tmp_path, max_shard_bytes=1)
     assert contents(tmp_path) == before
-    with pytest.raises(ValueError, match="Two tensors are named 'thinker.b'"):
+    with pytest.raises(ValueError, match=r"Two tensors are named 'thinker\.b'"):
         save_sharded([("thinker.b", torch.ones(1))] * 2, tmp_path, max_shard_bytes=1)
     assert contents(tmp_path) == before

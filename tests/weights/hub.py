@@ -1,0 +1,88 @@
+"""A stand-in for the Hugging Face hub on this machine, speaking as much HTTP as the real client library asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class Hub:
+    """repositories: hub id → file name → content. `served` collects (hub id, file) of every content sent.
+
+    `gated` repositories list their files and refuse them. Every repository has the revisions main and v1.
+    """
+
+    def __init__(self, repositories: dict[str, dict[str, bytes]], gated: frozenset[str] = frozenset()) -> None:
+        self.repositories, self.gated = repositories, gated
+        self.served: list[tuple[str, str]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self)
+
+            def log_message(self, *_args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        parts = unquote(urlparse(request.path).path).strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        owner, name, what, revision, *path = parts[2:] if api else parts
+        repo_id, file = f"{owner}/{name}", "/".join(path)
+        files = self.repositories.get(repo_id)
+        if files is None:
+            return self.refuse(request, 404, "RepoNotFound")
+        if revision not in ("main", "v1", COMMIT):
+            return self.refuse(request, 404, "RevisionNotFound")
+        if api and what == "revision":
+            siblings = [{"rfilename": file} for file in files]
+            return self.send_json(request, {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings})
+        if api and what == "tree":
+            return self.send_json(
+                request,
+                [
+                    {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for file, content in files.items()
+                ],
+            )
+        if repo_id in self.gated:
+            return self.refuse(request, 403, "GatedRepo")
+        if file not in files:
+            return self.refuse(request, 404, "EntryNotFound")
+        if request.command == "GET":
+            self.served.append((repo_id, file))
+        headers = {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        return self.send(request, 200, files[file], headers)
+
+    def send_json(self, request: BaseHTTPRequestHandler, value: Any) -> None:
+        self.send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+        self.send(request, status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
