@@ -31,9 +31,8 @@ from clips import (
 from PIL import Image
 from torch import Tensor
 
-from omni.processing import media
 from omni.processing.frames import VisionSizes, sample_indices
-from omni.processing.media import MediaError, kind_of, read_audio, read_image, read_video
+from omni.processing.media import MediaError, kind_of, read_audio, read_image, read_video, video
 
 MEDIA = Path(__file__).parents[4] / "shared/data/media"
 
@@ -101,14 +100,14 @@ def test_only_what_leads_to_a_wanted_frame_is_decoded(tmp_path: Path, monkeypatc
     """With a keyframe every second, four frames of a minute cost a fraction of its 600."""
     path = write_clip(tmp_path / "a.mp4", 600, 10, gop=10, draw=lambda n: numbered_frame(n % 256))
     fed = 0
-    frames_of = media._frames_of
+    frames_of = video.frames_of
 
     def counting(context: Any, packet: Any) -> Any:
         nonlocal fed
         fed += packet is not None
         return frames_of(context, packet)
 
-    monkeypatch.setattr(media, "_frames_of", counting)
+    monkeypatch.setattr(video, "frames_of", counting)
     assert numbers(path, max_frames=4) == [0, 150, 300 % 256, 450 % 256]
     assert fed == 4
 
@@ -119,7 +118,7 @@ def test_bad_seeking_falls_back_to_reading_through(
 ) -> None:
     """Where the file's index leads past the keyframe, or nowhere, the same frames come out."""
     path = write_clip(tmp_path / "a.mp4", 100, 10, gop=5)
-    container = media._container
+    container = video.open_container
 
     class Misled:
         def __init__(self, inner: Any) -> None:
@@ -138,7 +137,7 @@ def test_bad_seeking_falls_back_to_reading_through(
         with container(source) as (inner, name):
             yield Misled(inner), name
 
-    monkeypatch.setattr(media, "_container", opened)
+    monkeypatch.setattr(video, "open_container", opened)
     assert numbers(path, fps=0.8) == sample_indices(100, 10.0, fps=0.8)
 
 
