@@ -4,7 +4,7 @@
     python scripts/bench.py --repeats 3 --tokens 500 --rows prefill decode
 
 Writes benchmarks/results/<machine>-<date>.json and renders benchmarks/README.md from all result files.
-Every row runs the two sides in turns and takes medians; the machine's matrix and memory rates are measured in the
+Every row alternates the two sides and takes medians; the machine's matrix and memory rates are measured in the
 same run, before and after, so that a figure can be read as a share of what the machine can do.
 """
 
@@ -206,137 +206,13 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 2
     row = against(theirs, ours, repeats)
     read = sum(parameter.nbytes for parameter in model.thinker.layers.parameters())
     read += model.thinker.embedding.weight.nbytes  # the tied head
-    row = {"their_seconds": their_seconds, "our_seconds": our_seconds, "speedup": their_seconds / our_seconds}
-    return {
-        **row,
-        "our_read_gb_per_s": read / our_seconds / 1e9,
-        "their_read_gb_per_s": read / their_seconds / 1e9,
-    }
+    rates = {f"{side}_read_gb_per_s": read / row[f"{side}_seconds"] / 1e9 for side in ("our", "their")}
+    return {**row, **rates}
 
 
 def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
     torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)  # and warms both up
     return against(timed(theirs), timed(ours), repeats)
-
-
-def run() -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    return run
-
-
-def measure_ceilings(repeats: int) -> dict[str, float]:
-    """Matrix rate (float32, 2048³) and read rate (one matrix-vector product over 1 GiB) of this machine."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    big, x = torch.randn(65536, 4096), torch.randn(65536)
-    work = [timed(lambda: a @ b), timed(lambda: x @ big)]
-    alternate(work, 1)
-    product, read = map(statistics.median, alternate(work, max(5, repeats)))
-    return {"matrix_gflops": 2 * 2048**3 / product / 1e9, "read_gb_per_s": big.nbytes / read / 1e9}
-
-
-def bench_prefill(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, float]:
-    """A prompt through the decoder to the logits of its last position, cache written."""
-    decoder = model.config.decoder
-    x = torch.randn(1, tokens, decoder.hidden_size)
-    positions = torch.arange(tokens).expand(3, 1, -1)
-
-    def theirs() -> Tensor:
-        hidden = reference.model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True)
-        return reference.lm_head(hidden.last_hidden_state[:, -1])
-
-    def ours() -> Tensor:
-        return model.thinker(x, positions, Cache(decoder, tokens, device=model.device, dtype=model.dtype))
-
-    row = compare(theirs, ours, repeats)
-    weights = sum(parameter.numel() for parameter in model.thinker.layers.parameters())
-    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * tokens**2  # causal half
-    head = 2 * decoder.hidden_size * decoder.vocab_size
-    return {**row, "our_gflops": (2 * weights * tokens + attention + head) / row["our_seconds"] / 1e9}
-
-
-def bench_vision(reference: Any, model: omni.Omni, side: int, repeats: int) -> dict[str, float]:
-    """Eight temporal grids of side × side patches."""
-    grid = torch.tensor([[8, side, side]])
-    patches = torch.randn(8 * side * side, model.config.vision.patch_dim)
-    return compare(
-        lambda: reference.model.visual(patches, grid_thw=grid).pooler_output,
-        lambda: model.thinker.vision(patches, grid),
-        repeats,
-    )
-
-
-def bench_audio(reference: Any, model: omni.Omni, repeats: int) -> dict[str, float]:
-    """Thirty seconds of sound."""
-    mel, length = torch.randn(1, 128, 3000), torch.tensor([3000])
-    return compare(
-        lambda: reference.model.audio_tower(mel[0], feature_lens=length).last_hidden_state,
-        lambda: model.thinker.audio(mel, length),
-        repeats,
-    )
-
-
-def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 256, new: int = 16) -> dict[str, float]:
-    """Seconds per new token, greedy, after a prompt; both sides feed on their own picks."""
-    decoder = model.config.decoder
-    x = torch.randn(1, prompt, decoder.hidden_size)
-    positions = torch.arange(prompt).expand(3, 1, -1)
-    steps = [torch.full((3, 1, 1), prompt + step) for step in range(new)]
-    picks: dict[str, list[int]] = {}
-
-    def theirs() -> float:
-        language = reference.model.language_model
-        out = language(inputs_embeds=x, position_ids=positions, use_cache=True)
-        logits, tokens = reference.lm_head(out.last_hidden_state[:, -1]), []
-        started = time.perf_counter()
-        for step in steps:
-            tokens.append(logits.argmax(-1))
-            out = language(
-                input_ids=tokens[-1][:, None],
-                position_ids=step,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-            logits = reference.lm_head(out.last_hidden_state[:, -1])
-        seconds = time.perf_counter() - started
-        picks["theirs"] = torch.cat(tokens).tolist()
-        return seconds / new
-
-    def ours() -> float:
-        cache = Cache(decoder, prompt + new, device=model.device, dtype=model.dtype)
-        logits, tokens = model.thinker(x, positions, cache), []
-        started = time.perf_counter()
-        for step in steps:
-            tokens.append(logits.argmax(-1))
-            logits = model.thinker(model.thinker.embedding(tokens[-1][:, None]), step, cache)
-        seconds = time.perf_counter() - started
-        picks["ours"] = torch.cat(tokens).tolist()
-        return seconds / new
-
-    alternate([theirs, ours], 1)
-    if picks["theirs"] != picks["ours"]:
-        raise SystemExit("the two sides do not pick the same tokens: nothing to compare.")
-    row = against(theirs, ours, repeats)
-    read = sum(parameter.nbytes for parameter in model.thinker.layers.parameters())
-    read += model.thinker.embedding.weight.nbytes  # the tied head
-    row = {"their_seconds": their_seconds, "our_seconds": our_seconds, "speedup": their_seconds / our_seconds}
-    return {
-        **row,
-        "our_read_gb_per_s": read / our_seconds / 1e9,
-        "their_read_gb_per_s": read / their_seconds / 1e9,
-    }
-
-
-def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
-    torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)
-    their_seconds, our_seconds = alternate([timed(theirs), timed(ours)], repeats)
-    return {
-        "their_seconds": their_seconds,
-        "our_seconds": our_seconds,
-        "speedup": their_seconds / our_seconds,
-    }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -416,9 +292,9 @@ def render(results: list[dict[str, Any]]) -> str:
         for name, row in result["rows"].items():
             rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
             rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
-            lines.append(
-                f"| {name} | {row['speedup']:.2f} | {row['lowest']:.2f} to {row['highest']:.2f} | {row['their_seconds']:.4g} | {row['our_seconds']:.4g} | {rate} |"
-            )
+            spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+            seconds = f"{row['their_seconds']:.4g} | {row['our_seconds']:.4g}"
+            lines.append(f"| {name} | {row['speedup']:.2f} | {spread} | {seconds} | {rate} |")
     return "\n".join(lines) + "\n"
 
 
