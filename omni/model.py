@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ from omni.processing.processor import Processor
 from omni.processing.tokenizer import TextStream, Tokenizer
 from omni.runtime.sampling import Sampling, pick
 from omni.thinker import Thinker
+
+
+class GenerateOptions(TypedDict, total=False):
+    """max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`; greedy
+    unless given. seed: makes sampling repeatable on one device. stop_token_ids: instead of the checkpoint's own.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+    stop_token_ids: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -91,20 +104,38 @@ class Omni:
         """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
         return Processor(self.folder, self.config)
 
-    def prepare(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Inputs:
-        """Messages in the chat format, with media parts, → the tensors of one request.
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        use_audio_in_video: bool = True,
+        fps: float = 2.0,
+        max_frames: int = 768,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        on_frame: Callable[[int, int], None] | None = None,
+    ) -> Inputs:
+        """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
 
-        Options and errors: `omni.processing.Processor.prepare`.
+        What the options mean and what is raised: `omni.processing.processor.Processor.prepare`.
         """
-        return self.processor.prepare(messages, **options)
+        return self.processor.prepare(
+            messages,
+            use_audio_in_video=use_audio_in_video,
+            fps=fps,
+            max_frames=max_frames,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            on_frame=on_frame,
+        )
 
     @torch.inference_mode()
     def prefill(self, inputs: Inputs) -> Prefill:
         """Runs the prompt. Raises InputError where it does not fit the model or its placeholders its media."""
         return self._prefill(inputs, max_new_tokens=0)
 
-    def generate(self, inputs: Inputs, **options: Any) -> Generation:
-        """Answers a request. Options and errors: `stream`."""
+    def generate(self, inputs: Inputs, **options: Unpack[GenerateOptions]) -> Generation:
+        """Answers a request. Needs no tokenizer where `stop_token_ids` are given. Errors: `stream`."""
         tokens = self._tokens(inputs, **options)
         while True:
             try:
@@ -112,11 +143,9 @@ class Omni:
             except StopIteration as stop:
                 return stop.value
 
-    def stream(self, inputs: Inputs, **options: Any) -> Generator[str, None, Generation]:
+    def stream(self, inputs: Inputs, **options: Unpack[GenerateOptions]) -> Generator[str, None, Generation]:
         """Yields the answer's text as it comes, in whole characters; the generator's value is the Generation.
 
-        max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`.
-        seed: makes sampling repeatable on one device. stop_token_ids: instead of the checkpoint's own.
         Raises InputError before any work where prompt and answer exceed the context, ValueError for options
         out of range.
         """

@@ -110,7 +110,8 @@ class AudioEncoder(nn.Module):
         x = F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))
         # What the bias made of the empty tail must not reach the second convolution.
         x = x * (torch.arange(frames, device=mel.device) < lengths).unsqueeze(1)
-        x = rearrange(F.gelu(self.conv2(x)), "c d n -> c n d")
+        # Contiguous once, or every layer after it would copy: the sum keeps the strides of the convolution.
+        x = rearrange(F.gelu(self.conv2(x)), "c d n -> c n d").contiguous()
         positions = x.shape[1]
         x = x + sinusoids(positions, self.config.hidden_size, x.device).to(x.dtype)
         real = torch.arange(positions, device=mel.device) < (lengths - 1) // 2 + 1

@@ -48,6 +48,9 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     interleaved in one block of placeholders.
     """
     ids = inputs.input_ids[0].cpu()
+    vocab_size = config.decoder.vocab_size
+    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise InputError(f"input_ids must be token ids from 0 to {vocab_size - 1}: is this the model's tokenizer?")
     tokens = config.tokens
     kinds = torch.zeros_like(ids)
     for kind, token in ((IMAGE, tokens.image), (VIDEO, tokens.video), (AUDIO, tokens.audio)):

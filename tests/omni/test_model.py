@@ -138,6 +138,7 @@ def test_context_limit_is_checked_before_any_work(pair, monkeypatch: pytest.Monk
     ("change", "words"),
     [
         ({"input_ids": torch.zeros(2, 3, dtype=torch.long)}, r"input_ids must be \(1, S\)"),
+        ({"input_ids": torch.tensor([[5, 640]])}, "token ids from 0 to 639"),
         ({"pixel_values_videos": None}, "go together"),
         ({"pixel_values_videos": torch.zeros(7, 1176)}, "its grid_thw asks for"),
         ({"video_grid_thw": torch.tensor([[3, 6, 6]])}, "placeholders but its media make"),
