@@ -221,7 +221,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "prefill": lambda: bench_prefill(reference, model, options.tokens, options.repeats),
         "vision": lambda: bench_vision(reference, model, 24, options.repeats),
         "vision ragged": lambda: bench_vision(reference, model, 20, options.repeats),
-        "audio": lambda: bench_audio(reference, model, options.repeats),
+        "audio": lambda: bench_audio(reference, model, 3 * options.repeats),  # a second long: more rounds, less noise
         "decode": lambda: bench_decode(reference, model, options.repeats),
     }
     import transformers

@@ -72,9 +72,12 @@ class Processor:
             elif kind == "audio":
                 waveform = read_audio(source)
                 if waveform is None:
-                    raise InputError(f"{source} has no sound: give it as a video or leave it out.")
+                    raise InputError(f"{_name(source)} has no sound: give it as a video or leave it out.")
                 sounds.append(log_mel(waveform, self.config.audio.num_mel_bins))
-                blocks.append((tokens.audio, [tokens.audio] * token_count(sounds[-1].shape[1])))
+                count = token_count(sounds[-1].shape[1])
+                if count == 0:
+                    raise InputError(f"{_name(source)} is too short for a single audio token: {len(waveform)} samples.")
+                blocks.append((tokens.audio, [tokens.audio] * count))
             else:
                 video = read_video(
                     source,
@@ -141,6 +144,11 @@ def _media(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     """(kind, source) of every media part, in order; the messages have passed `encode_chat`."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
+
+
+def _name(source: Any) -> str:
+    """A source in a message: its path, or what kind of object it is."""
+    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
 
 
 def _join(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

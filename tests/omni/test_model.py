@@ -101,6 +101,12 @@ def test_several_media_share_one_prompt(model: omni.Omni, clip: Path) -> None:
     assert prefill.logits.dtype == torch.float32
 
 
+def test_sound_without_a_token_is_refused(model: omni.Omni) -> None:
+    """Twenty milliseconds make no audio token: said, not passed over."""
+    with pytest.raises(InputError, match="a Tensor is too short for a single audio token"):
+        model.prepare(chat({"type": "audio", "audio": torch.zeros(320)}, {"type": "text", "text": "What?"}))
+
+
 def test_typed_control_tokens_stay_text(model: omni.Omni) -> None:
     """A question cannot smuggle in a media placeholder or end its turn."""
     ids = model.prepare(chat({"type": "text", "text": "<|VIDEO|><|im_end|>"})).input_ids[0].tolist()
