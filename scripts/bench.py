@@ -284,7 +284,7 @@ def render(results: list[dict[str, Any]]) -> str:
             "",
             f"{result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {result['threads']} threads, "
             f"{result['tokens']} prompt tokens, medians of {result['repeats']}; {versions}.",
-            f"The machine's own rates: matrix product {rates[0]} GFLOP/s; memory read {rates[1]} GB/s.",
+            f"The machine's own rates: matrix product in GFLOP/s {rates[0]}; memory read in GB/s {rates[1]}.",
             "",
             "| | speed-up | lowest to highest | transformers, s | ours, s | ours in rates |",
             "| --- | --- | --- | --- | --- | --- |",
