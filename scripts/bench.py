@@ -95,6 +95,7 @@ def against(theirs: Callable[[], float], ours: Callable[[], float], repeats: int
     their_seconds, our_seconds = alternate([theirs, ours], repeats)
     ratios = sorted(their / our for their, our in zip(their_seconds, our_seconds, strict=True))
     return {
+        "rounds": repeats,
         "speedup": statistics.median(ratios),
         "lowest": ratios[0],
         "highest": ratios[-1],
@@ -283,18 +284,18 @@ def render(results: list[dict[str, Any]]) -> str:
             f"## {result['bench']}: {result['machine']}, {result['date']}",
             "",
             f"{result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {result['threads']} threads, "
-            f"{result['tokens']} prompt tokens, medians of {result['repeats']}; {versions}.",
+            f"{result['tokens']} prompt tokens; {versions}.",
             f"The machine's own rates: matrix product in GFLOP/s {rates[0]}; memory read in GB/s {rates[1]}.",
             "",
-            "| | speed-up | lowest to highest | transformers, s | ours, s | ours in rates |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| | speed-up | lowest to highest | rounds | transformers, s | ours, s | ours in rates |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, row in result["rows"].items():
             rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
             rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
             spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
             seconds = f"{row['their_seconds']:.4g} | {row['our_seconds']:.4g}"
-            lines.append(f"| {name} | {row['speedup']:.2f} | {spread} | {seconds} | {rate} |")
+            lines.append(f"| {name} | {row['speedup']:.2f} | {spread} | {row['rounds']} | {seconds} | {rate} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ PIECE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a public tensor goes: a parameter, or a part of it that is contiguous in memory.
+    """Where a public tensor goes: a parameter, or a part of it.
 
     rows: `slice(a, b)` of a parameter that fuses several tensors by rows (dimension 0).
     entry: place in a parameter that stacks tensors in a new dimension 0; `rows` are then rows of the entry.

@@ -86,11 +86,9 @@ class Attention(nn.Module):
         """x: (grids, N, hidden), in window order."""
         qkv = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
         q, k = rotate(qkv[:2], frame.cos, frame.sin)
-        mixed = self._frames(q, k, qkv[2]) if self.full else self._windows(q, k, qkv[2], frame)
+        v = qkv[2]
+        mixed = F.scaled_dot_product_attention(q, k, v) if self.full else self._windows(q, k, v, frame)
         return self.output(rearrange(mixed, "g h n d -> g n (h d)"))
-
-    def _frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
 
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, frame: FrameLayout) -> Tensor:
         grids = q.shape[0]

@@ -95,9 +95,9 @@ class Processor:
                     waveform = read_audio(source)
                     mel = None if waveform is None else log_mel(waveform, self.config.audio.num_mel_bins)
                     # A sound too short for a single token is none.
-                    if mel is not None and token_count(mel.shape[1]) > 0:
+                    if mel is not None and (count := token_count(mel.shape[1])):
                         sounds.append(mel)
-                        heard = token_count(mel.shape[1])
+                        heard = count
                 grid = clips[-1][1].tolist()
                 blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
         fields: dict[str, Any] = {}
