@@ -69,7 +69,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")
     parser.add_argument("--system", help="system message (default: the chat template's)")
     parser.add_argument("--no-audio", action="store_true", help="leave out the sound of clips")
     parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
@@ -187,6 +187,13 @@ def _not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
     return value
 
 

@@ -174,6 +174,8 @@ class Omni:
     ) -> Generator[int, None, Generation]:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {seed}.")
         sampling = Sampling(temperature, top_p, top_k)
         stops = frozenset(self._stop_token_ids() if stop_token_ids is None else stop_token_ids)
         generator = torch.Generator(self.device)

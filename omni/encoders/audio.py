@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 
-CHUNKS_PER_BATCH = 5
-"""Ten seconds: common durations fill whole batches."""
+CHUNKS_PER_BATCH = 15
+"""Thirty seconds, as Whisper hears it: enough rows for full matrix speed on a CPU."""
 
 
 def token_count(mel_frames: int) -> int:

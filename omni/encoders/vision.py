@@ -28,20 +28,18 @@ MAX_GRIDS_PER_BATCH = 8
 class FrameLayout:
     """Where the patches of one frame size go. Patches of a window are adjacent inside the encoder.
 
+    Frames that are no multiple of the window leave narrower windows at their right and lower edges. Windows of one
+    size are adjacent too, so that each size is one dense batch: no padding and no mask.
+
     order: (N,) patch of the input at each place. restore: (N / merge²,) place of each merged token.
-    cos, sin: (N, head_dim / 2) rotary table at each place.
-    slot: (windows · window_patches,) place in each slot of the padded windows, or None where all are full.
-    place_slot: (N,) the slot of each place. filled: (windows, 1, 1, window_patches) which slots are real.
+    cos, sin: (N, head_dim / 2) rotary table at each place. windows: (how many, patches of each) by size, in order.
     """
 
     order: Tensor
     restore: Tensor
     cos: Tensor
     sin: Tensor
-    windows: int
-    slot: Tensor | None
-    place_slot: Tensor | None
-    filled: Tensor | None
+    windows: tuple[tuple[int, int], ...]
 
 
 @lru_cache(maxsize=64)
@@ -50,29 +48,23 @@ def frame_layout(config: VisionConfig, height: int, width: int, device: torch.de
     merge = config.spatial_merge_size
     side = config.window_size // (config.patch_size * merge)  # of a window, in merged tokens
     rows, columns = height // merge, width // merge
-    tall, wide = -(-rows // side), -(-columns // side)
-    # Merged tokens by window: a grid padded to whole windows, -1 where there is no token.
-    padded = torch.full((tall * side, wide * side), -1)
-    padded[:rows, :columns] = torch.arange(rows * columns).view(rows, columns)
-    by_window = rearrange(padded, "(th sh) (tw sw) -> (th tw) (sh sw)", sh=side, sw=side).flatten()
-    real = by_window >= 0
-    tokens = by_window[real]
+    grid = torch.arange(rows * columns).view(rows, columns)
+    places, windows = [], []
+    for band in grid.split([rows - rows % side, rows % side]):
+        for part in band.split([columns - columns % side, columns % side], dim=1):
+            if part.numel():
+                tall, wide = min(side, part.shape[0]), min(side, part.shape[1])
+                places.append(rearrange(part, "(th sh) (tw sw) -> (th tw sh sw)", sh=tall, sw=wide))
+                windows.append((part.numel() // (tall * wide), tall * wide * merge**2))
+    tokens = torch.cat(places)
     patch = torch.arange(merge**2)
     order = (tokens[:, None] * merge**2 + patch).flatten()
     # Input patches come as (row group, column group, row in group, column in group).
     row = (tokens // columns * merge)[:, None] + patch // merge
     column = (tokens % columns * merge)[:, None] + patch % merge
     cos, sin = axial_rotary(row.flatten(), column.flatten(), config.hidden_size // config.num_heads)
-    slot = place_slot = filled = None
-    if not bool(real.all()):
-        slot_real = real.repeat_interleave(merge**2)
-        place_slot = slot_real.nonzero().flatten()
-        slot = torch.zeros(len(slot_real), dtype=torch.long)
-        slot[place_slot] = torch.arange(len(place_slot))
-        slot, place_slot = slot.to(device), place_slot.to(device)
-        filled = slot_real.view(tall * wide, 1, 1, -1).to(device)
-    restore = tokens.argsort().to(device)
-    return FrameLayout(order.to(device), restore, cos.to(device), sin.to(device), tall * wide, slot, place_slot, filled)
+    order, restore, cos, sin = (table.to(device) for table in (order, tokens.argsort(), cos, sin))
+    return FrameLayout(order, restore, cos, sin, tuple(windows))
 
 
 class Attention(nn.Module):
@@ -91,14 +83,12 @@ class Attention(nn.Module):
         return self.output(rearrange(mixed, "g h n d -> g n (h d)"))
 
     def _windows(self, q: Tensor, k: Tensor, v: Tensor, frame: FrameLayout) -> Tensor:
-        grids = q.shape[0]
-        if frame.slot is not None:
-            q, k, v = (x.index_select(2, frame.slot) for x in (q, k, v))
-        q, k, v = (rearrange(x, "g h (w n) d -> (g w) h n d", w=frame.windows) for x in (q, k, v))
-        mask = None if frame.filled is None else frame.filled.repeat(grids, 1, 1, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        mixed = rearrange(mixed, "(g w) h n d -> g h (w n) d", g=grids)
-        return mixed if frame.place_slot is None else mixed.index_select(2, frame.place_slot)
+        grids, parts = q.shape[0], [count * size for count, size in frame.windows]
+        mixed = []
+        for (_, size), *qkv in zip(frame.windows, *(x.split(parts, dim=2) for x in (q, k, v)), strict=True):
+            windows = (rearrange(x, "g h (w n) d -> (g w) h n d", n=size) for x in qkv)
+            mixed.append(rearrange(F.scaled_dot_product_attention(*windows), "(g w) h n d -> g h (w n) d", g=grids))
+        return torch.cat(mixed, dim=2)
 
 
 class Block(nn.Module):

@@ -85,7 +85,9 @@ def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--fps", "0", "What?"], ["--temperature", "-1", "What?"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--fps", "0", "What?"], ["--temperature", "-1", "What?"], ["--seed", str(2**64), "What?"], []]
+)
 def test_bad_options_are_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(arguments)

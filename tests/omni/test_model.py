@@ -161,6 +161,12 @@ def test_tensors_that_do_not_fit_are_refused(pair, change: dict[str, Any], words
         pair.model.prefill(replace(inputs, **change))
 
 
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"seed": 2**64}, {"seed": -1}])
+def test_options_out_of_range_are_refused(pair, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        pair.model.generate(make_request(pair, [("text", 3)]), stop_token_ids=[], **options)
+
+
 def test_masked_positions_are_dropped(pair) -> None:
     """transformers pads on the left; what the mask hides does not count."""
     inputs = make_request(pair, [("text", 9)])
