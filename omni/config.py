@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-ARCHITECTURES = {"Qwen2_5OmniForConditionalGeneration": "qwen2_5_omni", "Qwen2_5OmniModel": "qwen2_5_omni"}
-"""Public architecture name → family. The second spelling is the one in the released 3B and 7B files."""
+Frames = TypeVar("Frames", int, Tensor)
+
+QWEN2_5, QWEN3 = "qwen2_5_omni", "qwen3_omni_moe"
+
+ARCHITECTURES = {
+    "Qwen2_5OmniForConditionalGeneration": QWEN2_5,
+    "Qwen2_5OmniModel": QWEN2_5,  # in the released 3B and 7B files
+    "Qwen3OmniMoeForConditionalGeneration": QWEN3,
+}
+"""Public architecture name → family."""
 
 
 class ConfigError(ValueError):
@@ -22,7 +32,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision encoder (transformers' `Qwen2_5OmniVisionEncoderConfig`). Sizes in pixels and channels."""
+    """Vision encoder (transformers' `Qwen2_5OmniVisionEncoderConfig`, `Qwen3OmniMoeVisionEncoderConfig`).
+
+    Sizes in pixels and channels. `window_size` and `full_attention_blocks` are of Qwen2.5-Omni;
+    `num_position_embeddings`, a square number, and `deepstack_blocks` of Qwen3-Omni: blocks whose output joins the
+    first decoder layers, too.
+    """
 
     depth: int
     hidden_size: int
@@ -33,8 +48,10 @@ class VisionConfig:
     temporal_patch_size: int
     spatial_merge_size: int
     out_hidden_size: int
-    window_size: int
-    full_attention_blocks: tuple[int, ...]
+    window_size: int = 0
+    full_attention_blocks: tuple[int, ...] = ()
+    num_position_embeddings: int = 0
+    deepstack_blocks: tuple[int, ...] = ()
 
     @property
     def patch_dim(self) -> int:
@@ -43,7 +60,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Audio encoder (transformers' `Qwen2_5OmniAudioEncoderConfig`). A chunk is `2 · n_window` mel frames."""
+    """Audio encoder (transformers' `Qwen2_5OmniAudioEncoderConfig`, `Qwen3OmniMoeAudioEncoderConfig`).
+
+    A chunk is `2 · n_window` mel frames. Of Qwen3-Omni: `n_window_infer`, mel frames that see each other, and
+    `conv_channels` of the strided convolutions.
+    """
 
     num_mel_bins: int
     hidden_size: int
@@ -52,11 +73,32 @@ class AudioConfig:
     intermediate_size: int
     n_window: int
     output_size: int
+    n_window_infer: int = 0
+    conv_channels: int = 0
+
+    @property
+    def chunk_frames(self) -> int:
+        return 2 * self.n_window
+
+    def token_count(self, mel_frames: Frames) -> Frames:
+        """Audio tokens of a sound of `mel_frames` valid frames.
+
+        Qwen2.5-Omni halves them twice, the second time without the odd one. Qwen3-Omni halves the frames of every
+        chunk three times, rounding up.
+        """
+        if not self.conv_channels:
+            return -(-mel_frames // 2) // 2
+        chunks, rest = mel_frames // self.chunk_frames, mel_frames % self.chunk_frames
+        return chunks * -(-self.chunk_frames // 8) + -(-rest // 8)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Text decoder (transformers' `Qwen2_5OmniTextConfig`)."""
+    """Text decoder (transformers' `Qwen2_5OmniTextConfig`, `Qwen3OmniMoeTextConfig`).
+
+    What has a default is where Qwen3-Omni differs: no biases on q, k and v but an RMSNorm per head on q and k, and
+    experts in every layer but `dense_layers`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -70,6 +112,16 @@ class DecoderConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    qk_norm: bool = False
+    mrope_interleaved: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    normalise_experts: bool = False
+    dense_layers: tuple[int, ...] = ()
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer not in self.dense_layers
 
 
 @dataclass(frozen=True)
@@ -86,7 +138,10 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class OmniConfig:
-    """One thinker: its three networks, its token ids and its clock."""
+    """One thinker: its three networks, its token ids and its clock.
+
+    seconds_per_chunk: of clips with sound, in Qwen2.5-Omni; Qwen3-Omni has no such chunks.
+    """
 
     family: str
     vision: VisionConfig
@@ -94,7 +149,7 @@ class OmniConfig:
     decoder: DecoderConfig
     tokens: TokenIds
     positions_per_second: int
-    seconds_per_chunk: float
+    seconds_per_chunk: float | None
     dtype: torch.dtype
     stop_token_ids: tuple[int, ...]
 
@@ -170,11 +225,11 @@ def read_config(folder: Path) -> OmniConfig:
             f"{folder / 'config.json'} describes {', '.join(map(str, names))}; supported: {', '.join(ARCHITECTURES)}."
         )
     thinker = root.section("thinker_config")
-    decoder = _decoder(thinker.section("text_config"), thinker)
+    decoder = _decoder(thinker.section("text_config"), thinker, family)
     config = OmniConfig(
         family=family,
-        vision=_vision(thinker.section("vision_config")),
-        audio=_audio(thinker.section("audio_config")),
+        vision=_vision(thinker.section("vision_config"), family),
+        audio=_audio(thinker.section("audio_config"), family),
         decoder=decoder,
         tokens=TokenIds(
             image=thinker.token("image_token_index", "image_token_id"),
@@ -185,7 +240,7 @@ def read_config(folder: Path) -> OmniConfig:
             audio_end=thinker.token("audio_end_token_id"),
         ),
         positions_per_second=thinker.count("position_id_per_seconds"),
-        seconds_per_chunk=thinker.number("seconds_per_chunk"),
+        seconds_per_chunk=thinker.number("seconds_per_chunk") if family == QWEN2_5 else None,
         dtype=_dtype(root, thinker),
         stop_token_ids=_stop_token_ids(folder, root, thinker),
     )
@@ -197,8 +252,8 @@ def read_config(folder: Path) -> OmniConfig:
     return config
 
 
-def _vision(section: _Section) -> VisionConfig:
-    section.expect("hidden_act", "silu")
+def _vision(section: _Section, family: str) -> VisionConfig:
+    section.expect("hidden_act", "silu" if family == QWEN2_5 else "gelu_pytorch_tanh")
     config = VisionConfig(
         depth=section.count("depth"),
         hidden_size=section.count("hidden_size"),
@@ -209,17 +264,23 @@ def _vision(section: _Section) -> VisionConfig:
         temporal_patch_size=section.count("temporal_patch_size"),
         spatial_merge_size=section.count("spatial_merge_size"),
         out_hidden_size=section.count("out_hidden_size"),
-        window_size=section.count("window_size"),
-        full_attention_blocks=section.counts("fullatt_block_indexes"),
     )
     if config.hidden_size % (4 * config.num_heads):
         raise ConfigError(f"{section.name}: hidden_size must be a multiple of 4 · num_heads for 2-D rotary.")
-    if config.window_size % (config.patch_size * config.spatial_merge_size):
-        raise ConfigError(f"{section.name}: window_size must be a multiple of patch_size · spatial_merge_size.")
-    return config
+    if family == QWEN2_5:
+        window = section.count("window_size")
+        if window % (config.patch_size * config.spatial_merge_size):
+            raise ConfigError(f"{section.name}: window_size must be a multiple of patch_size · spatial_merge_size.")
+        return replace(config, window_size=window, full_attention_blocks=section.counts("fullatt_block_indexes"))
+    embeddings, deepstack = section.count("num_position_embeddings"), section.counts("deepstack_visual_indexes")
+    if math.isqrt(embeddings) ** 2 != embeddings:
+        raise ConfigError(f"{section.name}.num_position_embeddings must be a square number, not {embeddings}.")
+    if list(deepstack) != sorted(set(deepstack)) or any(block >= config.depth for block in deepstack):
+        raise ConfigError(f"{section.name}.deepstack_visual_indexes must be rising block numbers below {config.depth}.")
+    return replace(config, num_position_embeddings=embeddings, deepstack_blocks=deepstack)
 
 
-def _audio(section: _Section) -> AudioConfig:
+def _audio(section: _Section, family: str) -> AudioConfig:
     section.expect("activation_function", "gelu")
     section.expect("scale_embedding", False)
     config = AudioConfig(
@@ -231,14 +292,19 @@ def _audio(section: _Section) -> AudioConfig:
         n_window=section.count("n_window"),
         output_size=section.count("output_dim"),
     )
-    if config.n_window % 2:
-        raise ConfigError(f"{section.name}: n_window must be even, so that pooled pairs stay inside a chunk.")
     if config.hidden_size % (2 * config.num_heads):
         raise ConfigError(f"{section.name}: d_model must be an even multiple of encoder_attention_heads.")
-    return config
+    if family == QWEN2_5:
+        if config.n_window % 2:
+            raise ConfigError(f"{section.name}: n_window must be even, so that pooled pairs stay inside a chunk.")
+        return config
+    window = section.count("n_window_infer")
+    if window % config.chunk_frames:
+        raise ConfigError(f"{section.name}: n_window_infer must be a multiple of 2 · n_window.")
+    return replace(config, n_window_infer=window, conv_channels=section.count("downsample_hidden_size"))
 
 
-def _decoder(section: _Section, thinker: _Section) -> DecoderConfig:
+def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig:
     section.expect("hidden_act", "silu")
     section.expect("use_sliding_window", False)
     # Files written before transformers 5 say rope_scaling and rope_theta, later ones rope_parameters.
@@ -253,11 +319,14 @@ def _decoder(section: _Section, thinker: _Section) -> DecoderConfig:
     mrope_section = rope.counts("mrope_section")
     if len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
         raise ConfigError(f"{rope.name}.mrope_section must be three counts that sum to {head_dim // 2}.")
+    sparse = family == QWEN3
+    num_layers = section.count("num_hidden_layers")
     config = DecoderConfig(
         vocab_size=section.count("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=section.count("intermediate_size"),
-        num_layers=section.count("num_hidden_layers"),
+        # A decoder of experts alone need not say how wide a dense layer would be.
+        intermediate_size=0 if sparse and not section.has("intermediate_size") else section.count("intermediate_size"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=section.count("num_key_value_heads"),
         head_dim=head_dim,
@@ -270,6 +339,26 @@ def _decoder(section: _Section, thinker: _Section) -> DecoderConfig:
     )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"{section.name}: num_attention_heads must be a multiple of num_key_value_heads.")
+    if not sparse:
+        return config
+    section.expect("attention_bias", False)
+    step = section.count("decoder_sparse_step")
+    dense = set(section.counts("mlp_only_layers")) if section.has("mlp_only_layers") else set()
+    dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
+    if dense and not config.intermediate_size:
+        raise ConfigError(f"{section.name} lacks intermediate_size, the width of its dense layers.")
+    config = replace(
+        config,
+        qk_norm=True,
+        mrope_interleaved=True,
+        num_experts=section.count("num_experts"),
+        experts_per_token=section.count("num_experts_per_tok"),
+        expert_size=section.count("moe_intermediate_size"),
+        normalise_experts=section.flag("norm_topk_prob"),
+        dense_layers=tuple(sorted(layer for layer in dense if layer < num_layers)),
+    )
+    if config.experts_per_token > config.num_experts:
+        raise ConfigError(f"{section.name}: num_experts_per_tok must not exceed num_experts.")
     return config
 
 

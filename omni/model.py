@@ -14,7 +14,7 @@ from torch import Tensor
 
 import weights
 from omni.cache import Cache
-from omni.config import OmniConfig, read_config
+from omni.config import QWEN3, OmniConfig, read_config
 from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout, layout
 from omni.processing.processor import Processor
@@ -217,8 +217,9 @@ class Omni:
         encoded = time.perf_counter()
         length = places.positions.shape[1]
         cache = Cache(self.config.decoder, length + max_new_tokens, device=self.device, dtype=self.dtype)
-        x = self.thinker.embed(inputs, places, features)
-        logits = self.thinker(x, places.positions[:, None].to(self.device), cache)
+        x, deepstack = self.thinker.embed(inputs, places, features)
+        del features  # of an hour of video: gigabytes
+        logits = self.thinker(x, places.positions[:, None].to(self.device), cache, deepstack)
         self._synchronize()
         return Prefill(
             logits=logits[0],
@@ -277,12 +278,25 @@ def load(
 
 def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
     """The public tensor names of a checkpoint with these sizes, and the parameters they fill."""
-    decoder = config.decoder
+    vision, audio, decoder = config.vision, config.audio, config.decoder
+    if config.family == QWEN3:
+        return weights.qwen3_omni_moe(
+            vision_depth=vision.depth,
+            deepstack_levels=len(vision.deepstack_blocks),
+            audio_layers=audio.num_layers,
+            sparse_layers=[decoder.is_sparse(index) for index in range(decoder.num_layers)],
+            query_rows=decoder.num_heads * decoder.head_dim,
+            key_rows=decoder.num_kv_heads * decoder.head_dim,
+            dense_intermediate=decoder.intermediate_size,
+            num_experts=decoder.num_experts,
+            expert_intermediate=decoder.expert_size,
+            tied_head=decoder.tie_word_embeddings,
+        )
     return weights.qwen2_5_omni(
-        vision_depth=config.vision.depth,
-        vision_size=config.vision.hidden_size,
-        vision_intermediate=config.vision.intermediate_size,
-        audio_layers=config.audio.num_layers,
+        vision_depth=vision.depth,
+        vision_size=vision.hidden_size,
+        vision_intermediate=vision.intermediate_size,
+        audio_layers=audio.num_layers,
         decoder_layers=decoder.num_layers,
         query_rows=decoder.num_heads * decoder.head_dim,
         key_rows=decoder.num_kv_heads * decoder.head_dim,

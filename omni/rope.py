@@ -16,17 +16,26 @@ def inverse_frequencies(channels: int, theta: float, device: torch.device) -> Te
 
 
 def multimodal_rotary(
-    positions: Tensor, head_dim: int, theta: float, sections: tuple[int, int, int]
+    positions: Tensor, head_dim: int, theta: float, sections: tuple[int, int, int], *, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sectioned multimodal rotary (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """Multimodal rotary (Qwen2-VL, arXiv 2409.12191, section 2.1; interleaved: Qwen3-Omni, arXiv 2509.17765, 2.3).
 
-    positions: (3, ..., S) temporal, height and width. The first `sections[0]` frequencies turn with the
-    temporal position, the next `sections[1]` with the height, the rest with the width.
+    positions: (3, ..., S) temporal, height and width. Sectioned: the first `sections[0]` frequencies turn with the
+    temporal position, the next `sections[1]` with the height, the rest with the width. Interleaved: frequencies
+    1, 4, 7, … turn with the height and 2, 5, 8, … with the width, up to 3 · `sections` of that axis, the rest with
+    the temporal position.
     Returns cos and sin, (..., S, head_dim / 2) float32.
     """
-    per_axis = positions.float().unsqueeze(-1).split(1)
-    frequencies = inverse_frequencies(head_dim, theta, positions.device).split(sections)
-    angles = torch.cat([p[0] * f for p, f in zip(per_axis, frequencies, strict=True)], dim=-1)
+    frequencies = inverse_frequencies(head_dim, theta, positions.device)
+    temporal, height, width = positions.float().unsqueeze(-1)
+    index = torch.arange(head_dim // 2, device=positions.device)
+    if interleaved:
+        by_height = (index % 3 == 1) & (index < 3 * sections[1])
+        by_width = (index % 3 == 2) & (index < 3 * sections[2])
+    else:
+        by_width = index >= sections[0] + sections[1]
+        by_height = (index >= sections[0]) & ~by_width
+    angles = torch.where(by_height, height, torch.where(by_width, width, temporal)) * frequencies
     return angles.cos(), angles.sin()
 
 

@@ -1,4 +1,5 @@
-"""The thinker as one module: encoders, decoder, head (transformers' `Qwen2_5OmniThinkerForConditionalGeneration`)."""
+"""The thinker as one module: encoders, decoder, head (transformers' `Qwen2_5OmniThinkerForConditionalGeneration`,
+`Qwen3OmniMoeThinkerForConditionalGeneration`)."""
 
 from __future__ import annotations
 
@@ -6,14 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.cache import Cache
-from omni.config import OmniConfig
+from omni.config import QWEN2_5, QWEN3, OmniConfig
 from omni.decoder import Layer
-from omni.encoders.audio import AudioEncoder
-from omni.encoders.vision import VisionEncoder
+from omni.encoders.qwen2_5_audio import Qwen25AudioEncoder
+from omni.encoders.qwen2_5_vision import Qwen25VisionEncoder
+from omni.encoders.qwen3_audio import Qwen3AudioEncoder
+from omni.encoders.qwen3_vision import Qwen3VisionEncoder
 from omni.inputs import Inputs
 from omni.layers import RMSNorm
 from omni.processing.positions import Layout
 from omni.rope import multimodal_rotary
+
+ENCODERS = {QWEN2_5: (Qwen25VisionEncoder, Qwen25AudioEncoder), QWEN3: (Qwen3VisionEncoder, Qwen3AudioEncoder)}
 
 
 class Thinker(nn.Module):
@@ -21,45 +26,66 @@ class Thinker(nn.Module):
         super().__init__()
         self.config = config
         decoder = config.decoder
-        self.vision = VisionEncoder(config.vision)
-        self.audio = AudioEncoder(config.audio)
+        vision, audio = ENCODERS[config.family]
+        self.vision, self.audio = vision(config.vision), audio(config.audio)
         self.embedding = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
-        self.layers = nn.ModuleList(Layer(decoder) for _ in range(decoder.num_layers))
+        self.layers = nn.ModuleList(Layer(decoder, index) for index in range(decoder.num_layers))
         self.norm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps)
         self.head = (
             None if decoder.tie_word_embeddings else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         )
 
     def encode(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Media tokens by modality, each (n, hidden) in the order of the prompt; absent media are absent."""
+        """Media tokens by modality, in the order of the prompt; absent media are absent.
+
+        Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them.
+        """
         features = {}
         if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
             features["image"] = self.vision(inputs.pixel_values, inputs.image_grid_thw)
         if inputs.pixel_values_videos is not None and inputs.video_grid_thw is not None:
             features["video"] = self.vision(inputs.pixel_values_videos, inputs.video_grid_thw)
         if inputs.input_features is not None:
-            features["audio"] = self.audio(inputs.input_features, inputs.mel_lengths)
+            features["audio"] = self.audio(inputs.input_features, inputs.mel_lengths).unsqueeze(0)
         return features
 
-    def embed(self, inputs: Inputs, layout: Layout, features: dict[str, Tensor]) -> Tensor:
-        """(1, S, hidden): text embeddings with the media tokens in the places of their placeholders."""
+    def embed(self, inputs: Inputs, layout: Layout, features: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Text embeddings with the media tokens in the places of their placeholders, (1, S, hidden).
+
+        And, where there are pictures and the family has it, deepstack: (levels, 1, S, hidden), zero elsewhere.
+        """
         device = self.embedding.weight.device
         x = self.embedding(inputs.input_ids.to(device))
+        deepstack = None
+        if levels := max((len(tokens) - 1 for tokens in features.values()), default=0):
+            deepstack = x.new_zeros(levels, *x.shape)
         for modality, tokens in features.items():
-            x[0].index_copy_(0, getattr(layout, modality).to(device), tokens.to(x.dtype))
-        return x
+            places, tokens = getattr(layout, modality).to(device), tokens.to(x.dtype)
+            x[0].index_copy_(0, places, tokens[0])
+            if deepstack is not None and len(tokens) > 1:
+                deepstack[:, 0].index_copy_(1, places, tokens[1:])
+        return x, deepstack
 
-    def forward(self, x: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache, deepstack: Tensor | None = None) -> Tensor:
         """Runs the decoder over new positions and appends them to the cache.
 
         x: (B, S, hidden): a whole prompt into an empty cache, or one token (S = 1).
-        positions: (3, B, S). Returns the logits after the last position, (B, vocab) float32.
+        positions: (3, B, S). deepstack: (levels, B, S, hidden), added after the first layers, one level each.
+        Returns the logits after the last position, (B, vocab) float32.
         """
         decoder = self.config.decoder
-        cos, sin = multimodal_rotary(positions, decoder.head_dim, decoder.rope_theta, decoder.mrope_section)
+        cos, sin = multimodal_rotary(
+            positions,
+            decoder.head_dim,
+            decoder.rope_theta,
+            decoder.mrope_section,
+            interleaved=decoder.mrope_interleaved,
+        )
         rotary = (cos.unsqueeze(1), sin.unsqueeze(1))  # the same for every head
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, cache, index)
+            if deepstack is not None and index < len(deepstack):
+                x = x + deepstack[index]
         cache.advance(x.shape[1])
         return self.logits(x[:, -1])
 

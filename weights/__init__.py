@@ -2,7 +2,7 @@
 
 from weights.checkpoint import CheckpointError, StoredTensor, read_index
 from weights.load import Destination, fill
-from weights.names import qwen2_5_omni
+from weights.names import qwen2_5_omni, qwen3_omni_moe
 from weights.save import save_sharded
 from weights.source import locate
 
@@ -13,6 +13,7 @@ __all__ = [
     "fill",
     "locate",
     "qwen2_5_omni",
+    "qwen3_omni_moe",
     "read_index",
     "save_sharded",
 ]

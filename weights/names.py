@@ -1,8 +1,81 @@
-"""Public tensor names of each family and the parameters they fill."""
+"""Public tensor names of each family and the parameters they fill.
+
+Rows are those of fused products: `query_rows` = heads · head_dim, `key_rows` = kv_heads · head_dim; sizes are channels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from weights.load import Destination
+
+
+class _Names:
+    """Public name → destination, grown line by line."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, Destination] = {}
+
+    def add(
+        self,
+        public: str,
+        parameter: str,
+        kinds: str = "weight bias",
+        rows: slice | None = None,
+        entry: int | None = None,
+    ) -> None:
+        """Tensors of one module: `public` and `parameter` each followed by the kinds."""
+        for kind in kinds.split():
+            # A parameter that stacks modules is no module: it has no kinds.
+            owner = parameter if entry is not None else f"{parameter}.{kind}"
+            self.all[f"thinker.{public}.{kind}"] = Destination(owner, rows, entry)
+
+    def fuse(
+        self,
+        public: str,
+        parameter: str,
+        parts: Mapping[str, int],
+        kinds: str = "weight bias",
+        entry: int | None = None,
+    ) -> None:
+        """Modules `public.part` fill `parameter` one below the other. parts: their names and rows."""
+        start = 0
+        for part, rows in parts.items():
+            self.add(f"{public}.{part}", parameter, kinds, slice(start, start + rows), entry)
+            start += rows
+
+    def add_audio_blocks(self, layers: int, key_kinds: str) -> None:
+        for index in range(layers):
+            public, block = f"audio_tower.layers.{index}", f"audio.blocks.{index}"
+            self.add(f"{public}.self_attn_layer_norm", f"{block}.attention_norm")
+            self.add(f"{public}.final_layer_norm", f"{block}.mlp_norm")
+            self.add(f"{public}.self_attn.q_proj", f"{block}.attention.query")
+            self.add(f"{public}.self_attn.k_proj", f"{block}.attention.key", key_kinds)
+            self.add(f"{public}.self_attn.v_proj", f"{block}.attention.value")
+            self.add(f"{public}.self_attn.out_proj", f"{block}.attention.output")
+            self.add(f"{public}.fc1", f"{block}.up")
+            self.add(f"{public}.fc2", f"{block}.down")
+
+    def add_ends(self, tied_head: bool) -> None:
+        """Embedding, last norm and, where it is not tied, the head."""
+        self.add("model.embed_tokens", "embedding", "weight")
+        self.add("model.norm", "norm", "weight")
+        if not tied_head:
+            self.add("lm_head", "head", "weight")
+
+    def add_attention(self, index: int, query_rows: int, key_rows: int, kinds: str) -> None:
+        """A decoder layer without its MLP."""
+        public, layer = f"model.layers.{index}", f"layers.{index}"
+        self.add(f"{public}.input_layernorm", f"{layer}.attention_norm", "weight")
+        self.add(f"{public}.post_attention_layernorm", f"{layer}.mlp_norm", "weight")
+        qkv = {"q_proj": query_rows, "k_proj": key_rows, "v_proj": key_rows}
+        self.fuse(f"{public}.self_attn", f"{layer}.attention.qkv", qkv, kinds)
+        self.add(f"{public}.self_attn.o_proj", f"{layer}.attention.output", "weight")
+
+    def add_dense(self, index: int, intermediate: int) -> None:
+        public, mlp = f"model.layers.{index}.mlp", f"layers.{index}.mlp"
+        self.fuse(public, f"{mlp}.gate_up", dict.fromkeys(("gate_proj", "up_proj"), intermediate), "weight")
+        self.add(f"{public}.down_proj", f"{mlp}.down", "weight")
 
 
 def qwen2_5_omni(
@@ -17,65 +90,92 @@ def qwen2_5_omni(
     decoder_intermediate: int,
     tied_head: bool,
 ) -> dict[str, Destination]:
-    """Qwen2.5-Omni's thinker as released (`thinker.*`) → parameters of `omni.thinker.Thinker`.
-
-    Rows are those of the fused products: `query_rows` = heads · head_dim, `key_rows` = kv_heads · head_dim,
-    the sizes are channels. With a tied head there is no `lm_head`.
-    """
-    names: dict[str, Destination] = {}
-
-    def add(public: str, parameter: str, kinds: str = "weight bias", rows: slice | None = None) -> None:
-        for kind in kinds.split():
-            names[f"thinker.{public}.{kind}"] = Destination(f"{parameter}.{kind}", rows)
-
-    def add_stacked(public: str, parameter: str, parts: dict[str, int], kinds: str = "weight bias") -> None:
-        start = 0
-        for part, rows in parts.items():
-            add(f"{public}.{part}", parameter, kinds, slice(start, start + rows))
-            start += rows
-
-    names["thinker.visual.patch_embed.proj.weight"] = Destination("vision.patch_embedding")
-    add("visual.merger.ln_q", "vision.merger.norm", "weight")
-    add("visual.merger.mlp.0", "vision.merger.hidden")
-    add("visual.merger.mlp.2", "vision.merger.output")
+    """Qwen2.5-Omni's thinker as released (`thinker.*`) → parameters of `omni.thinker.Thinker`."""
+    names = _Names()
+    names.all["thinker.visual.patch_embed.proj.weight"] = Destination("vision.patch_embedding")
+    names.add("visual.merger.ln_q", "vision.merger.norm", "weight")
+    names.add("visual.merger.mlp.0", "vision.merger.hidden")
+    names.add("visual.merger.mlp.2", "vision.merger.output")
     for index in range(vision_depth):
         public, block = f"visual.blocks.{index}", f"vision.blocks.{index}"
-        add(f"{public}.norm1", f"{block}.attention_norm", "weight")
-        add(f"{public}.norm2", f"{block}.mlp_norm", "weight")
-        add_stacked(f"{public}.attn", f"{block}.attention.qkv", dict.fromkeys("qkv", vision_size))
-        add(f"{public}.attn.proj", f"{block}.attention.output")
+        names.add(f"{public}.norm1", f"{block}.attention_norm", "weight")
+        names.add(f"{public}.norm2", f"{block}.mlp_norm", "weight")
+        names.fuse(f"{public}.attn", f"{block}.attention.qkv", dict.fromkeys("qkv", vision_size))
+        names.add(f"{public}.attn.proj", f"{block}.attention.output")
         gate_up = dict.fromkeys(("gate_proj", "up_proj"), vision_intermediate)
-        add_stacked(f"{public}.mlp", f"{block}.mlp.gate_up", gate_up)
-        add(f"{public}.mlp.down_proj", f"{block}.mlp.down")
+        names.fuse(f"{public}.mlp", f"{block}.mlp.gate_up", gate_up)
+        names.add(f"{public}.mlp.down_proj", f"{block}.mlp.down")
 
-    add("audio_tower.conv1", "audio.conv1")
-    add("audio_tower.conv2", "audio.conv2")
-    add("audio_tower.ln_post", "audio.norm")
-    add("audio_tower.proj", "audio.output")
-    add("audio_tower.audio_bos_eos_token", "audio.boundary", "weight")
-    for index in range(audio_layers):
-        public, block = f"audio_tower.layers.{index}", f"audio.blocks.{index}"
-        add(f"{public}.self_attn_layer_norm", f"{block}.attention_norm")
-        add(f"{public}.final_layer_norm", f"{block}.mlp_norm")
-        add(f"{public}.self_attn.q_proj", f"{block}.attention.query")
-        add(f"{public}.self_attn.k_proj", f"{block}.attention.key", "weight")
-        add(f"{public}.self_attn.v_proj", f"{block}.attention.value")
-        add(f"{public}.self_attn.out_proj", f"{block}.attention.output")
-        add(f"{public}.fc1", f"{block}.up")
-        add(f"{public}.fc2", f"{block}.down")
+    names.add("audio_tower.conv1", "audio.conv1")
+    names.add("audio_tower.conv2", "audio.conv2")
+    names.add("audio_tower.ln_post", "audio.norm")
+    names.add("audio_tower.proj", "audio.output")
+    names.add("audio_tower.audio_bos_eos_token", "audio.boundary", "weight")
+    names.add_audio_blocks(audio_layers, key_kinds="weight")
 
-    add("model.embed_tokens", "embedding", "weight")
-    add("model.norm", "norm", "weight")
-    if not tied_head:
-        add("lm_head", "head", "weight")
+    names.add_ends(tied_head)
     for index in range(decoder_layers):
+        names.add_attention(index, query_rows, key_rows, "weight bias")
+        names.add_dense(index, decoder_intermediate)
+    return names.all
+
+
+def qwen3_omni_moe(
+    *,
+    vision_depth: int,
+    deepstack_levels: int,
+    audio_layers: int,
+    sparse_layers: Sequence[bool],
+    query_rows: int,
+    key_rows: int,
+    dense_intermediate: int,
+    num_experts: int,
+    expert_intermediate: int,
+    tied_head: bool,
+) -> dict[str, Destination]:
+    """Qwen3-Omni's thinker as released (`thinker.*`) → parameters of `omni.thinker.Thinker`.
+
+    sparse_layers: per decoder layer, whether it has experts. Their tensors are public one by one.
+    """
+    names = _Names()
+    names.all["thinker.visual.patch_embed.proj.weight"] = Destination("vision.patch_embedding")
+    names.all["thinker.visual.patch_embed.proj.bias"] = Destination("vision.patch_bias")
+    names.add("visual.pos_embed", "vision.positions", "weight")
+    mergers = {"merger": "merger"}
+    mergers |= {f"merger_list.{level}": f"deep_mergers.{level}" for level in range(deepstack_levels)}
+    for public, merger in mergers.items():
+        names.add(f"visual.{public}.ln_q", f"vision.{merger}.norm")
+        names.add(f"visual.{public}.mlp.0", f"vision.{merger}.hidden")
+        names.add(f"visual.{public}.mlp.2", f"vision.{merger}.output")
+    for index in range(vision_depth):
+        public, block = f"visual.blocks.{index}", f"vision.blocks.{index}"
+        names.add(f"{public}.norm1", f"{block}.attention_norm")
+        names.add(f"{public}.norm2", f"{block}.mlp_norm")
+        names.add(f"{public}.attn.qkv", f"{block}.attention.qkv")
+        names.add(f"{public}.attn.proj", f"{block}.attention.output")
+        names.add(f"{public}.mlp.linear_fc1", f"{block}.mlp.up")
+        names.add(f"{public}.mlp.linear_fc2", f"{block}.mlp.down")
+
+    for index in range(3):
+        names.add(f"audio_tower.conv2d{index + 1}", f"audio.convolutions.{index}")
+    names.add("audio_tower.conv_out", "audio.input", "weight")
+    names.add("audio_tower.ln_post", "audio.norm")
+    names.add("audio_tower.proj1", "audio.hidden")
+    names.add("audio_tower.proj2", "audio.output")
+    names.add_audio_blocks(audio_layers, key_kinds="weight bias")
+
+    names.add_ends(tied_head)
+    for index, sparse in enumerate(sparse_layers):
+        names.add_attention(index, query_rows, key_rows, "weight")
         public, layer = f"model.layers.{index}", f"layers.{index}"
-        add(f"{public}.input_layernorm", f"{layer}.attention_norm", "weight")
-        add(f"{public}.post_attention_layernorm", f"{layer}.mlp_norm", "weight")
-        qkv = {"q_proj": query_rows, "k_proj": key_rows, "v_proj": key_rows}
-        add_stacked(f"{public}.self_attn", f"{layer}.attention.qkv", qkv)
-        add(f"{public}.self_attn.o_proj", f"{layer}.attention.output", "weight")
-        gate_up = dict.fromkeys(("gate_proj", "up_proj"), decoder_intermediate)
-        add_stacked(f"{public}.mlp", f"{layer}.mlp.gate_up", gate_up, "weight")
-        add(f"{public}.mlp.down_proj", f"{layer}.mlp.down", "weight")
-    return names
+        names.add(f"{public}.self_attn.q_norm", f"{layer}.attention.query_norm", "weight")
+        names.add(f"{public}.self_attn.k_norm", f"{layer}.attention.key_norm", "weight")
+        if not sparse:
+            names.add_dense(index, dense_intermediate)
+            continue
+        names.add(f"{public}.mlp.gate", f"{layer}.mlp.router", "weight")
+        for expert in range(num_experts):
+            gate_up = dict.fromkeys(("gate_proj", "up_proj"), expert_intermediate)
+            names.fuse(f"{public}.mlp.experts.{expert}", f"{layer}.mlp.gate_up", gate_up, "weight", expert)
+            names.add(f"{public}.mlp.experts.{expert}.down_proj", f"{layer}.mlp.down", "weight", entry=expert)
+    return names.all

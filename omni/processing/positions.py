@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni.config import OmniConfig
-from omni.encoders.audio import token_count
 from omni.inputs import InputError, Inputs
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
@@ -58,7 +57,7 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     media = {
         IMAGE: _vision_positions(inputs.image_grid_thw, None, config),
         VIDEO: _vision_positions(inputs.video_grid_thw, inputs.video_second_per_grid, config),
-        AUDIO: [torch.arange(token_count(n)).expand(3, -1) for n in inputs.mel_lengths.tolist()],
+        AUDIO: [torch.arange(config.audio.token_count(n)).expand(3, -1) for n in inputs.mel_lengths.tolist()],
     }
     for kind, name in ((IMAGE, "image"), (VIDEO, "video"), (AUDIO, "audio")):
         found, given = int((kinds == kind).sum()), sum(block.shape[1] for block in media[kind])

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni.config import OmniConfig
-from omni.encoders.audio import token_count
 from omni.inputs import InputError, Inputs
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, encode_chat, load_template
 from omni.processing.frames import VisionSizes, patchify, resize
@@ -74,7 +73,7 @@ class Processor:
                 if waveform is None:
                     raise InputError(f"{_name(source)} has no sound: give it as a video or leave it out.")
                 sounds.append(log_mel(waveform, self.config.audio.num_mel_bins))
-                count = token_count(sounds[-1].shape[1])
+                count = self.config.audio.token_count(sounds[-1].shape[1])
                 if count == 0:
                     raise InputError(f"{_name(source)} is too short for a single audio token: {len(waveform)} samples.")
                 blocks.append((tokens.audio, [tokens.audio] * count))
@@ -95,7 +94,7 @@ class Processor:
                     waveform = read_audio(source)
                     mel = None if waveform is None else log_mel(waveform, self.config.audio.num_mel_bins)
                     # A sound too short for a single token is none.
-                    if mel is not None and (count := token_count(mel.shape[1])):
+                    if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
                         sounds.append(mel)
                         heard = count
                 grid = clips[-1][1].tolist()

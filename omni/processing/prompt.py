@@ -42,7 +42,7 @@ def clip_block(
     per_grid = height * width // config.vision.spatial_merge_size**2
     if audio_tokens is None:
         return [config.tokens.video] * (grids * per_grid)
-    size = int(config.positions_per_second * config.seconds_per_chunk)
+    size = int(config.positions_per_second * (config.seconds_per_chunk or 0))
     step = seconds_per_grid * config.positions_per_second
     frames = _chunks((grid * step for grid in range(grids) for _ in range(per_grid)), size)
     sound = _chunks(range(audio_tokens), size)

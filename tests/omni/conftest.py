@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import omni
-from omni.encoders.audio import token_count
 from omni.processing.prompt import clip_block
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +135,7 @@ def make_request(pair: Pair, parts: list[tuple], *, seed: int = 0) -> omni.Input
             ids += text_ids(sizes[0])
         elif kind == "audio":
             sounds.append(sizes[0])
-            ids += [AUDIO_START, *[AUDIO] * token_count(sizes[0]), AUDIO_END]
+            ids += [AUDIO_START, *[AUDIO] * config.audio.token_count(sizes[0]), AUDIO_END]
         else:
             grid = [1, *sizes] if kind == "image" else sizes[:3]
             grids[kind].append(grid)
@@ -146,7 +145,7 @@ def make_request(pair: Pair, parts: list[tuple], *, seed: int = 0) -> omni.Input
             else:
                 seconds.append(sizes[3])
                 sounds += sizes[4:]
-                block = clip_block(grid, sizes[3], token_count(sizes[4]) if sizes[4:] else None, config)
+                block = clip_block(grid, sizes[3], config.audio.token_count(sizes[4]) if sizes[4:] else None, config)
             ids += [VISION_START, *block, VISION_END]
     fields: dict[str, Any] = {}
     if grids["image"]:

@@ -82,7 +82,7 @@ def test_prefill_runs_at_full_size(built) -> None:
 
         cache = Cache(config.decoder, 200, device=torch.device("meta"), dtype=torch.float32)
         logits = thinker(torch.empty(1, 200, hidden), torch.zeros(3, 1, 200, dtype=torch.long), cache)
-        sound = thinker.audio.encode_batch(torch.empty(5, 128, 200), torch.tensor(1000))
+        sound = thinker.audio.encode_batch(torch.empty(128, thinker.audio.batch_frames), torch.tensor(1000))
     assert logits.shape == (1, config.decoder.vocab_size)
-    assert sound.shape == (5, 50, hidden)
+    assert sound.shape == (750, hidden)
     assert cache.length == 200

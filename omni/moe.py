@@ -1,0 +1,56 @@
+"""Sparse experts: a router and grouped matrix products (transformers' `Qwen3OmniMoeThinkerTextSparseMoeBlock`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from omni.config import DecoderConfig
+
+
+class Experts(nn.Module):
+    """SwiGLU experts, `experts_per_token` of them for each token, weighted by the router's softmax.
+
+    Rows of tokens are sorted by expert and multiplied in one grouped product per projection, so shapes depend on the
+    number of tokens alone. Memory beside the weights: tokens · experts_per_token rows.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.experts, self.per_token = config.num_experts, config.experts_per_token
+        self.normalise = config.normalise_experts
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, hidden) → (B, S, hidden)."""
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.route(tokens)
+        by_expert, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=x.device), right=True).int()
+        gate, up = grouped_product(tokens[order // self.per_token], self.gate_up, ends).chunk(2, dim=-1)
+        results = grouped_product(F.silu(gate).mul_(up), self.down, ends)
+        # Back in the order of the tokens: a sum over the last experts of each, the same on every run.
+        results = rearrange(results[order.argsort()], "(n k) d -> n k d", k=self.per_token)
+        return torch.einsum("nkd,nk->nd", results, shares).view_as(x)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, hidden) → shares in the tokens' dtype and experts, (n, experts_per_token) each."""
+        shares, chosen = self.router(tokens).softmax(dim=-1, dtype=torch.float32).topk(self.per_token, dim=-1)
+        if self.normalise:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        return shares.to(tokens.dtype), chosen
+
+
+def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows times the transposed matrix of their group.
+
+    rows: (n, in), sorted by group. weights: (groups, out, in). ends: (groups,) int32, where each group's rows end.
+    Returns (n, out).
+    """
+    if hasattr(F, "grouped_mm"):
+        return F.grouped_mm(rows, weights.mT, offs=ends)
+    return torch._grouped_mm(rows, weights.mT, offs=ends)  # torch 2.11
