@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import DecoderConfig
@@ -31,11 +30,12 @@ class Experts(nn.Module):
         shares, chosen = self.route(tokens)
         by_expert, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=x.device), right=True).int()
-        gate, up = grouped_product(tokens[order // self.per_token], self.gate_up, ends).chunk(2, dim=-1)
+        rows = tokens.index_select(0, order // self.per_token)
+        gate, up = grouped_product(rows, self.gate_up, ends).chunk(2, dim=-1)
         results = grouped_product(F.silu(gate).mul_(up), self.down, ends)
-        # Back in the order of the tokens: a sum over the last experts of each, the same on every run.
-        results = rearrange(results[order.argsort()], "(n k) d -> n k d", k=self.per_token)
-        return torch.einsum("nkd,nk->nd", results, shares).view_as(x)
+        # Gathers the results of each token and sums them by share in one pass, in the same order on every run.
+        places = order.argsort().view_as(chosen)
+        return F.embedding_bag(places, results, mode="sum", per_sample_weights=shares).view_as(x)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(n, hidden) → shares in the tokens' dtype and experts, (n, experts_per_token) each."""
@@ -45,12 +45,17 @@ class Experts(nn.Module):
         return shares.to(tokens.dtype), chosen
 
 
+@torch.library.custom_op("omni::grouped_product", mutates_args=())
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows times the transposed matrix of their group.
 
     rows: (n, in), sorted by group. weights: (groups, out, in). ends: (groups,) int32, where each group's rows end.
-    Returns (n, out).
+    Returns (n, out). An operator of its own because the compiler refuses PyTorch's in any dtype but bfloat16.
     """
-    if hasattr(F, "grouped_mm"):
-        return F.grouped_mm(rows, weights.mT, offs=ends)
-    return torch._grouped_mm(rows, weights.mT, offs=ends)  # torch 2.11
+    product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
+    return product(rows, weights.mT, offs=ends)
+
+
+@grouped_product.register_fake
+def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])

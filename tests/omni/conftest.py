@@ -51,6 +51,24 @@ SOUND = {
     "n_window": 100,
 }
 
+# Qwen3-Omni where it differs. A window of sound is four chunks; layer 1 is dense.
+TEXT3 = {
+    "head_dim": 24,  # not hidden_size / heads
+    "rope_scaling": {"mrope_section": [4, 4, 4], "mrope_interleaved": True, "rope_type": "default"},
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+}
+VISION3 = {
+    "depth": 5,
+    "num_position_embeddings": 49,
+    "deepstack_visual_indexes": [1, 3],
+}
+SOUND3 = {"n_window": 50, "n_window_infer": 400, "downsample_hidden_size": 12}
+FAMILIES = ("qwen2_5", "qwen3")
+
 
 @dataclass
 class Pair:
@@ -76,6 +94,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     def make(
+        family: str = "qwen2_5",
         *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
@@ -85,24 +104,29 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     ) -> Pair:
         torch.manual_seed(seed)
         tied = (text or {}).get("tie_word_embeddings", False)
+        later = family == "qwen3"
+        vision_base = {name: size for name, size in VISION.items() if not (later and name == "fullatt_block_indexes")}
         thinker = {
-            "text_config": {**TEXT, **(text or {})},
-            "vision_config": {**VISION, **(vision or {})},
-            "audio_config": {**SOUND, **(sound or {})},
-            "audio_token_index": AUDIO,
-            "image_token_index": IMAGE,
-            "video_token_index": VIDEO,
+            "text_config": {**TEXT, **(TEXT3 if later else {}), **(text or {})},
+            "vision_config": {**vision_base, **(VISION3 if later else {}), **(vision or {})},
+            "audio_config": {**SOUND, **(SOUND3 if later else {}), **(sound or {})},
             "vision_start_token_id": VISION_START,
             "audio_start_token_id": AUDIO_START,
             "audio_end_token_id": AUDIO_END,
-            "position_id_per_seconds": 25,
+            "position_id_per_seconds": 13 if later else 25,
             "seconds_per_chunk": 2,
             "pad_token_id": 0,
             "tie_word_embeddings": tied,
         }
-        config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+        for name, token in (("audio", AUDIO), ("image", IMAGE), ("video", VIDEO)):
+            thinker[f"{name}_token_{'id' if later else 'index'}"] = token
+        config_type = transformers.Qwen3OmniMoeConfig if later else transformers.Qwen2_5OmniConfig
+        config = config_type(thinker_config=thinker, enable_audio_output=False)
         config._attn_implementation = "sdpa"
-        whole = transformers.Qwen2_5OmniForConditionalGeneration(config).eval()
+        if later:
+            whole = transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
+        else:
+            whole = transformers.Qwen2_5OmniForConditionalGeneration(config).eval()
         for parameter in whole.parameters():  # large enough that a wrong bit shows in the logits
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.1)

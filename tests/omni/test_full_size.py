@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from omni.config import OmniConfig, read_config
+from omni.cache import Cache
+from omni.config import DecoderConfig, OmniConfig, read_config
+from omni.decoder import Layer
 from omni.model import tensor_names
+from omni.rope import multimodal_rotary
 from omni.thinker import Thinker
 
 ROPE = {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
@@ -21,13 +25,26 @@ SMALLER = {
     "num_hidden_layers": 36,
     "num_attention_heads": 16,
 }
-SIZES: dict[str, tuple[dict[str, Any], int]] = {
-    "7B": ({}, 3584),
-    "3B": ({**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936}, 2048),
-    "3B tied": (
-        {**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-        2048,
-    ),
+SIZES: dict[str, dict[str, Any]] = {
+    "7B": {},
+    "3B": {**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936},
+    "3B tied": {**SMALLER, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "30B-A3B": {
+        "rope_scaling": {**ROPE["rope_scaling"], "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        "vocab_size": 152064,
+        "hidden_size": 2048,
+        "intermediate_size": 768,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "max_position_embeddings": 65536,
+    },
 }
 
 
@@ -37,7 +54,8 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OmniConfig, d
     transformers = pytest.importorskip("transformers")
     loading = pytest.importorskip("transformers.core_model_loading")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    text, width = SIZES[request.param]
+    text = SIZES[request.param]
+    width = text.get("hidden_size", 3584)
     tied = text.get("tie_word_embeddings", False)
     thinker = {
         "text_config": {**ROPE, **text},
@@ -45,11 +63,17 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OmniConfig, d
         "audio_config": {"output_dim": width},
     }
     thinker |= {"vision_start_token_id": 151652, "tie_word_embeddings": tied}
-    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
-    config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
+    if "num_experts" in text:
+        thinker |= {"audio_end_token_id": 151648, "position_id_per_seconds": 13}
+        config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
+        kind = transformers.Qwen3OmniMoeForConditionalGeneration
+    else:
+        config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+        kind = transformers.Qwen2_5OmniForConditionalGeneration
+    config.architectures = [kind.__name__]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     with torch.device("meta"):
-        model = transformers.Qwen2_5OmniForConditionalGeneration(config)
+        model = kind(config)
     public = loading.revert_weight_conversion(model, model.state_dict())
     if tied:  # one tensor under two names; files hold the first
         del public["thinker.lm_head.weight"]
@@ -66,23 +90,71 @@ def test_names_shapes_and_counts_equal_the_public_checkpoints(built) -> None:
     names = tensor_names(config)
     assert names.keys() == public.keys()
     for name, destination in names.items():
-        rows = parameters[destination.parameter]
-        assert (rows if destination.rows is None else rows[destination.rows]).shape == public[name], name
+        assert destination.view(parameters[destination.parameter]).shape == public[name], name
     assert sum(parameter.numel() for parameter in parameters.values()) == count
     assert {destination.parameter for destination in names.values()} == parameters.keys()
 
 
 def test_prefill_runs_at_full_size(built) -> None:
-    """Shapes of the whole path hold together at the released sizes: a second of video with sound, on meta."""
+    """Shapes of the whole path hold together at the released sizes, on meta: pictures, sound, decoder."""
     config, _, _ = built
+    hidden, levels = config.decoder.hidden_size, len(config.vision.deepstack_blocks)
     with torch.device("meta"):
         thinker = Thinker(config)
-        hidden = config.decoder.hidden_size
-        from omni.cache import Cache
-
         cache = Cache(config.decoder, 200, device=torch.device("meta"), dtype=torch.float32)
-        logits = thinker(torch.empty(1, 200, hidden), torch.zeros(3, 1, 200, dtype=torch.long), cache)
+        deepstack = torch.empty(levels, 1, 200, hidden) if levels else None
+        logits = thinker(torch.empty(1, 200, hidden), torch.zeros(3, 1, 200, dtype=torch.long), cache, deepstack)
         sound = thinker.audio.encode_batch(torch.empty(128, thinker.audio.batch_frames), torch.tensor(1000))
+    grids = torch.tensor([[6, 16, 36], [1, 30, 22]])
+    patches = torch.empty(6 * 16 * 36 + 30 * 22, config.vision.patch_dim, device="meta")
+    pictures = thinker.vision(patches, grids)
     assert logits.shape == (1, config.decoder.vocab_size)
-    assert sound.shape == (750, hidden)
+    assert sound.shape == (config.audio.token_count(thinker.audio.batch_frames), hidden)
+    assert pictures.shape == (1 + levels, (6 * 16 * 36 + 30 * 22) // 4, hidden)
     assert cache.length == 200
+
+
+def test_a_layer_of_experts_at_full_size() -> None:
+    """2048 channels, 128 experts of 768, 8 per token, in bfloat16 on the CPU: real numbers, and the right ones."""
+    config = DecoderConfig(
+        vocab_size=1,
+        hidden_size=2048,
+        intermediate_size=0,
+        num_layers=1,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        rope_theta=1e6,
+        mrope_section=(24, 20, 20),
+        rms_norm_eps=1e-6,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        qk_norm=True,
+        mrope_interleaved=True,
+        num_experts=128,
+        experts_per_token=8,
+        expert_size=768,
+        normalise_experts=True,
+    )
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layer = Layer(config, 0)
+    layer = layer.to_empty(device="cpu").bfloat16().requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.uniform_(-0.05, 0.05)
+    cache = Cache(config, 3, device=torch.device("cpu"), dtype=torch.bfloat16)
+    x = torch.randn(1, 3, 2048).bfloat16()
+    positions = torch.arange(3).expand(3, 1, -1)
+    cos, sin = multimodal_rotary(positions, 128, 1e6, (24, 20, 20), interleaved=True)
+    y = layer(x, (cos.unsqueeze(1), sin.unsqueeze(1)), cache, 0)
+    assert y.dtype == torch.bfloat16
+    # The experts again, one token and one expert at a time, in float32.
+    mixed = x + layer.attention(layer.attention_norm(x), (cos.unsqueeze(1), sin.unsqueeze(1)), cache, 0)
+    tokens = layer.mlp_norm(mixed)[0]
+    shares, chosen = layer.mlp.route(tokens)
+    expected = mixed[0].float()
+    for row, (parts, experts) in enumerate(zip(shares.float(), chosen.tolist(), strict=True)):
+        for share, expert in zip(parts, experts, strict=True):
+            gate, up = (layer.mlp.gate_up[expert].float() @ tokens[row].float()).chunk(2)
+            expected[row] += share * (layer.mlp.down[expert].float() @ (F.silu(gate) * up))
+    assert (y[0].float() - expected).norm() / expected.norm() < 1e-2

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import FAMILIES, GOLDEN
 from safetensors.torch import load_file
 
 import omni
 
-FOLDER = GOLDEN / "qwen2_5"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no golden data beside this checkout")
-REQUESTS = sorted(path.name for path in FOLDER.glob("*_*.safetensors"))
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data beside this checkout")
+REQUESTS = sorted(path for family in FAMILIES for path in (GOLDEN / family).glob("*_*.safetensors"))
 STOP = 699
 
 
-@pytest.fixture(scope="module")
-def model() -> omni.Omni:
-    return omni.load(FOLDER, device="cpu", dtype=torch.float32)
+@cache
+def load(folder: Path) -> omni.Omni:
+    return omni.load(folder, device="cpu", dtype=torch.float32)
 
 
 def read_request(path: Path) -> tuple[omni.Inputs, dict[str, torch.Tensor]]:
@@ -30,10 +30,11 @@ def read_request(path: Path) -> tuple[omni.Inputs, dict[str, torch.Tensor]]:
     return omni.Inputs(**{n: tensors[n].float() if tensors[n].dtype in floats else tensors[n] for n in names}), tensors
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_full_tokens(model: omni.Omni, name: str) -> None:
+@pytest.mark.parametrize("path", REQUESTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_full_tokens(path: Path) -> None:
     """Every recorded request with every token kept: logits within 1e-3, generated tokens equal."""
-    inputs, expected = read_request(FOLDER / name)
+    model = load(path.parent)
+    inputs, expected = read_request(path)
     torch.testing.assert_close(model.prefill(inputs).logits, expected["logits_full"], atol=1e-3, rtol=0)
     generated = expected["generated_full"].tolist()
     answer = model.generate(inputs, max_new_tokens=len(generated), stop_token_ids=[STOP])

@@ -8,27 +8,37 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair, as_batch, make_request
+from conftest import FAMILIES, Pair, as_batch, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.processing.positions import layout
 from omni.processing.prompt import clip_block
 
-HEADS = {
-    "grouped": {},
-    "one key head, tied": {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
-        "tie_word_embeddings": True,
-    },
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_5": ("qwen2_5", {}),
+    "qwen2_5, one key head, tied": (
+        "qwen2_5",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3, one key head, tied": (
+        "qwen3",
+        {"num_key_value_heads": 1, "tie_word_embeddings": True, "norm_topk_prob": False},
+    ),
 }
 REQUESTS = {
     "text": [("text", 20)],
     "image of whole windows": [("text", 5), ("image", 16, 8), ("text", 4)],
     "image of odd size": [("text", 5), ("image", 10, 22), ("text", 4)],
     "sound of odd length": [("text", 5), ("audio", 437), ("text", 4)],
+    "sounds of less than a second": [("text", 5), ("audio", 57), ("audio", 83), ("text", 4)],
+    "sound of more than a batch": [("text", 5), ("audio", 3377), ("text", 4)],
     "clip without sound": [("text", 5), ("video", 3, 6, 10, 1.0), ("text", 4)],
     "clip with shorter sound": [("text", 5), ("video", 6, 6, 10, 1.0, 420), ("text", 4)],
     "clip with longer sound": [("text", 5), ("video", 2, 8, 6, 1.0, 1101), ("text", 4)],
@@ -52,14 +62,15 @@ REQUESTS = {
 }
 
 
-@pytest.fixture(scope="module", params=HEADS, ids=list(HEADS))
+@pytest.fixture(scope="module", params=MODELS, ids=list(MODELS))
 def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
-    return make_pair(text=HEADS[request.param], seed=len(request.param))
+    family, text = MODELS[request.param]
+    return make_pair(family, text=text, seed=len(request.param))
 
 
-@pytest.fixture(scope="module")
-def rounded_pair(make_pair) -> Pair:
-    return make_pair(dtype=torch.bfloat16)
+@pytest.fixture(scope="module", params=FAMILIES)
+def rounded_pair(request: pytest.FixtureRequest, make_pair) -> Pair:
+    return make_pair(request.param, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -79,8 +90,8 @@ def test_logits_and_positions_equal_transformers(pair: Pair, name: str) -> None:
         inputs.mel_lengths,
         inputs.video_second_per_grid,
     )
-    assert torch.equal(places.positions, positions[:, 0])
-    assert places.next_position == inputs.input_ids.shape[1] + int(deltas)
+    assert torch.equal(places.positions, positions[:, 0].to(places.positions.dtype))
+    assert places.next_position == inputs.input_ids.shape[1] + float(deltas)
 
 
 def random_sizes(seed: int) -> dict[str, dict[str, Any]]:
