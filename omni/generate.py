@@ -1,4 +1,4 @@
-"""python -m omni.generate [media ...] "question": the answer on stdout, progress and figures on stderr."""
+"""python -m omni.generate [media ...] "question": the answer on stdout, thoughts, progress and figures on stderr."""
 
 from __future__ import annotations
 
@@ -107,13 +107,19 @@ def _answer(options: argparse.Namespace) -> None:
     )
     media_seconds = time.perf_counter() - started
     answer = model.stream(
-        inputs, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+        inputs,
+        on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
     )
     generation = _print_stream(answer, quiet=options.json)
     if options.json:
         stats = {**asdict(generation.stats), "media_seconds": media_seconds}
-        report = {"text": generation.text, "tokens": generation.tokens, "stats": stats}
+        report = {"text": generation.text, "thought": generation.thought, "tokens": generation.tokens, "stats": stats}
         print(json.dumps(report, ensure_ascii=False))
+    elif generation.thought:
+        print(file=sys.stderr)  # ends the line of the thought
     print(figures(generation, media_seconds), file=sys.stderr)
 
 

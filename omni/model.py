@@ -18,7 +18,8 @@ from omni.config import QWEN3, OmniConfig, read_config
 from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout, layout
 from omni.processing.processor import Processor
-from omni.processing.tokenizer import TextStream, Tokenizer
+from omni.processing.reasoning import AnswerStream, split_answer
+from omni.processing.tokenizer import Tokenizer
 from omni.runtime.sampling import Sampling, pick
 from omni.thinker import Thinker
 
@@ -72,15 +73,27 @@ class Prefill:
 
 @dataclass
 class Generation:
-    """An answer. tokens: ids, the stop token included; text: without control tokens."""
+    """An answer. tokens: ids, the stop token included; text: without control tokens.
+
+    thought: what a reasoning checkpoint wrote between its marks, which `text` leaves out; "" where there is none.
+    """
 
     tokens: list[int]
     stats: Stats
+    _prompt: Tensor = field(repr=False)
     _tokenizer: Callable[[], Tokenizer] = field(repr=False)
 
-    @cached_property
+    @property
     def text(self) -> str:
-        return self._tokenizer().decode(self.tokens)
+        return self._parts[1]
+
+    @property
+    def thought(self) -> str:
+        return self._parts[0]
+
+    @cached_property
+    def _parts(self) -> tuple[str, str]:
+        return split_answer(self._tokenizer(), self._prompt[0].tolist(), self.tokens)
 
 
 class Omni:
@@ -143,23 +156,32 @@ class Omni:
             except StopIteration as stop:
                 return stop.value
 
-    def stream(self, inputs: Inputs, **options: Unpack[GenerateOptions]) -> Generator[str, None, Generation]:
+    def stream(
+        self,
+        inputs: Inputs,
+        *,
+        on_thought: Callable[[str], None] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[str, None, Generation]:
         """Yields the answer's text as it comes, in whole characters; the generator's value is the Generation.
 
+        on_thought: called with the pieces of a reasoning checkpoint's thought, which are not part of the text.
         Raises InputError before any work where prompt and answer exceed the context, ValueError for options
         out of range.
         """
-        text = TextStream(self.processor.tokenizer)
+        answer = AnswerStream(self.processor.tokenizer, inputs.input_ids[0].tolist())
         tokens = self._tokens(inputs, **options)
-        while True:
+        generation = None
+        while generation is None:
             try:
-                piece = text.push(next(tokens))
+                piece = answer.push(next(tokens))
             except StopIteration as stop:
-                if rest := text.flush():
-                    yield rest
-                return stop.value
-            if piece:
-                yield piece
+                generation, piece = stop.value, answer.flush()
+            if piece.text and not piece.is_thought:
+                yield piece.text
+            elif piece.text and on_thought is not None:
+                on_thought(piece.text)
+        return generation
 
     def _tokens(
         self,
@@ -206,7 +228,7 @@ class Omni:
             decode_seconds=time.perf_counter() - first,
             new_tokens=len(tokens),
         )
-        return Generation(tokens, stats, lambda: self.processor.tokenizer)
+        return Generation(tokens, stats, inputs.input_ids, lambda: self.processor.tokenizer)
 
     def _prefill(self, inputs: Inputs, max_new_tokens: int) -> Prefill:
         places = layout(inputs, self.config)
