@@ -11,12 +11,7 @@ from typing import Any
 
 from omni.processing.tokenizer import Tokenizer
 
-QWEN2_5_OMNI_TEMPLATE = (
-    "{% set media = {'image': '<|vision_bos|><|IMAGE|><|vision_eos|>',"
-    " 'audio': '<|audio_bos|><|AUDIO|><|audio_eos|>', 'video': '<|vision_bos|><|VIDEO|><|vision_eos|>'} %}"
-    "{% if messages[0].role != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}"
+_TURNS = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role + '\n' }}"
     "{% if message.content is string %}"
@@ -28,7 +23,22 @@ QWEN2_5_OMNI_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}"
 )
+
+QWEN2_5_OMNI_TEMPLATE = (
+    "{% set media = {'image': '<|vision_bos|><|IMAGE|><|vision_eos|>',"
+    " 'audio': '<|audio_bos|><|AUDIO|><|audio_eos|>', 'video': '<|vision_bos|><|VIDEO|><|vision_eos|>'} %}"
+    "{% if messages[0].role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}" + _TURNS
+)
 """The Qwen2.5-Omni family's template (ChatML with media marks), for checkpoints that bring none."""
+
+QWEN3_OMNI_TEMPLATE = (
+    "{% set media = {'image': '<|vision_start|><|image_pad|><|vision_end|>',"
+    " 'audio': '<|audio_start|><|audio_pad|><|audio_end|>',"
+    " 'video': '<|vision_start|><|video_pad|><|vision_end|>'} %}" + _TURNS
+)
+"""The Qwen3-Omni family's: as the released one without tools, it adds no system message and opens no thought."""
 
 ROLES = ("system", "user", "assistant")
 MEDIA = ("image", "audio", "video")
