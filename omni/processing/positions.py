@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.config import OmniConfig
+from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
+from omni.processing.prompt import take_turns
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
 
@@ -23,12 +24,13 @@ IMAGE, VIDEO, AUDIO = 1, 2, 3
 class Layout:
     """The places of a prompt's tokens; all tensors are on the CPU.
 
-    positions: (3, S) int64, temporal, height, width. next_position: what the first new token gets.
+    positions: (3, S), temporal, height, width; int64 in Qwen2.5-Omni, float32 in Qwen3-Omni, where frames stand
+    at fractions and so does text after a clip. next_position: what the first new token gets, a float there, too.
     image, video, audio: (n,) int64 indices of the placeholders, in order.
     """
 
     positions: Tensor
-    next_position: int
+    next_position: float
     image: Tensor
     video: Tensor
     audio: Tensor
@@ -43,8 +45,8 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     """Reads the prompt from left to right. Raises InputError where its placeholders do not match the media.
 
     Text counts on by one from the largest position of the run before it. A clip's frames advance by real
-    time at `positions_per_second`; its sound, where it has one, starts at the same position and the two are
-    interleaved in one block of placeholders.
+    time at `positions_per_second`, in Qwen2.5-Omni rounded down; its sound, where it has one, starts at the same
+    position and the two are interleaved in one block of placeholders.
     """
     ids = inputs.input_ids[0].cpu()
     vocab_size = config.decoder.vocab_size
@@ -66,51 +68,78 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     _check_patches("pixel_values", inputs.pixel_values, inputs.image_grid_thw, config)
     _check_patches("pixel_values_videos", inputs.pixel_values_videos, inputs.video_grid_thw, config)
 
-    # A clip with sound is marked as a picture that opens with a sound.
-    opening = F.pad((ids[:-1] == tokens.vision_start) & (ids[1:] == tokens.audio_start), (0, 1))
-    stops = [*((kinds > 0) | opening).nonzero().flatten().tolist(), len(ids)]
-    queues = {kind: deque(blocks) for kind, blocks in media.items()}
-    positions = torch.empty(3, len(ids), dtype=torch.long)
-    place, start = 0, 0  # the next token and its position
-    while place < len(ids):
-        kind = int(kinds[place])
-        if opening[place]:
-            place, start = _place_sounding_clip(positions, kinds, place, start, queues)
-        elif kind:
-            block = _take(queues, kind)
-            _require(kinds[place : place + block.shape[1]], kind, block.shape[1])
-            positions[:, place : place + block.shape[1]] = block + start
-            place, start = place + block.shape[1], start + int(block.max()) + 1
-        else:
-            end = stops[bisect_left(stops, place)]
-            positions[:, place:end] = torch.arange(start, start + end - place)
-            place, start = end, start + end - place
+    positions = _walk(ids, kinds, {kind: deque(blocks) for kind, blocks in media.items()}, config)
+    length = len(ids)
     return Layout(
         positions=positions,
-        next_position=int(positions.max()) + 1,
+        # By way of the distance from the length, as the public code keeps it while decoding.
+        next_position=length + (positions.max() + 1 - length).item(),
         image=(kinds == IMAGE).nonzero().flatten(),
         video=(kinds == VIDEO).nonzero().flatten(),
         audio=(kinds == AUDIO).nonzero().flatten(),
     )
 
 
-def _place_sounding_clip(
-    positions: Tensor, kinds: Tensor, place: int, start: int, queues: dict[int, deque[Tensor]]
-) -> tuple[int, int]:
-    """Fills marks and block of a clip with sound; returns the next token and its position."""
-    frames, sound = _take(queues, VIDEO), _take(queues, AUDIO)
-    first = place + 2
-    end = first + frames.shape[1] + sound.shape[1]
-    block = kinds[first:end]
-    _require(block[block != AUDIO], VIDEO, frames.shape[1])
-    positions[:, place:first] = start  # the two opening marks share a position
-    positions[:, first:end][:, block == VIDEO] = frames + start + 1
-    positions[:, first:end][:, block == AUDIO] = sound + start + 1
-    # What follows counts on from the last run of the block, be it frames or sound, not from the furthest.
-    run = int((block != block[-1]).nonzero().flatten().max()) + 1 if bool((block != block[-1]).any()) else 0
-    after = int(positions[:, first + run : end].max()) + 1
-    positions[:, end : end + 2] = after  # and so do the two closing marks
-    return min(end + 2, positions.shape[1]), after + 1
+def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: OmniConfig) -> Tensor:
+    """(3, S) positions. queues: (3, tokens) from zero of every medium, by kind.
+
+    A medium stands between marks, a clip with sound between two and two: there the picture's mark comes first.
+    Sums are in the public code's order, on which they depend in float32.
+    """
+    is_mark = (ids == config.tokens.vision_start) | (ids == config.tokens.audio_start)
+    opens = F.pad(is_mark[:-1] & (kinds[1:] > 0), (0, 1))
+    opens_both = F.pad((ids[:-1] == config.tokens.vision_start) & (ids[1:] == config.tokens.audio_start), (0, 1))
+    stops = [*((kinds > 0) | opens | opens_both).nonzero().flatten().tolist(), len(ids)]
+    positions = torch.empty(3, len(ids), dtype=_dtype(config))
+    place, start = 0, positions.new_zeros(())  # the next token and its position
+    while place < len(ids):
+        marks = 2 if opens_both[place] else int(opens[place])
+        if not marks and not kinds[place]:
+            end = stops[bisect_left(stops, place)]
+            positions[:, place:end] = torch.arange(end - place) + start
+            place, start = end, start + (end - place)
+            continue
+        # Both marks of a clip with sound share a position in Qwen2.5-Omni.
+        span = marks if config.family == QWEN3 else min(marks, 1)
+        steps = torch.arange(marks).clamp(max=span - 1)
+        first = place + marks
+        positions[:, place:first] = steps + start
+        if marks == 2:
+            frames, sound = (_take(queues, kind) + (start + span) for kind in (VIDEO, AUDIO))
+            block, run = _interleave(frames, sound, kinds[first:], config)
+        else:
+            kind = int(kinds[first])
+            block, run = _take(queues, kind) + (start + span), 0
+            _require(kinds[first : first + block.shape[1]], kind, block.shape[1])
+        end = first + block.shape[1]
+        positions[:, first:end] = block
+        start = block[:, run:].max() + 1
+        place = min(end + marks, stops[bisect_left(stops, end)])  # as many marks close
+        if place > end:
+            positions[:, end:place] = steps[: place - end] + start
+            start = positions[0, place - 1] + 1
+    return positions
+
+
+def _interleave(frames: Tensor, sound: Tensor, kinds: Tensor, config: OmniConfig) -> tuple[Tensor, int]:
+    """(3, n + m) of a clip's n frame and m audio tokens, and where the last run of one of the two begins.
+
+    What follows counts on from that run, be it frames or sound, and not from the furthest position.
+    kinds: of the prompt's tokens from the block's first on.
+    """
+    block = torch.cat([frames, sound], dim=1)
+    kinds = kinds[: block.shape[1]]
+    _require(kinds[kinds != AUDIO], VIDEO, frames.shape[1])
+    _require(kinds[kinds == AUDIO], AUDIO, sound.shape[1])
+    # Qwen3-Omni sorts the positions, whatever their places hold: rounding may have sorted the ids otherwise.
+    is_frame = take_turns(frames[0], sound[0]) if config.family == QWEN3 else kinds == VIDEO
+    block[:, is_frame], block[:, ~is_frame] = frames, sound
+    changes = (is_frame != is_frame[-1]).nonzero().flatten()
+    return block, int(changes[-1]) + 1 if len(changes) else 0
+
+
+def _dtype(config: OmniConfig) -> torch.dtype:
+    return torch.float32 if config.family == QWEN3 else torch.long
 
 
 def _take(queues: dict[int, deque[Tensor]], kind: int) -> Tensor:
@@ -125,18 +154,20 @@ def _require(found: Tensor, kind: int, count: int) -> None:
 
 
 def _vision_positions(grid_thw: Tensor | None, seconds: Tensor | None, config: OmniConfig) -> list[Tensor]:
-    """Per picture or clip, (3, tokens) int64 from zero; `seconds` (n,) between temporal grids, None for pictures."""
+    """Per picture or clip, (3, tokens) from zero; `seconds` (n,) between temporal grids, None for pictures."""
     if grid_thw is None:
         return []
+    if seconds is not None and not (len(seconds) == len(grid_thw) and bool(((seconds > 0) & seconds.isfinite()).all())):
+        raise InputError(f"video_second_per_grid must be seconds above 0, one per clip, not {seconds.tolist()}.")
     blocks = []
     merge = config.vision.spatial_merge_size
     for index, (grids, height, width) in enumerate(grid_thw.tolist()):
         if height % merge or width % merge:
             raise InputError(f"a grid of {height} x {width} patches is no multiple of {merge} x {merge}.")
-        # Rounded down in float32, as the public code does.
+        # In float32, as in the public code; long() rounds down.
         step = torch.tensor(1.0) if seconds is None else seconds[index].cpu().float()
-        time = (torch.arange(grids) * step * config.positions_per_second).long()
-        axes = (time, torch.arange(height // merge), torch.arange(width // merge))
+        time = (torch.arange(grids) * step * config.positions_per_second).to(_dtype(config))
+        axes = (time, torch.arange(height // merge).to(time), torch.arange(width // merge).to(time))
         blocks.append(torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]))
     return blocks
 

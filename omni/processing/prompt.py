@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
+from torch import Tensor
+
 from omni.config import OmniConfig
 from omni.inputs import InputError
 
@@ -36,13 +39,21 @@ def clip_block(
 ) -> list[int]:
     """Ids of a clip: its frames, and with sound (`audio_tokens` not None) both in turns between audio marks.
 
-    Frames and sound take turns by chunks of `seconds_per_chunk` (arXiv 2503.20215, section 2.3).
+    In Qwen2.5-Omni frames and sound take turns by chunks of `seconds_per_chunk` (arXiv 2503.20215, section 2.3), in
+    Qwen3-Omni token by token (`take_turns`; arXiv 2509.17765, section 2.3). Equal to `replace_video_with_audio_token`
+    of the public processors.
     """
     grids, height, width = grid_thw
     per_grid = height * width // config.vision.spatial_merge_size**2
     if audio_tokens is None:
         return [config.tokens.video] * (grids * per_grid)
-    size = int(config.positions_per_second * (config.seconds_per_chunk or 0))
+    if config.seconds_per_chunk is None:
+        # In float64 and in this order of products, so that ties fall as in the public processor.
+        times = torch.arange(grids, dtype=torch.float64) * seconds_per_grid * config.positions_per_second
+        is_frame = take_turns(times.repeat_interleave(per_grid), torch.arange(audio_tokens, dtype=torch.float64))
+        block = [config.tokens.video if frame else config.tokens.audio for frame in is_frame.tolist()]
+        return [config.tokens.audio_start, *block, config.tokens.audio_end]
+    size = int(config.positions_per_second * config.seconds_per_chunk)
     step = seconds_per_grid * config.positions_per_second
     frames = _chunks((grid * step for grid in range(grids) for _ in range(per_grid)), size)
     sound = _chunks(range(audio_tokens), size)
@@ -51,6 +62,16 @@ def clip_block(
         block += [config.tokens.video] * (frames[chunk] if chunk < len(frames) else 0)
         block += [config.tokens.audio] * (sound[chunk] if chunk < len(sound) else 0)
     return [*block, config.tokens.audio_end]
+
+
+def take_turns(frames: Tensor, sound: Tensor) -> Tensor:
+    """Merges the rising times of a clip's frame tokens (n,) and audio tokens (m,), frames first where they are equal.
+
+    Returns (n + m,) bool: whether the token at each place belongs to a frame.
+    """
+    is_frame = torch.zeros(len(frames) + len(sound), dtype=torch.bool)
+    is_frame[torch.searchsorted(sound, frames) + torch.arange(len(frames))] = True
+    return is_frame
 
 
 def _chunks(times: Iterable[float], size: int) -> list[int]:
