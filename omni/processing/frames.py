@@ -1,16 +1,22 @@
 """Which frames of a clip the model sees, at what size, and how pixels become patches.
 
-The family's rules, as in transformers' `models/qwen2_vl/{video,image}_processing_qwen2_vl.py`.
+The rules of both families, as in transformers' `models/qwen2_vl/{video,image}_processing_qwen2_vl.py`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from omni.config import QWEN3, ConfigError, OmniConfig
 
 MAX_ASPECT_RATIO = 200
 
@@ -23,8 +29,8 @@ class MediaError(ValueError):
 class VisionSizes:
     """The numbers of a family's vision processor. The defaults are Qwen2.5-Omni's.
 
-    Picture bounds: the checkpoints' preprocessor_config.json. Clip bounds: `videos_kwargs` of transformers'
-    Qwen2_5OmniProcessor, which are those of qwen-omni-utils. Mean and standard deviation: CLIP's.
+    Picture bounds, mean and standard deviation (here CLIP's): the checkpoints' preprocessor_config.json. Clip bounds:
+    `videos_kwargs` of transformers' Qwen2_5OmniProcessor, which are those of qwen-omni-utils.
     """
 
     patch_size: int = 14
@@ -63,6 +69,74 @@ class VisionSizes:
             min_pixels=self.video_min_pixels,
             max_pixels=clip_max_pixels(num_frames, self),
         )
+
+
+QWEN3_OMNI_SIZES = VisionSizes(
+    patch_size=16,
+    video_min_pixels=128 * 32**2,
+    video_max_pixels=768 * 32**2,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+)
+"""Qwen3-Omni's: clip bounds of transformers' Qwen3OmniMoeProcessor, the rest as its checkpoints' files say.
+
+They keep Qwen2.5-Omni's picture bounds to the pixel, although a token is of 32 x 32 pixels here.
+"""
+
+
+def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
+    """The family's numbers, patches of the config's size, and what the checkpoint's preprocessor_config.json says.
+
+    That file, where there is one, has a say in the bounds of pictures and, for pictures and clips, in mean and
+    standard deviation, as with transformers' processors. Raises ConfigError for one that is damaged.
+    """
+    sizes = replace(
+        QWEN3_OMNI_SIZES if config.family == QWEN3 else VisionSizes(),
+        patch_size=config.vision.patch_size,
+        merge_size=config.vision.spatial_merge_size,
+        temporal_patch_size=config.vision.temporal_patch_size,
+    )
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return sizes
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{path} must be a JSON object, not {type(settings).__name__}.")
+    sizes = replace(sizes, **_stated(settings, path))
+    if sizes.image_min_pixels > sizes.image_max_pixels:
+        raise ConfigError(f"{path}: min_pixels must not exceed max_pixels.")
+    return sizes
+
+
+def _stated(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of VisionSizes that a preprocessor_config.json states, checked."""
+    stated: dict[str, Any] = {}
+    for key in ("image_mean", "image_std"):
+        if (value := settings.get(key)) is None:
+            continue
+        least = 0 if key == "image_std" else -math.inf
+        if not isinstance(value, list) or len(value) != 3 or not all(_is_number(item, least) for item in value):
+            raise ConfigError(f"{path}: {key} must be three numbers, standard deviations above 0, not {value!r:.80}.")
+        stated[key] = tuple(map(float, value))
+    # Released files say min_pixels, files saved by later transformers size.shortest_edge; the former goes first.
+    size = settings.get("size")
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = settings.get(key)
+        if value is None and isinstance(size, Mapping):
+            value = size.get(edge)
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{path}: {key} must be a positive integer, not {value!r:.80}.")
+        stated[f"image_{key}"] = value
+    return stated
+
+
+def _is_number(value: Any, above: float) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > above
 
 
 def sample_indices(

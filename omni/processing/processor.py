@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.config import OmniConfig
+from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
-from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, encode_chat, load_template
-from omni.processing.frames import VisionSizes, patchify, resize
+from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, encode_chat, load_template
+from omni.processing.frames import VisionSizes, patchify, resize, vision_sizes
 from omni.processing.media import read_audio, read_image, read_video
 from omni.processing.mel import log_mel
 from omni.processing.prompt import clip_block, expand
@@ -22,12 +22,17 @@ from omni.processing.tokenizer import Tokenizer
 
 
 class Processor:
-    """The parts of a checkpoint that turn text and media into tensors: vocabulary, template, sizes."""
+    """The parts of a checkpoint that turn text and media into tensors: vocabulary, template, sizes.
+
+    Raises TokenizerError, ChatTemplateError or ConfigError for files that are missing or damaged.
+    """
 
     def __init__(self, folder: Path, config: OmniConfig) -> None:
         self.config = config
         self.tokenizer = Tokenizer.from_folder(folder)
-        self.template = load_template(folder) or QWEN2_5_OMNI_TEMPLATE
+        fallback = QWEN3_OMNI_TEMPLATE if config.family == QWEN3 else QWEN2_5_OMNI_TEMPLATE
+        self.template = load_template(folder) or fallback
+        self.sizes = vision_sizes(folder, config)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -49,12 +54,12 @@ class Processor:
 
         messages: `omni.processing.chat.encode_chat` describes them, `omni.processing.media` what a medium may be.
         use_audio_in_video: whether clips are heard; one without sound is seen alone. fps, max_frames: of clips.
-        min_pixels, max_pixels: per frame and picture; unless given the family's (`VisionSizes`). on_frame: called
-        with (frames done, frames in all) of each clip while it is decoded.
+        min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). on_frame:
+        called with (frames done, frames in all) of each clip while it is decoded.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
         ids = encode_chat(self.tokenizer, self.template, messages)  # before minutes go into decoding
-        sizes = self._sizes(min_pixels, max_pixels)
+        sizes = _bounded(self.sizes, min_pixels, max_pixels)
         tokens = self.config.tokens
         blocks: list[tuple[int, list[int]]] = []
         images: list[tuple[Tensor, Tensor]] = []
@@ -112,31 +117,31 @@ class Processor:
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
 
-    def _sizes(self, min_pixels: int | None, max_pixels: int | None) -> VisionSizes:
-        vision = self.config.vision
-        sizes = VisionSizes(
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
-        least = sizes.factor**2
-        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, the pixels of one token, not {value}.")
-        if min_pixels is None and max_pixels is not None:
-            # A lower ceiling than the family's floor lowers the floor.
-            sizes = replace(
-                sizes,
-                image_min_pixels=min(sizes.image_min_pixels, max_pixels),
-                video_min_pixels=min(sizes.video_min_pixels, max_pixels),
-            )
-        if min_pixels is not None:
-            sizes = replace(sizes, image_min_pixels=min_pixels, video_min_pixels=min_pixels)
-        if max_pixels is not None:
-            sizes = replace(sizes, image_max_pixels=max_pixels, video_max_pixels=max_pixels)
-        if sizes.video_min_pixels > sizes.video_max_pixels or sizes.image_min_pixels > sizes.image_max_pixels:
+
+def _bounded(sizes: VisionSizes, min_pixels: int | None, max_pixels: int | None) -> VisionSizes:
+    """`sizes` with the caller's bounds, where given, for pictures and clips alike."""
+    least = sizes.factor**2
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, the pixels of one token, not {value}.")
+
+    def bounds(low: int, high: int) -> tuple[int, int]:
+        high = high if max_pixels is None else max_pixels
+        # A lower ceiling than the checkpoint's floor lowers the floor.
+        low = min(low, high) if min_pixels is None else min_pixels
+        if low > high:
             raise InputError("min_pixels must not exceed max_pixels.")
-        return sizes
+        return low, high
+
+    image = bounds(sizes.image_min_pixels, sizes.image_max_pixels)
+    video = bounds(sizes.video_min_pixels, sizes.video_max_pixels)
+    return replace(
+        sizes,
+        image_min_pixels=image[0],
+        image_max_pixels=image[1],
+        video_min_pixels=video[0],
+        video_max_pixels=video[1],
+    )
 
 
 def _media(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
