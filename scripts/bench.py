@@ -1,9 +1,10 @@
 """Prefill, encoders and decode beside transformers (SDPA), same random weights, same threads, in one run.
 
     python scripts/bench.py                    # about 0.5 B parameters, float32, on the CPU
+    python scripts/bench.py --family qwen3     # about 0.5 B active, of 1.1 B
     python scripts/bench.py --repeats 3 --tokens 500 --rows prefill decode
 
-Writes benchmarks/results/<machine>-<date>.json and renders benchmarks/README.md from all result files.
+Writes benchmarks/results/<machine>-<family>-<date>.json and renders benchmarks/README.md from all result files.
 Every row alternates the two sides and takes medians; the machine's matrix and memory rates are measured in the
 same run, before and after, so that a figure can be read as a share of what the machine can do.
 """
@@ -28,7 +29,7 @@ import omni
 from omni.cache import Cache
 
 ROOT = Path(__file__).parents[1]
-ROWS = ("prefill", "vision", "vision ragged", "audio", "decode")
+ROWS = ("prefill", "experts", "vision", "vision ragged", "audio", "decode")
 
 DECODER = {
     "vocab_size": 151936,
@@ -47,35 +48,53 @@ VISION = {
     "hidden_size": 640,
     "intermediate_size": 1728,
     "num_heads": 8,
-    "out_hidden_size": 896,
-    "fullatt_block_indexes": [3, 7],
 }
 AUDIO = {
     "d_model": 640,
     "encoder_layers": 8,
     "encoder_attention_heads": 10,
     "encoder_ffn_dim": 2560,
-    "output_dim": 896,
-    "n_window": 100,
+}
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen2.5": {
+        "text_config": DECODER,
+        "vision_config": {**VISION, "fullatt_block_indexes": [3, 7], "out_hidden_size": 896},
+        "audio_config": {**AUDIO, "n_window": 100, "output_dim": 896},
+    },
+    "qwen3": {
+        "text_config": {
+            **DECODER,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 704,
+            "rope_scaling": {"mrope_section": [12, 10, 10], "mrope_interleaved": True, "rope_type": "default"},
+        },
+        "vision_config": {**VISION, "deepstack_visual_indexes": [1, 3, 5], "out_hidden_size": 1024},
+        "audio_config": {**AUDIO, "downsample_hidden_size": 240, "output_dim": 1024},
+    },
 }
 
 
-def build_pair() -> tuple[Any, omni.Omni]:
+def build_pair(family: str) -> tuple[Any, omni.Omni]:
     """transformers' thinker and ours with the same random weights, ours read from the other's files."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    thinker = {
-        "text_config": DECODER,
-        "vision_config": VISION,
-        "audio_config": AUDIO,
-        "tie_word_embeddings": True,
-    }
-    thinker["vision_start_token_id"] = 151652
-    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+    thinker = {**SIZES[family], "tie_word_embeddings": True, "vision_start_token_id": 151652}
+    if family == "qwen3":
+        thinker |= {"audio_end_token_id": 151670, "audio_start_token_id": 151669, "position_id_per_seconds": 13}
+        config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
+        kind = transformers.Qwen3OmniMoeForConditionalGeneration
+    else:
+        config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+        kind = transformers.Qwen2_5OmniForConditionalGeneration
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    reference = transformers.Qwen2_5OmniForConditionalGeneration(config).eval().requires_grad_(False)
+    reference = kind(config).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         return reference.thinker, omni.load(folder, device="cpu", dtype=torch.float32)
@@ -137,10 +156,34 @@ def bench_prefill(reference: Any, model: omni.Omni, tokens: int, repeats: int) -
         return model.thinker(x, positions, Cache(decoder, tokens, device=model.device, dtype=model.dtype))
 
     row = compare(theirs, ours, repeats)
-    weights = sum(parameter.numel() for parameter in model.thinker.layers.parameters())
     attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * tokens**2  # causal half
     head = 2 * decoder.hidden_size * decoder.vocab_size
-    return {**row, "our_gflops": (2 * weights * tokens + attention + head) / row["our_seconds"] / 1e9}
+    return {**row, "our_gflops": (2 * active_weights(model) * tokens + attention + head) / row["our_seconds"] / 1e9}
+
+
+def active_weights(model: omni.Omni) -> float:
+    """Weights of the decoder's layers that one token meets: of experts, its share."""
+    decoder, total = model.config.decoder, 0.0
+    for index, layer in enumerate(model.thinker.layers):
+        weights = sum(parameter.numel() for parameter in layer.parameters())
+        if decoder.is_sparse(index):
+            experts = layer.mlp.gate_up.numel() + layer.mlp.down.numel()
+            weights -= experts * (1 - decoder.experts_per_token / decoder.num_experts)
+        total += weights
+    return total
+
+
+def bench_experts(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, float]:
+    """One layer of experts, beside transformers' and beside one dense product of as many multiplications."""
+    decoder = model.config.decoder
+    x = torch.randn(1, tokens, decoder.hidden_size)
+    dense = torch.nn.Linear(decoder.hidden_size, 3 * decoder.experts_per_token * decoder.expert_size, bias=False)
+    theirs, ours = reference.model.language_model.layers[0].mlp, model.thinker.layers[0].mlp
+    row = compare(lambda: theirs(x), lambda: ours(x), repeats)
+    alternate([timed(lambda: dense(x))], 1)
+    dense_row = against(timed(lambda: dense(x)), timed(lambda: ours(x)), repeats)
+    flops = 2 * tokens * dense.weight.numel()
+    return {**row, "our_gflops": flops / row["our_seconds"] / 1e9, "of_dense": dense_row["speedup"]}
 
 
 def bench_vision(reference: Any, model: omni.Omni, side: int, repeats: int) -> dict[str, float]:
@@ -149,7 +192,7 @@ def bench_vision(reference: Any, model: omni.Omni, side: int, repeats: int) -> d
     patches = torch.randn(8 * side * side, model.config.vision.patch_dim)
     return compare(
         lambda: reference.model.visual(patches, grid_thw=grid).pooler_output,
-        lambda: model.thinker.vision(patches, grid),
+        lambda: model.thinker.vision(patches, grid)[0],
         repeats,
     )
 
@@ -205,8 +248,7 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 2
     if picks["theirs"] != picks["ours"]:
         raise SystemExit("the two sides do not pick the same tokens: nothing to compare.")
     row = against(theirs, ours, repeats)
-    read = sum(parameter.nbytes for parameter in model.thinker.layers.parameters())
-    read += model.thinker.embedding.weight.nbytes  # the tied head
+    read = 4 * active_weights(model) + model.thinker.embedding.weight.nbytes  # the tied head
     rates = {f"{side}_read_gb_per_s": read / row[f"{side}_seconds"] / 1e9 for side in ("our", "their")}
     return {**row, **rates}
 
@@ -217,9 +259,10 @@ def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: i
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    reference, model = build_pair()
+    reference, model = build_pair(options.family)
     benches: dict[str, Callable[[], dict[str, float]]] = {
         "prefill": lambda: bench_prefill(reference, model, options.tokens, options.repeats),
+        "experts": lambda: bench_experts(reference, model, options.tokens, 3 * options.repeats),
         # Near parity, where noise would decide: more rounds.
         "vision": lambda: bench_vision(reference, model, 24, 2 * options.repeats),
         "vision ragged": lambda: bench_vision(reference, model, 20, 3 * options.repeats),
@@ -232,6 +275,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         before = measure_ceilings(options.repeats)
         rows = {}
         for name in options.rows:
+            if name == ("experts" if options.family == "qwen2.5" else "vision ragged"):
+                continue  # no experts here, no windows there
             rows[name] = benches[name]()
             print(
                 f"{name}: {rows[name]['speedup']:.2f}x",
@@ -240,7 +285,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
         after = measure_ceilings(options.repeats)
     return {
-        "bench": "thinker against transformers, qwen2.5-omni layout",
+        "bench": f"thinker against transformers, {options.family}-omni layout",
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "threads": torch.get_num_threads(),
@@ -273,7 +318,7 @@ def render(results: list[dict[str, Any]]) -> str:
         "same random weights and threads; a speed-up is the median of the rounds' ratios, seconds are medians.",
         "Repeat with `.venv/bin/python scripts/bench.py`.",
     ]
-    for result in sorted(results, key=lambda r: r["date"], reverse=True):
+    for result in sorted(results, key=lambda r: (r["date"], r["bench"]), reverse=True):
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         ceilings = result["ceilings"]
         rates = [
@@ -293,6 +338,7 @@ def render(results: list[dict[str, Any]]) -> str:
         ]
         for name, row in result["rows"].items():
             rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
+            rate += f", {row['of_dense']:.2f} of one dense product" if "of_dense" in row else ""
             rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
             spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
             seconds = f"{row['their_seconds']:.4g} | {row['our_seconds']:.4g}"
@@ -302,6 +348,7 @@ def render(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=SIZES, default="qwen2.5")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--tokens", type=int, default=2000, help="prompt length of the prefill row")
     parser.add_argument("--repeats", type=int, default=5)
@@ -311,7 +358,9 @@ def main() -> None:
     folder = options.results / "results"
     folder.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in result["machine"]).lower()
-    (folder / f"{name}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}-{options.family.replace('.', '-')}-{result['date']}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     (options.results / "README.md").write_text(render(results))
 

@@ -2,15 +2,16 @@
 
     python scripts/measure_load.py
 
-Writes a random bfloat16 checkpoint of more than 1 GB into a temporary folder, loads it in a fresh process into
-float32 and into bfloat16, and fails where loading took more memory above the parameters than the largest
-tensor has in the file.
+Writes a random bfloat16 checkpoint of more than 2 GB, a Qwen3-Omni thinker of few layers with all of the released
+model's 128 experts in each, into a temporary folder. Loads it in a fresh process into float32 and into bfloat16, and
+fails where loading took more memory above the parameters than the largest tensor has in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import subprocess
 import sys
 import tempfile
@@ -20,55 +21,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from make_checkpoint import FAMILIES
+from torch import Tensor
 
 import weights
+from omni.config import OmniConfig, read_config
+from omni.model import tensor_names
+from omni.thinker import Thinker
 
 MIB = 1 << 20
-VOCABULARY, WIDTH, HIDDEN, LAYERS, EXPERTS = 65536, 1536, 4096, 8, 16
+LAYERS = 2
 
 
-class Layer(nn.Module):
-    """Parameters alone: one product for queries, keys and values; experts stacked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Parameter(torch.empty(2 * WIDTH, WIDTH))
-        self.gate_up = nn.Parameter(torch.empty(2 * HIDDEN, WIDTH))
-        self.down = nn.Parameter(torch.empty(WIDTH, HIDDEN))
-        self.experts = nn.Parameter(torch.empty(EXPERTS, 2 * 768, WIDTH))
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(VOCABULARY, WIDTH))
-        self.head = nn.Parameter(torch.empty(VOCABULARY, WIDTH))
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-
-
-def destinations() -> dict[str, weights.Destination]:
-    names = {f"thinker.{name}": weights.Destination(name) for name in ("embedding", "head")}
-    for index in range(LAYERS):
-        layer = f"layers.{index}"
-        heads = {"q": slice(0, WIDTH), "k": slice(WIDTH, WIDTH * 3 // 2), "v": slice(WIDTH * 3 // 2, 2 * WIDTH)}
-        for part, rows in heads.items():
-            names[f"thinker.{layer}.{part}"] = weights.Destination(f"{layer}.qkv", rows)
-        for part, rows in {"gate": slice(0, HIDDEN), "up": slice(HIDDEN, 2 * HIDDEN)}.items():
-            names[f"thinker.{layer}.{part}"] = weights.Destination(f"{layer}.gate_up", rows)
-        names[f"thinker.{layer}.down"] = weights.Destination(f"{layer}.down")
-        for expert in range(EXPERTS):
-            for part, rows in {"gate": slice(0, 768), "up": slice(768, 1536)}.items():
-                name = f"thinker.{layer}.experts.{expert}.{part}"
-                names[name] = weights.Destination(f"{layer}.experts", rows, entry=expert)
-    return names
+def make_config() -> OmniConfig:
+    """Decoder layers and vocabulary of Qwen3-Omni-30B-A3B, small encoders."""
+    tokens = {role: index for index, role in enumerate(FAMILIES["qwen3"].marks)}
+    values = FAMILIES["qwen3"].config(tokens, 152064, 2048)
+    values["thinker_config"]["text_config"] |= {
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "rope_scaling": {"mrope_section": [24, 20, 20]},
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(values))
+        return read_config(Path(folder))
 
 
 def random_tensors() -> Iterator[tuple[str, Tensor]]:
     torch.manual_seed(0)
+    config = make_config()
     with torch.device("meta"):
-        parameters = dict(Model().named_parameters())
-    for name, destination in destinations().items():
+        parameters = dict(Thinker(config).named_parameters())
+    for name, destination in tensor_names(config).items():
         shape = destination.view(parameters[destination.parameter]).shape
         yield name, torch.empty(shape, dtype=torch.bfloat16).normal_()
 
@@ -101,8 +90,10 @@ class Peak(threading.Thread):
 
 def measure(folder: Path, dtype: torch.dtype) -> bool:
     """Loads in this process and prints the figures; whether the claim holds."""
+    config = make_config()
+    names = tensor_names(config)
     with torch.device("meta"):
-        model = Model()
+        model = Thinker(config)
     stored = weights.read_index(folder)
     largest = max(tensor.num_bytes for tensor in stored.values())
     total = sum(tensor.num_bytes for tensor in stored.values())
@@ -114,7 +105,7 @@ def measure(folder: Path, dtype: torch.dtype) -> bool:
     peak = Peak()
     peak.start()
     start = time.perf_counter()
-    weights.fill(model, folder, destinations(), device="cpu", dtype=dtype)
+    weights.fill(model, folder, names, device="cpu", dtype=dtype)
     seconds = time.perf_counter() - start
     peak.running = False
     peak.join()

@@ -17,22 +17,18 @@ from omni.config import AudioConfig
 
 
 class AudioEncoder(nn.Module):
-    """The walk over sounds; a family says how one batch is encoded.
+    """The walk over sounds; a family says how one is encoded, in batches of fixed size.
 
-    A family sets `batch_frames`, the mel frames of a batch, `norm`, and has
-
-    encode_batch(mel, valid): (bins, batch_frames) of one sound, zero after the first `valid` frames, →
-    (positions, output_size), of which the valid ones come first.
+    A family sets `norm` and has encode_sound(mel): (bins, frames), all valid → (token_count, output_size).
     """
 
-    batch_frames: int
     norm: nn.LayerNorm
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.config = config
 
-    def encode_batch(self, mel: Tensor, valid: Tensor) -> Tensor:
+    def encode_sound(self, mel: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
@@ -41,18 +37,13 @@ class AudioEncoder(nn.Module):
         mel: (n, bins, frames) log-mel, on any device. lengths: (n,) valid frames of each, all at the front.
         Returns (Σ token_count, output_size) in the encoder's dtype, on its device.
         """
-        return torch.cat([part for sound in zip(mel, lengths.tolist(), strict=True) for part in self._encode(*sound)])
+        sounds = zip(mel, lengths.tolist(), strict=True)
+        return torch.cat([self.encode_sound(sound[:, :length]) for sound, length in sounds])
 
-    def _encode(self, mel: Tensor, length: int) -> Iterator[Tensor]:
-        device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        left = self.config.token_count(length)
-        for first in range(0, length, self.batch_frames):
-            part = mel[:, first : min(first + self.batch_frames, length)]
-            valid = torch.tensor(part.shape[1], device=device)
-            part = F.pad(part.to(device, dtype), (0, self.batch_frames - part.shape[1]))
-            tokens = self.encode_batch(part, valid)[:left]
-            left -= len(tokens)
-            yield tokens
+    def batches(self, mel: Tensor, frames: int) -> Iterator[Tensor]:
+        """Cuts (bins, n) into parts of (bins, frames) on the encoder's device, the last filled up with zeros."""
+        for part in mel.split(frames, dim=1):
+            yield F.pad(part.to(self.norm.weight), (0, frames - part.shape[1]))
 
 
 def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:

@@ -29,7 +29,16 @@ class Qwen25AudioEncoder(AudioEncoder):
         # In every public checkpoint, read by nothing: kept so that parameters match it name by name.
         self.boundary = nn.Embedding(2, config.output_size)
 
+    def encode_sound(self, mel: Tensor) -> Tensor:
+        left = torch.tensor(mel.shape[1], device=self.norm.weight.device)
+        parts = []
+        for batch in self.batches(mel, self.batch_frames):
+            parts.append(self.encode_batch(batch, left))
+            left = left - self.batch_frames
+        return torch.cat(parts)[: self.config.token_count(mel.shape[1])]
+
     def encode_batch(self, mel: Tensor, valid: Tensor) -> Tensor:
+        """(bins, batch_frames), zero after the first `valid` frames → (tokens, output_size), the valid ones first."""
         mel = rearrange(mel, "m (c f) -> c m f", c=CHUNKS_PER_BATCH)
         chunks, _, frames = mel.shape
         starts = torch.arange(chunks, device=mel.device) * frames

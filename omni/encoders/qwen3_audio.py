@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
 
+CHUNKS_PER_BATCH = 10
+"""Ten seconds through the convolutions, whose channels are the most memory of the encoder."""
 WINDOWS_PER_BATCH = 4
-"""Half a minute with public sizes: enough rows for full matrix speed on a CPU."""
+"""Half a minute with public sizes through the blocks: enough rows for full matrix speed on a CPU."""
 
 
 class Qwen3AudioEncoder(AudioEncoder):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__(config)
-        self.batch_frames = WINDOWS_PER_BATCH * config.n_window_infer
+        self.window_tokens = config.token_count(config.n_window_infer)
         channels, bins = config.conv_channels, config.num_mel_bins
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inputs, channels, kernel_size=3, stride=2, padding=1) for inputs in (1, channels, channels)
@@ -44,19 +46,26 @@ class Qwen3AudioEncoder(AudioEncoder):
         tokens = self.attend(self.convolve(mel * real.unsqueeze(1)), torch.tensor(counts, device=mel.device))
         return torch.cat([sound[:count] for sound, count in zip(tokens, counts, strict=True)])
 
-    def encode_batch(self, mel: Tensor, valid: Tensor) -> Tensor:
-        x = self.convolve(rearrange(mel, "m (c f) -> c m f", f=self.config.chunk_frames))
-        x = rearrange(x, "(w c) n d -> w (c n) d", w=WINDOWS_PER_BATCH)
+    def encode_sound(self, mel: Tensor) -> Tensor:
+        count, frames = self.config.token_count(mel.shape[1]), CHUNKS_PER_BATCH * self.config.chunk_frames
+        chunks = (rearrange(batch, "m (c f) -> c m f", c=CHUNKS_PER_BATCH) for batch in self.batches(mel, frames))
         # Only the last chunk of a sound can be short, so the real positions are the first ones.
-        starts = torch.arange(WINDOWS_PER_BATCH, device=mel.device) * x.shape[1]
-        return self.attend(x, self.config.token_count(valid) - starts).flatten(0, 1)
+        x = torch.cat([self.convolve(batch).flatten(0, 1) for batch in chunks])[:count]
+        starts = torch.arange(WINDOWS_PER_BATCH, device=x.device) * self.window_tokens
+        parts = []
+        for batch in x.split(WINDOWS_PER_BATCH * self.window_tokens):
+            padded = F.pad(batch, (0, 0, 0, WINDOWS_PER_BATCH * self.window_tokens - len(batch)))
+            windows = rearrange(padded, "(w n) d -> w n d", w=WINDOWS_PER_BATCH)
+            parts.append(self.attend(windows, len(batch) - starts).flatten(0, 1)[: len(batch)])
+        return torch.cat(parts)
 
     def convolve(self, mel: Tensor) -> Tensor:
         """(chunks, bins, frames) → (chunks, ceil(frames / 8), hidden), with positions that start anew in each chunk."""
         x = mel.unsqueeze(1)
         for convolution in self.convolutions:
             x = F.gelu(convolution(x))
-        x = self.input(rearrange(x, "c d bins n -> c n (d bins)"))
+        chunks = len(x)
+        x = rearrange(self.input(rearrange(x, "c d bins n -> (c n) (d bins)")), "(c n) d -> c n d", c=chunks)
         return x + sinusoids(x.shape[1], self.config.hidden_size, x.device).to(x.dtype)
 
     def attend(self, x: Tensor, counts: Tensor) -> Tensor:
