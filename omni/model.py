@@ -65,7 +65,7 @@ class Prefill:
     logits: Tensor
     kept: list[Tensor]
     cache: Cache = field(repr=False)
-    next_position: int
+    next_position: float
     tokens: dict[str, int]
     encode_seconds: float
     prefill_seconds: float

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,22 @@ def make_request(pair: Pair, parts: list[tuple], *, seed: int = 0) -> omni.Input
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random checkpoint with tokenizer and template, written by the demo's own script."""
-    folder = tmp_path_factory.mktemp("random") / "checkpoint"
-    subprocess.run([sys.executable, "scripts/make_checkpoint.py", folder], cwd=ROOT, check=True, env=ENVIRONMENT)
-    return folder
+def write_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small random checkpoint of a family with tokenizer and template, written by the demo's own script."""
+
+    @cache
+    def write(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("random") / "checkpoint"
+        command = [sys.executable, "scripts/make_checkpoint.py", folder, "--family", family]
+        subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def checkpoint(write_checkpoint: Callable[[str], Path]) -> Path:
+    return write_checkpoint("qwen2.5")
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import SOUND, TEXT, VISION
+from conftest import SOUND, SOUND3, TEXT, TEXT3, VISION, VISION3
 
 from omni.config import ConfigError, read_config
 
-BASE = {
+BASE: dict[str, Any] = {
     "architectures": ["Qwen2_5OmniForConditionalGeneration"],
     "torch_dtype": "bfloat16",
     "thinker_config": {
@@ -39,9 +40,21 @@ BASE = {
 }
 
 
-def write(folder: Path, changes: dict[str, object]) -> Path:
-    """BASE with `a.b.c` paths replaced; the value None removes the key."""
-    config = copy.deepcopy(BASE)
+BASE3: dict[str, Any] = {
+    **BASE,
+    "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    "thinker_config": {
+        **BASE["thinker_config"],
+        "text_config": {**BASE["thinker_config"]["text_config"], **TEXT3, "norm_topk_prob": True},
+        "vision_config": {**BASE["thinker_config"]["vision_config"], **VISION3, "hidden_act": "gelu_pytorch_tanh"},
+        "audio_config": {**BASE["thinker_config"]["audio_config"], **SOUND3},
+    },
+}
+
+
+def write(folder: Path, changes: dict[str, object], base: dict[str, Any] = BASE) -> Path:
+    """`base` with `a.b.c` paths replaced; the value None removes the key."""
+    config = copy.deepcopy(base)
     for path, value in changes.items():
         *parents, key = path.split(".")
         section = config
@@ -61,6 +74,37 @@ def test_reads_sizes(tmp_path: Path) -> None:
     assert config.vision.full_attention_blocks == (1, 3)
     assert (config.tokens.audio, config.tokens.video, config.dtype) == (601, 603, torch.bfloat16)
     assert config.stop_token_ids == ()
+
+
+def test_reads_the_sizes_of_qwen3(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, {"thinker_config.text_config.decoder_sparse_step": 2}, BASE3))
+    decoder = config.decoder
+    assert (decoder.head_dim, decoder.num_experts, decoder.experts_per_token) == (24, 6, 2)
+    assert [decoder.is_sparse(layer) for layer in range(3)] == [False, False, False]
+    assert (decoder.qk_norm, decoder.mrope_interleaved, decoder.normalise_experts) == (True, True, True)
+    assert config.vision.deepstack_blocks == (1, 3)
+    assert config.seconds_per_chunk is None
+    # 26.57 s: 26 chunks of 13 tokens and ceil(57 / 8).
+    assert config.audio.token_count(2657) == 26 * 13 + 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config.num_experts_per_tok": 7}, "num_experts_per_tok must not exceed num_experts"),
+        ({"text_config.attention_bias": True}, "attention_bias = True is not supported"),
+        ({"text_config.num_experts": None}, "text_config lacks num_experts"),
+        ({"text_config.intermediate_size": None}, "lacks intermediate_size, the width of its dense layers"),
+        ({"vision_config.num_position_embeddings": 50}, "must be a square number, not 50"),
+        ({"vision_config.deepstack_visual_indexes": [1, 5]}, "must be rising block numbers below 5"),
+        ({"vision_config.hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
+        ({"audio_config.n_window_infer": 450}, "n_window_infer must be a multiple of 2"),
+    ],
+)
+def test_refuses_of_qwen3(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    changes = {f"thinker_config.{path}": value for path, value in changes.items()}
+    with pytest.raises(ConfigError, match=words):
+        read_config(write(tmp_path, changes, BASE3))
 
 
 def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,38 @@ def test_answers_about_a_clip(
     assert "first token after" in figures
     assert "per second" in figures
     assert answer.stats.tokens["audio"] == 100
+
+
+def test_qwen3_answers_the_same_way(
+    write_checkpoint: Callable[[str], Path], clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint("qwen3")
+    assert run(checkpoint, clip, "What happens here?") == 0
+    out, err = capsys.readouterr()
+    assert run(checkpoint, "--json", clip, "What happens here?") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert out == report["text"] + "\n"
+    assert report["thought"] == ""
+    assert report["stats"]["tokens"]["audio"] == 53
+    assert "53 audio; first token after" in err.splitlines()[-1]
+
+
+def test_thoughts_are_kept_apart(
+    write_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template that opens a thought: what comes before the mark that ends it is no answer."""
+    folder = shutil.copytree(write_checkpoint("qwen3"), tmp_path / "thinking")
+    settings = json.loads((folder / "chat_template.json").read_text())
+    thinking = settings["chat_template"] + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": thinking}))
+    assert run(folder, "--json", "Why?") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["thought"]
+    assert report["text"] == ""
+    assert run(folder, "Why?") == 0
+    out, err = capsys.readouterr()
+    assert out == "\n"
+    assert report["thought"] in err
 
 
 def test_json_and_no_audio(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

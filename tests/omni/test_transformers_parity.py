@@ -94,7 +94,7 @@ def test_logits_and_positions_equal_transformers(pair: Pair, name: str) -> None:
     assert places.next_position == inputs.input_ids.shape[1] + float(deltas)
 
 
-def random_sizes(seed: int) -> dict[str, dict[str, Any]]:
+def random_sizes(family: str, seed: int) -> dict[str, dict[str, Any]]:
     """Sizes of a small model, drawn within what the family's layout allows."""
     draw = random.Random(seed)
     head_dim, kv_heads = draw.choice([8, 16, 24]), draw.choice([1, 2, 3])
@@ -102,17 +102,18 @@ def random_sizes(seed: int) -> dict[str, dict[str, Any]]:
     first = draw.randint(1, head_dim // 2 - 2)
     second = draw.randint(1, head_dim // 2 - first - 1)
     depth, vision_heads = draw.randint(2, 5), draw.choice([1, 2, 3])
-    width = heads * head_dim
+    width, layers = heads * head_dim, draw.randint(1, 4)
     sections = [first, second, head_dim // 2 - first - second]
-    text = {
+    rope = {"mrope_section": sections, "rope_type": "default", "type": "default"}
+    text: dict[str, Any] = {
         "vocab_size": draw.randint(620, 700),
         "hidden_size": width,
         "intermediate_size": draw.randint(20, 120),
-        "num_hidden_layers": draw.randint(1, 4),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "rope_theta": draw.choice([1e4, 1e6]),
-        "rope_scaling": {"mrope_section": sections, "rope_type": "default", "type": "default"},
+        "rope_scaling": rope,
         "tie_word_embeddings": draw.random() < 0.5,
     }
     vision = {
@@ -120,8 +121,6 @@ def random_sizes(seed: int) -> dict[str, dict[str, Any]]:
         "num_heads": vision_heads,
         "hidden_size": vision_heads * draw.choice([8, 12, 20]),
         "intermediate_size": draw.randint(20, 80),
-        "fullatt_block_indexes": draw.sample(range(depth), draw.randint(1, depth)),
-        "out_hidden_size": width,
     }
     sound_heads = draw.choice([1, 2, 4])
     sound = {
@@ -129,16 +128,37 @@ def random_sizes(seed: int) -> dict[str, dict[str, Any]]:
         "encoder_attention_heads": sound_heads,
         "encoder_layers": draw.randint(1, 3),
         "encoder_ffn_dim": draw.randint(20, 80),
-        "n_window": draw.choice([20, 50, 100]),
-        "output_dim": width,
     }
+    if family == "qwen2_5":
+        vision["fullatt_block_indexes"] = draw.sample(range(depth), draw.randint(1, depth))
+        sound["n_window"] = draw.choice([20, 50, 100])
+    else:
+        width = 8 * draw.randint(4, 12)
+        experts = draw.randint(2, 9)
+        text |= {
+            "hidden_size": width,
+            "head_dim": head_dim,
+            "rope_scaling": {**rope, "mrope_interleaved": True},
+            "num_experts": experts,
+            "num_experts_per_tok": draw.randint(1, experts),
+            "moe_intermediate_size": 8 * draw.randint(1, 6),
+            "norm_topk_prob": draw.random() < 0.5,
+            "decoder_sparse_step": draw.choice([1, 2]),
+            "mlp_only_layers": draw.sample(range(layers), draw.randint(0, 1)),
+        }
+        vision["num_position_embeddings"] = draw.choice([9, 25, 64])
+        vision["deepstack_visual_indexes"] = sorted(draw.sample(range(depth), draw.randint(0, depth)))
+        sound["n_window_infer"] = draw.choice([200, 300, 800])
+        sound["downsample_hidden_size"] = draw.choice([4, 10])
+    vision["out_hidden_size"] = sound["output_dim"] = width
     return {"text": text, "vision": vision, "sound": sound}
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_configurations_equal_transformers(make_pair, seed: int) -> None:
-    """No size is taken for granted: heads, widths, depths, sections, windows and ties drawn at random."""
-    pair = make_pair(seed=seed, **random_sizes(seed))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_configurations_equal_transformers(make_pair, family: str, seed: int) -> None:
+    """No size is taken for granted: heads, widths, depths, sections, windows, experts and ties drawn at random."""
+    pair = make_pair(family, seed=seed, **random_sizes(family, seed))
     for name in ("several media apart", "several clips with sound", "clip with longer sound"):
         inputs = make_request(pair, REQUESTS[name], seed=seed)
         expected = pair.reference_logits(inputs)
