@@ -17,12 +17,19 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from omni.processing import chat, sandbox
-from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, ChatTemplateError, encode_chat, load_template
+from omni.processing.chat import (
+    QWEN2_5_OMNI_TEMPLATE,
+    QWEN3_OMNI_TEMPLATE,
+    ChatTemplateError,
+    encode_chat,
+    load_template,
+)
 from omni.processing.tokenizer import Tokenizer, TokenizerError
 from omni.processing.vocabulary import SPLIT_PATTERN, AddedToken, Vocabulary
 
 MARKS = ("im_start", "im_end", "endoftext", "IMAGE", "AUDIO", "VIDEO", "vision_bos", "vision_eos")
-CONTROL = tuple(f"<|{mark}|>" for mark in (*MARKS, "audio_bos", "audio_eos"))
+MARKS_3 = ("image_pad", "audio_pad", "video_pad", "vision_start", "vision_end", "audio_start", "audio_end")
+CONTROL = tuple(f"<|{mark}|>" for mark in (*MARKS, "audio_bos", "audio_eos", *MARKS_3))
 NOT_CONTROL = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 IDS = {token: id for id, token in enumerate([*ALPHABET, "us", "ser", "er", "user"])}
@@ -73,14 +80,15 @@ CHATS = {
 }
 
 
+@pytest.mark.parametrize("template", [QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE], ids=["2.5", "3"])
 @pytest.mark.parametrize("prompted", [True, False])
 @pytest.mark.parametrize("name", CHATS)
-def test_family_template_gives_the_ids_of_transformers(name: str, prompted: bool) -> None:
-    """Text and ids of the family's template are transformers'."""
-    prompt = sandbox.render(QWEN2_5_OMNI_TEMPLATE, CHATS[name], prompted)
-    options = {"chat_template": QWEN2_5_OMNI_TEMPLATE, "add_generation_prompt": prompted}
+def test_family_template_gives_the_ids_of_transformers(name: str, prompted: bool, template: str) -> None:
+    """Text and ids of a family's template are transformers'."""
+    prompt = sandbox.render(template, CHATS[name], prompted)
+    options = {"chat_template": template, "add_generation_prompt": prompted}
     assert prompt == REFERENCE.apply_chat_template(CHATS[name], tokenize=False, **options)
-    ids = encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, CHATS[name], add_generation_prompt=prompted)
+    ids = encode_chat(TOKENIZER, template, CHATS[name], add_generation_prompt=prompted)
     assert ids == REFERENCE.apply_chat_template(CHATS[name], return_dict=False, **options)
 
 

@@ -6,8 +6,10 @@ import dataclasses
 import importlib
 import importlib.machinery
 import itertools
+import json
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from omni.config import QWEN2_5, QWEN3, ConfigError
 from omni.processing.frames import (
+    QWEN3_OMNI_SIZES,
     MediaError,
     VisionSizes,
     clip_max_pixels,
@@ -27,9 +31,15 @@ from omni.processing.frames import (
     sample_indices,
     sampled_fps,
     target_size,
+    vision_sizes,
 )
 
-SIZES = VisionSizes()
+FAMILIES = {QWEN2_5: VisionSizes(), QWEN3: QWEN3_OMNI_SIZES}
+
+
+@pytest.fixture(params=FAMILIES)
+def sizes(request: pytest.FixtureRequest) -> VisionSizes:
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +157,9 @@ def test_sizes_equal_the_public_ones(height: int, width: int, factor: int, low: 
 
 
 @pytest.mark.parametrize("num_frames", [4, 100, 300, 302, 768, 20_000])
-def test_clip_sizes_equal_the_public_ones(public_video: Any, num_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_sizes_equal_the_public_ones(
+    public_video: Any, num_frames: int, sizes: VisionSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clip's frames share the public budget of pixels: the sizes that `cap_pixels_per_frame` gives."""
 
     def asked(self: Any, image: Tensor, size: Any, resample: Any) -> tuple[int, int]:
@@ -157,35 +169,50 @@ def test_clip_sizes_equal_the_public_ones(public_video: Any, num_frames: int, mo
     theirs = public_video.resize(
         object.__new__(public_video),
         torch.empty(1, num_frames, 3, 1080, 1920, device="meta"),
-        types.SimpleNamespace(shortest_edge=SIZES.video_min_pixels, longest_edge=SIZES.video_max_pixels),
+        types.SimpleNamespace(shortest_edge=sizes.video_min_pixels, longest_edge=sizes.video_max_pixels),
         resample=None,
-        factor=28,
+        factor=sizes.factor,
         cap_pixels_per_frame=True,
     )
-    assert SIZES.clip_size(num_frames, 1080, 1920) == theirs
+    assert sizes.clip_size(num_frames, 1080, 1920) == theirs
 
 
-def test_clip_bound_by_hand() -> None:
+@pytest.mark.parametrize(("family", "token"), [(QWEN2_5, 28**2), (QWEN3, 32**2)])
+def test_clip_bound_by_hand(family: str, token: int) -> None:
     """The budget of a whole clip, at its three regimes."""
-    assert clip_max_pixels(4, SIZES) == 768 * 784
-    assert clip_max_pixels(768, SIZES) == int(128_000 * 784 * 0.9) * 2 // 768
-    assert clip_max_pixels(20_000, SIZES) == int(128 * 784 * 1.05)
+    assert clip_max_pixels(4, FAMILIES[family]) == 768 * token
+    assert clip_max_pixels(768, FAMILIES[family]) == int(128_000 * token * 0.9) * 2 // 768
+    assert clip_max_pixels(20_000, FAMILIES[family]) == int(128 * token * 1.05)
+
+
+def test_bounds_are_those_of_the_public_processors() -> None:
+    """A frame's floor and ceiling are those that transformers' processors give their video processor."""
+    for family, name in ((QWEN2_5, "Qwen2_5OmniProcessor"), (QWEN3, "Qwen3OmniMoeProcessor")):
+        public = getattr(importlib.import_module("transformers"), name).videos_kwargs["size"]
+        ours = FAMILIES[family]
+        assert {"shortest_edge": ours.video_min_pixels, "longest_edge": ours.video_max_pixels} == public
 
 
 @pytest.mark.parametrize(
     ("height", "width"), [(240, 320), (33, 57), (301, 77), (1080, 1919), (61, 500), (28, 28), (700, 701)]
 )
 @pytest.mark.parametrize("kind", ["smooth", "noise"])
-def test_pictures_become_the_public_patches(height: int, width: int, kind: str) -> None:
+def test_pictures_become_the_public_patches(height: int, width: int, kind: str, sizes: VisionSizes) -> None:
     """Resizing, normalisation and layout of a picture are those of transformers' processor."""
     picture = pictures(3, height, width)
     if kind == "noise":
         picture = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(1)).byte()
-    size = dataclasses.replace(SIZES, image_max_pixels=1280 * 784).image_size(height, width)
-    patches, grid = patchify(resize(picture[None], size), SIZES)
-    batch = Qwen2VLImageProcessorPil()([picture.permute(1, 2, 0).numpy()], return_tensors="pt")
+    sizes = dataclasses.replace(sizes, image_max_pixels=1280 * 784)
+    patches, grid = patchify(resize(picture[None], sizes.image_size(height, width)), sizes)
+    public = Qwen2VLImageProcessorPil(
+        patch_size=sizes.patch_size,
+        image_mean=sizes.image_mean,
+        image_std=sizes.image_std,
+        size={"shortest_edge": sizes.image_min_pixels, "longest_edge": sizes.image_max_pixels},
+    )
+    batch = public([picture.permute(1, 2, 0).numpy()], return_tensors="pt")
     assert grid.tolist() == batch["image_grid_thw"][0].tolist()
-    # One 8-bit step is 0.014: no pixel differs by one.
+    # One 8-bit step is 0.0078 or more: no pixel differs by one.
     torch.testing.assert_close(patches, batch["pixel_values"], atol=1e-5, rtol=0)
 
 
@@ -196,10 +223,9 @@ def test_resize_needs_no_work_for_the_right_size() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
-@pytest.mark.parametrize("patch", [14, 16])
-def test_clips_become_the_public_patches(public_video: Any, count: int, patch: int) -> None:
+def test_clips_become_the_public_patches(public_video: Any, count: int, sizes: VisionSizes) -> None:
     """The layout of a clip is the public one, an odd count repeats its last frame, groups leave no seam."""
-    sizes = VisionSizes(patch_size=patch)
+    patch = sizes.patch_size
     frames = pictures(count, 3, 4 * patch, 6 * patch)
     patches, grid = patchify(frames, sizes)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (sizes.image_mean, sizes.image_std))
@@ -207,6 +233,75 @@ def test_clips_become_the_public_patches(public_video: Any, count: int, patch: i
     theirs, *their_grid = public_video.patchify(None, ((frames / 255 - mean) / std)[None], patch, 2, 2)
     assert grid.tolist() == their_grid
     torch.testing.assert_close(patches, theirs[0], atol=1e-6, rtol=0)
+
+
+def _config(family: str) -> Any:
+    patch = FAMILIES[family].patch_size
+    vision = types.SimpleNamespace(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2)
+    return types.SimpleNamespace(family=family, vision=vision)
+
+
+# What the preprocessor_config.json of the released checkpoints says of pictures.
+RELEASED = {
+    QWEN2_5: {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    QWEN3: {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_defaults_are_the_released_numbers(family: str, tmp_path: Path) -> None:
+    """A checkpoint without preprocessor_config.json is treated as the released one that has it."""
+    assert vision_sizes(tmp_path, _config(family)) == FAMILIES[family]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**RELEASED[family], "n_fft": 400}))
+    assert vision_sizes(tmp_path, _config(family)) == FAMILIES[family]
+
+
+def test_the_file_of_a_checkpoint_has_its_say(tmp_path: Path) -> None:
+    """Both spellings of the bounds, and what is not said stays the family's; patches are the config's."""
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text('{"image_std": [1, 2, 0.5], "size": {"shortest_edge": 4096, "longest_edge": 8192}}')
+    config = _config(QWEN3)
+    config.vision.patch_size = 8
+    expected = dataclasses.replace(
+        QWEN3_OMNI_SIZES,
+        patch_size=8,
+        image_std=(1.0, 2.0, 0.5),
+        image_min_pixels=4096,
+        image_max_pixels=8192,
+    )
+    assert vision_sizes(tmp_path, config) == expected
+    file.write_text('{"image_std": null, "min_pixels": 5000, "size": {"shortest_edge": 4096}}')
+    assert vision_sizes(tmp_path, _config(QWEN3)) == dataclasses.replace(QWEN3_OMNI_SIZES, image_min_pixels=5000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not readable JSON"),
+        ("[]", "must be a JSON object, not list"),
+        ('{"image_mean": 0.5}', "image_mean must be three numbers"),
+        ('{"image_mean": [0.5, 0.5, NaN]}', "image_mean must be three numbers"),
+        ('{"image_std": [0.5, 0.5, 0]}', "image_std must be three numbers"),
+        ('{"min_pixels": "3136"}', "min_pixels must be a positive integer, not '3136'"),
+        ('{"size": {"longest_edge": 0}}', "max_pixels must be a positive integer, not 0"),
+        ('{"min_pixels": 9000, "max_pixels": 8000}', "min_pixels must not exceed max_pixels"),
+    ],
+)
+def test_damaged_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    """One sentence with the file and the key."""
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"preprocessor_config.json.*{message}"):
+        vision_sizes(tmp_path, _config(QWEN3))
 
 
 def test_patches_by_a_plain_loop() -> None:
