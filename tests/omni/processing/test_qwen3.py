@@ -180,10 +180,12 @@ def prompts(draw: st.DrawFn) -> list[tuple]:
     return draw(st.lists(part, min_size=1, max_size=7))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(parts=prompts())
-@example(parts=[("text", 5000), ("video", 9, 4, 4, 0.7777, 30), ("text", 9), ("video", 4, 2, 2, 0.31, 900)])
-@example(parts=[("video", 3, 2, 12, 0.1, 1), ("video", 1, 8, 8, 1.0, 1)])
+# Where the order of float32 sums shows: text that ends on a power of two, a prompt of more tokens than positions.
+@example(parts=[("text", 8), ("video", 2, 2, 2, 2.6486, 40), ("text", 465), ("video", 6, 2, 2, 1.9654, 44)])
+@example(parts=[("text", 7), ("video", 4, 2, 2, 0.5526, 18), ("text", 219), ("video", 1, 2, 2, 1.0085, 40)])
+@example(parts=[("text", 5), ("video", 9, 8, 8, 0.11, None)])
 def test_positions_equal_transformers(parts: list[tuple]) -> None:
     """To the last bit of float32, whatever the media, their order, their rates and the length of their sounds."""
     inputs = make_request(parts)
@@ -238,7 +240,7 @@ def test_an_hour_of_video_with_sound() -> None:
     assert places.next_position == after + 5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     grid=st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(1, 4)),
     seconds=SECONDS,
