@@ -18,13 +18,16 @@ HOP = 160
 BLOCK = 4096
 
 
-def log_mel(waveform: Tensor, bins: int = 128) -> Tensor:
+def log_mel(waveform: Tensor, bins: int = 128, padded_to: int | None = None) -> Tensor:
     """(n,) float32 mono at 16 kHz → (bins, ceil(n / 160)) float32: one frame per 10 ms.
 
     The values of the public extractor on the frames that its attention mask keeps: windows of 25 ms are
-    centred on multiples of 10 ms, mirrored before the start and zero after the end (there a sound is padded
-    with zeros to the length of the longest), and the dynamic range is cut at 80 dB below the loudest bin.
-    Any length: nothing is truncated, and working memory beyond a padded copy of the sound is bounded.
+    centred on multiples of 10 ms, mirrored before the start, and the dynamic range is cut at 80 dB below the loudest
+    bin. Any length: nothing is truncated, and working memory beyond a padded copy of the sound is bounded.
+
+    padded_to: what the extractor pads a sound with zeros to. Qwen2.5-Omni's processor pads far (None). Qwen3-Omni's
+    pads to the longest sound of the prompt, mirrors what comes after, and drops the frame that is not full: then the
+    longest sound has floor(n / 160) frames.
     """
     if waveform.dim() != 1 or waveform.numel() == 0 or not waveform.is_floating_point():
         raise MediaError(
@@ -33,10 +36,17 @@ def log_mel(waveform: Tensor, bins: int = 128) -> Tensor:
     length, half = len(waveform), WINDOW // 2
     # Windows reach past the end of the sound: the loudest bin is sought in all that touch it.
     frames, touching = -(-length // HOP), (length + half - 1) // HOP + 1
+    if padded_to is not None:
+        frames, touching = (min(count, padded_to // HOP) for count in (frames, touching))
+        if frames == 0:
+            return torch.empty(bins, 0)
     waveform = waveform.float()
-    start = F.pad(waveform[1 : half + 1], (0, max(0, half + 1 - length)))
-    padded = torch.cat([start.flip(0), F.pad(waveform, (0, (touching - 1) * HOP + half - length))])
-    windows = padded.unfold(0, WINDOW, HOP)
+    start = F.pad(waveform[1 : half + 1], (0, max(0, half + 1 - length))).flip(0)
+    needed = (touching - 1) * HOP + half
+    mirrored = 0 if padded_to is None else max(0, needed - padded_to)
+    sound = F.pad(waveform, (0, needed - mirrored - length))  # cut where the last window ends before the sound
+    end = F.pad(sound.flip(0)[1 : mirrored + 1], (0, max(0, mirrored + 1 - len(sound))))
+    windows = torch.cat([start, sound, end]).unfold(0, WINDOW, HOP)
     taper = torch.hann_window(WINDOW)
     filters = mel_filters(bins)
     mel = torch.empty(bins, touching)

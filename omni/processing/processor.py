@@ -66,7 +66,10 @@ class Processor:
         clips: list[tuple[Tensor, Tensor]] = []
         seconds: list[float] = []
         sounds: list[Tensor] = []
-        for kind, source in _media(messages):
+        media = _media(messages)
+        waveforms = [_hear(kind, source, use_audio_in_video) for kind, source in media]
+        mels = self._log_mels(waveforms)
+        for (kind, source), mel in zip(media, mels, strict=True):
             if kind == "image":
                 picture = read_image(source)
                 size = sizes.image_size(picture.shape[1], picture.shape[2])
@@ -74,13 +77,12 @@ class Processor:
                 count = len(images[-1][0]) // sizes.merge_size**2
                 blocks.append((tokens.image, [tokens.image] * count))
             elif kind == "audio":
-                waveform = read_audio(source)
-                if waveform is None:
+                if mel is None:
                     raise InputError(f"{_name(source)} has no sound: give it as a video or leave it out.")
-                sounds.append(log_mel(waveform, self.config.audio.num_mel_bins))
-                count = self.config.audio.token_count(sounds[-1].shape[1])
+                count = self.config.audio.token_count(mel.shape[1])
                 if count == 0:
-                    raise InputError(f"{_name(source)} is too short for a single audio token: {len(waveform)} samples.")
+                    raise InputError(f"{_name(source)} is too short for a single audio token: {mel.shape[1]} frames.")
+                sounds.append(mel)
                 blocks.append((tokens.audio, [tokens.audio] * count))
             else:
                 video = read_video(
@@ -94,14 +96,10 @@ class Processor:
                 clips.append(patchify(video.frames, sizes))
                 seconds.append(sizes.temporal_patch_size / video.fps)
                 heard = None
-                # Frames that are an array have no sound beside them.
-                if use_audio_in_video and not isinstance(source, tuple):
-                    waveform = read_audio(source)
-                    mel = None if waveform is None else log_mel(waveform, self.config.audio.num_mel_bins)
-                    # A sound too short for a single token is none.
-                    if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
-                        sounds.append(mel)
-                        heard = count
+                # A sound too short for a single token is none.
+                if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
+                    sounds.append(mel)
+                    heard = count
                 grid = clips[-1][1].tolist()
                 blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
         fields: dict[str, Any] = {}
@@ -116,6 +114,21 @@ class Processor:
             fields["input_features"] = torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds])
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
+
+    def _log_mels(self, waveforms: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Spectrograms of a prompt's sounds, padded as the family's processor pads them."""
+        bins, padded_to = self.config.audio.num_mel_bins, None
+        if self.config.family == QWEN3:
+            padded_to = max((len(waveform) for waveform in waveforms if waveform is not None), default=0)
+        return [None if waveform is None else log_mel(waveform, bins, padded_to) for waveform in waveforms]
+
+
+def _hear(kind: str, source: Any, use_audio_in_video: bool) -> Tensor | None:
+    """The waveform of a medium, None where it has none or is not to be heard."""
+    # Frames that are an array have no sound beside them.
+    if kind == "audio" or (kind == "video" and use_audio_in_video and not isinstance(source, tuple)):
+        return read_audio(source)
+    return None
 
 
 def _bounded(sizes: VisionSizes, min_pixels: int | None, max_pixels: int | None) -> VisionSizes:

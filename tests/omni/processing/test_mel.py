@@ -47,6 +47,24 @@ def test_noise_of_any_length_equals_the_public_extractor(samples: int) -> None:
     assert_same(noise(samples))
 
 
+@pytest.mark.parametrize("lengths", [(16_000,), (16_001,), (16_159, 16_100), (77_777, 401, 77_700), (48_000, 300)])
+def test_padding_to_the_longest_equals_the_public_extractor(lengths: tuple[int, ...]) -> None:
+    """Qwen3-Omni's way: the longest sound is mirrored at its end and loses the frame that is not full."""
+    waveforms = [noise(length) for length in lengths]
+    batch = WhisperFeatureExtractor(feature_size=128)(
+        [waveform.numpy() for waveform in waveforms],
+        sampling_rate=16_000,
+        padding=True,
+        truncation=False,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    for waveform, features, mask in zip(waveforms, batch["input_features"], batch["attention_mask"], strict=True):
+        ours, theirs = log_mel(waveform, padded_to=max(lengths)), features[:, mask.bool()]
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("hertz", [60, 440, 1000, 7900])
 def test_tones_equal_the_public_extractor(hertz: int) -> None:
     """The filters sit at the right frequencies, and the cut at 80 dB is the public one."""
