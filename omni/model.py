@@ -234,7 +234,7 @@ class Omni:
         places = layout(inputs, self.config)
         self._check_context(places, max_new_tokens)
         started = time.perf_counter()
-        features = self.thinker.encode(inputs)
+        features, _ = self.thinker.encode(inputs)
         self._synchronize()
         encoded = time.perf_counter()
         length = places.positions.shape[1]

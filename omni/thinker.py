@@ -35,19 +35,22 @@ class Thinker(nn.Module):
             None if decoder.tie_word_embeddings else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         )
 
-    def encode(self, inputs: Inputs) -> dict[str, Tensor]:
+    def encode(self, inputs: Inputs, *, weigh: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Media tokens by modality, in the order of the prompt; absent media are absent.
 
-        Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them.
+        Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them. And, with
+        `weigh`, the attention that the tokens of clips and sounds receive in their encoder, (n,) float32 each.
         """
-        features = {}
+        features, received = {}, {}
         if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
-            features["image"] = self.vision(inputs.pixel_values, inputs.image_grid_thw)
+            features["image"], _ = self.vision(inputs.pixel_values, inputs.image_grid_thw)
         if inputs.pixel_values_videos is not None and inputs.video_grid_thw is not None:
-            features["video"] = self.vision(inputs.pixel_values_videos, inputs.video_grid_thw)
+            grid_thw = inputs.video_grid_thw
+            features["video"], received["video"] = self.vision(inputs.pixel_values_videos, grid_thw, weigh=weigh)
         if inputs.input_features is not None:
-            features["audio"] = self.audio(inputs.input_features, inputs.mel_lengths).unsqueeze(0)
-        return features
+            tokens, received["audio"] = self.audio(inputs.input_features, inputs.mel_lengths, weigh=weigh)
+            features["audio"] = tokens.unsqueeze(0)
+        return features, received if weigh else {}
 
     def embed(self, inputs: Inputs, layout: Layout, features: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Text embeddings with the media tokens in the places of their placeholders, (1, S, hidden).

@@ -192,7 +192,7 @@ def bench_vision(reference: Any, model: omni.Omni, side: int, repeats: int) -> d
     patches = torch.randn(8 * side * side, model.config.vision.patch_dim)
     return compare(
         lambda: reference.model.visual(patches, grid_thw=grid).pooler_output,
-        lambda: model.thinker.vision(patches, grid)[0],
+        lambda: model.thinker.vision(patches, grid)[0][0],
         repeats,
     )
 
@@ -202,7 +202,7 @@ def bench_audio(reference: Any, model: omni.Omni, repeats: int) -> dict[str, flo
     mel, length = torch.randn(1, 128, 3000), torch.tensor([3000])
     return compare(
         lambda: reference.model.audio_tower(mel[0], feature_lens=length).last_hidden_state,
-        lambda: model.thinker.audio(mel, length),
+        lambda: model.thinker.audio(mel, length)[0],
         repeats,
     )
 

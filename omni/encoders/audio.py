@@ -19,7 +19,8 @@ from omni.config import AudioConfig
 class AudioEncoder(nn.Module):
     """The walk over sounds; a family says how one is encoded, in batches of fixed size.
 
-    A family sets `norm` and has encode_sound(mel): (bins, frames), all valid → (token_count, output_size).
+    A family sets `norm` and has encode_sound(mel, weigh): (bins, frames), all valid → (token_count, output_size) and,
+    with `weigh`, (token_count,) float32, the attention that each token receives in the last block.
     """
 
     norm: nn.LayerNorm
@@ -28,17 +29,20 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def encode_sound(self, mel: Tensor) -> Tensor:
+    def encode_sound(self, mel: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, lengths: Tensor, *, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
         """Encodes sounds, one after another.
 
         mel: (n, bins, frames) log-mel, on any device. lengths: (n,) valid frames of each, all at the front.
-        Returns (Σ token_count, output_size) in the encoder's dtype, on its device.
+        Returns (Σ token_count, output_size) in the encoder's dtype, on its device; and, with `weigh`, (Σ token_count,)
+        float32, the attention that each token receives in the last block.
         """
         sounds = zip(mel, lengths.tolist(), strict=True)
-        return torch.cat([self.encode_sound(sound[:, :length]) for sound, length in sounds])
+        encoded = [self.encode_sound(sound[:, :length], weigh) for sound, length in sounds]
+        tokens, received = zip(*encoded, strict=True)
+        return torch.cat(tokens), torch.cat(received) if weigh else None
 
     def batches(self, mel: Tensor, frames: int) -> Iterator[Tensor]:
         """Cuts (bins, n) into parts of (bins, frames) on the encoder's device, the last filled up with zeros."""
@@ -66,12 +70,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: (parts, positions, hidden); mask: (parts, 1, 1, positions), the keys that are real."""
-        q, k, v = (
-            rearrange(project(x), "p n (h d) -> p h n d", h=self.heads)
-            for project in (self.query, self.key, self.value)
-        )
+        q, k, v = (self.by_head(project(x)) for project in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(rearrange(mixed, "p h n d -> p n (h d)"))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        return rearrange(x, "p n (h d) -> p h n d", h=self.heads)
 
 
 class Block(nn.Module):
@@ -88,3 +92,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(parts, heads, positions, dim) each, of the block's input."""
+        normed = self.attention_norm(x)
+        return self.attention.by_head(self.attention.query(normed)), self.attention.by_head(self.attention.key(normed))

@@ -5,6 +5,8 @@ Chunks of two seconds never see each other, so any number of them is a batch.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
+from omni.encoders.received import received_attention
 
 CHUNKS_PER_BATCH = 15
 """Thirty seconds, as Whisper hears it: enough rows for full matrix speed on a CPU."""
@@ -29,16 +32,21 @@ class Qwen25AudioEncoder(AudioEncoder):
         # In every public checkpoint, read by nothing: kept so that parameters match it name by name.
         self.boundary = nn.Embedding(2, config.output_size)
 
-    def encode_sound(self, mel: Tensor) -> Tensor:
+    def encode_sound(self, mel: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
         left = torch.tensor(mel.shape[1], device=self.norm.weight.device)
         parts = []
         for batch in self.batches(mel, self.batch_frames):
-            parts.append(self.encode_batch(batch, left))
+            parts.append(self.encode_batch(batch, left, weigh))
             left = left - self.batch_frames
-        return torch.cat(parts)[: self.config.token_count(mel.shape[1])]
+        tokens, received = zip(*parts, strict=True)
+        count = self.config.token_count(mel.shape[1])
+        return torch.cat(tokens)[:count], torch.cat(received)[:count] if weigh else None
 
-    def encode_batch(self, mel: Tensor, valid: Tensor) -> Tensor:
-        """(bins, batch_frames), zero after the first `valid` frames → (tokens, output_size), the valid ones first."""
+    def encode_batch(self, mel: Tensor, valid: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
+        """(bins, batch_frames), zero after the first `valid` frames → (tokens, output_size), the valid ones first.
+
+        And, with `weigh`, (tokens,): what the positions of a chunk ask of each other, means over pooled pairs.
+        """
         mel = rearrange(mel, "m (c f) -> c m f", c=CHUNKS_PER_BATCH)
         chunks, _, frames = mel.shape
         starts = torch.arange(chunks, device=mel.device) * frames
@@ -53,7 +61,12 @@ class Qwen25AudioEncoder(AudioEncoder):
         real = torch.arange(positions, device=mel.device) < (lengths - 1) // 2 + 1
         # An empty chunk attends to itself: no softmax over nothing.
         mask = (real | (lengths <= 0))[:, None, None, :]
-        for block in self.blocks:
+        last = cast(Block, self.blocks[-1])
+        for block in self.blocks[:-1]:
             x = block(x, mask)
-        x = reduce(x, "c (n two) d -> (c n) d", "mean", two=2)
-        return self.output(self.norm(x))
+        received = None
+        if weigh:
+            q, k = last.queries_and_keys(x)
+            received = reduce(received_attention(q, k, real), "c (n two) -> (c n)", "mean", two=2)
+        x = reduce(last(x, mask), "c (n two) d -> (c n) d", "mean", two=2)
+        return self.output(self.norm(x)), received

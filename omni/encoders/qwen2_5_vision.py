@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import VisionConfig
-from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates
+from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, received_by_tokens
 from omni.layers import RMSNorm, SwiGLU
 from omni.rope import axial_rotary
 
@@ -99,9 +100,14 @@ class Qwen25VisionEncoder(VisionEncoder):
     def layout(self, height: int, width: int) -> FrameLayout:
         return frame_layout(self.config, height, width, self.patch_embedding.device)
 
-    def encode_batch(self, patches: Tensor, layout: FrameLayout) -> Tensor:
+    def encode_batch(self, patches: Tensor, layout: FrameLayout, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
         embedding = self.patch_embedding.flatten(1)
         x = F.linear(patches.to(embedding.dtype).index_select(1, layout.order), embedding)
-        for block in self.blocks:
+        last = cast(Block, self.blocks[-1])
+        for block in self.blocks[:-1]:
             x = block(x, layout)
-        return self.merger(x).index_select(1, layout.restore).unsqueeze(0)
+        received = None
+        if weigh is not None:
+            q, k, _ = last.attention.project(last.attention_norm(x), layout.rotary)
+            received = received_by_tokens(q, k, weigh, self.merger.group).index_select(1, layout.restore)
+        return self.merger(last(x, layout)).index_select(1, layout.restore).unsqueeze(0), received

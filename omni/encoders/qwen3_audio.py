@@ -6,6 +6,8 @@ see each other. Windows never do, so any number of them is a batch.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,11 +15,15 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
+from omni.encoders.received import received_attention
 
 CHUNKS_PER_BATCH = 10
 """Ten seconds through the convolutions, whose channels are the most memory of the encoder."""
 WINDOWS_PER_BATCH = 4
 """Half a minute with public sizes through the blocks: enough rows for full matrix speed on a CPU."""
+
+WEIGHT_WINDOW = 52
+"""Tokens, four seconds, that weigh each other for the selection before the decoder (arXiv 2605.20035)."""
 
 
 class Qwen3AudioEncoder(AudioEncoder):
@@ -34,19 +40,21 @@ class Qwen3AudioEncoder(AudioEncoder):
         self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.output_size)
 
-    def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, lengths: Tensor, *, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
         longest = int(lengths.max())
         if longest >= self.config.chunk_frames:
-            return super().forward(mel, lengths)
+            return super().forward(mel, lengths, weigh=weigh)
         # Chunks are as long as the longest of them, and convolutions see where they end: where no sound fills a
         # chunk, padding to a whole one would change the last tokens.
         mel = mel[..., :longest].to(self.norm.weight)
         real = torch.arange(longest, device=mel.device) < lengths.to(mel.device)[:, None]
-        counts = [self.config.token_count(length) for length in lengths.tolist()]
-        tokens = self.attend(self.convolve(mel * real.unsqueeze(1)), torch.tensor(counts, device=mel.device))
-        return torch.cat([sound[:count] for sound, count in zip(tokens, counts, strict=True)])
+        x = self.convolve(mel * real.unsqueeze(1))
+        counts = self.config.token_count(lengths).to(mel.device)
+        tokens, received = self.attend(x, counts, x.shape[1] if weigh else None)
+        real = torch.arange(x.shape[1], device=mel.device) < counts[:, None]
+        return tokens[real], received[real] if received is not None else None
 
-    def encode_sound(self, mel: Tensor) -> Tensor:
+    def encode_sound(self, mel: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
         count, frames = self.config.token_count(mel.shape[1]), CHUNKS_PER_BATCH * self.config.chunk_frames
         chunks = (rearrange(batch, "m (c f) -> c m f", c=CHUNKS_PER_BATCH) for batch in self.batches(mel, frames))
         # Only the last chunk of a sound can be short, so the real positions are the first ones.
@@ -56,8 +64,10 @@ class Qwen3AudioEncoder(AudioEncoder):
         for batch in x.split(WINDOWS_PER_BATCH * self.window_tokens):
             padded = F.pad(batch, (0, 0, 0, WINDOWS_PER_BATCH * self.window_tokens - len(batch)))
             windows = rearrange(padded, "(w n) d -> w n d", w=WINDOWS_PER_BATCH)
-            parts.append(self.attend(windows, len(batch) - starts).flatten(0, 1)[: len(batch)])
-        return torch.cat(parts)
+            parts.append(self.attend(windows, len(batch) - starts, WEIGHT_WINDOW if weigh else None))
+        tokens, received = zip(*parts, strict=True)
+        whole = torch.cat(tokens).flatten(0, 1)[:count]
+        return whole, torch.cat(received).flatten()[:count] if weigh else None
 
     def convolve(self, mel: Tensor) -> Tensor:
         """(chunks, bins, frames) → (chunks, ceil(frames / 8), hidden), with positions that start anew in each chunk."""
@@ -68,11 +78,22 @@ class Qwen3AudioEncoder(AudioEncoder):
         x = rearrange(self.input(rearrange(x, "c d bins n -> (c n) (d bins)")), "(c n) d -> c n d", c=chunks)
         return x + sinusoids(x.shape[1], self.config.hidden_size, x.device).to(x.dtype)
 
-    def attend(self, x: Tensor, counts: Tensor) -> Tensor:
-        """(windows, positions, hidden) → (windows, positions, output_size). counts: (windows,), the real ones first."""
+    def attend(self, x: Tensor, counts: Tensor, weigh_by: int | None) -> tuple[Tensor, Tensor | None]:
+        """(windows, positions, hidden) → (windows, positions, output_size). counts: (windows,), the real ones first.
+
+        And, with `weigh_by`, (windows, positions) float32: what tokens receive from those of their stretch of so many,
+        whatever the windows are.
+        """
         real = torch.arange(x.shape[1], device=x.device) < counts[:, None]
         # An empty window attends to itself: no softmax over nothing.
         mask = (real | (counts <= 0)[:, None])[:, None, None, :]
-        for block in self.blocks:
+        last = cast(Block, self.blocks[-1])
+        for block in self.blocks[:-1]:
             x = block(x, mask)
-        return self.output(F.gelu(self.hidden(self.norm(x))))
+        received = None
+        if weigh_by is not None:
+            line = (rearrange(part, "w h n d -> h (w n) d") for part in last.queries_and_keys(x))
+            q, k = (rearrange(part, "h (s n) d -> s h n d", n=weigh_by) for part in line)
+            received = received_attention(q, k, real.view(-1, weigh_by)).view_as(real)
+        x = last(x, mask)
+        return self.output(F.gelu(self.hidden(self.norm(x)))), received

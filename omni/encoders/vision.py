@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from omni.config import VisionConfig
+from omni.encoders.received import received_attention
 from omni.rope import rotate
 
 PATCHES_PER_BATCH = 2304
@@ -28,9 +29,9 @@ class VisionEncoder(nn.Module):
     A family sets `patch_embedding` (hidden, channels, time, height, width) and has
 
     layout(height, width) → whatever its `encode_batch` needs to know of frames of so many patches.
-    encode_batch(patches, layout): (grids, N, patch_dim) of one frame size, N patches in groups of merge × merge,
+    encode_batch(patches, layout, weigh): (grids, N, patch_dim) of one frame size, N patches in groups of merge × merge,
     → (1 + deepstack levels, grids, N / merge², out_hidden_size): the tokens, then what is added to them after each
-    of the first decoder layers.
+    of the first decoder layers. And, where `weigh` says which grids are real, (grids,), `received_by_tokens`.
     """
 
     patch_embedding: nn.Parameter
@@ -42,18 +43,22 @@ class VisionEncoder(nn.Module):
     def layout(self, height: int, width: int) -> Any:
         raise NotImplementedError
 
-    def encode_batch(self, patches: Tensor, layout: Any) -> Tensor:
+    def encode_batch(self, patches: Tensor, layout: Any, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, grid_thw: Tensor, *, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
         """Encodes pictures or clips, one after another.
 
         patches: (ΣT·H·W, patch_dim), on any device. grid_thw: (n, 3) patches in time, height and width.
-        Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device.
+        Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device; and, with `weigh`,
+        (ΣT·H·W / merge²,) float32, the attention that each token receives in the last block.
         """
-        return torch.cat(list(self._encode(patches, grid_thw.tolist())), dim=1)
+        tokens, received = zip(*self._encode(patches, grid_thw.tolist(), weigh), strict=True)
+        return torch.cat(tokens, dim=1), torch.cat(received) if weigh else None
 
-    def _encode(self, patches: Tensor, grids_thw: list[list[int]]) -> Iterator[Tensor]:
+    def _encode(
+        self, patches: Tensor, grids_thw: list[list[int]], weigh: bool
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         device = self.patch_embedding.device
         start = 0
         for grids, height, width in grids_thw:
@@ -65,7 +70,9 @@ class VisionEncoder(nn.Module):
                 group = clip[first : first + batch].to(device)
                 real = len(group)
                 group = F.pad(group, (0, 0, 0, 0, 0, batch - real))
-                yield self.encode_batch(group, layout)[:, :real].flatten(1, 2)
+                valid = torch.arange(batch, device=device) < real if weigh else None
+                tokens, received = self.encode_batch(group, layout, valid)
+                yield tokens[:, :real].flatten(1, 2), None if received is None else received[:real].flatten()
 
 
 def grids_per_batch(patches_per_grid: int, step: int) -> int:
@@ -95,11 +102,28 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], windows: tuple[tuple[int, int], ...] = ()) -> Tensor:
         """x: (grids, N, hidden). windows: how many, patches of each, by size, in order; none: the whole frame."""
-        qkv = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
-        q, k = rotate(qkv[:2], *rotary)
-        v = qkv[2]
+        q, k, v = self.project(x, rotary)
         mixed = windowed(q, k, v, windows) if windows else F.scaled_dot_product_attention(q, k, v)
         return self.output(rearrange(mixed, "g h n d -> g n (h d)"))
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned, and values, (grids, heads, N, dim) each."""
+        qkv = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
+        q, k = rotate(qkv[:2], *rotary)
+        return q, k, qkv[2]
+
+
+def received_by_tokens(q: Tensor, k: Tensor, real: Tensor, group: int) -> Tensor:
+    """Attention that merged tokens receive from the patches of their own and the neighbouring grid (arXiv 2605.20035).
+
+    q, k: (grids, heads, N, dim). real: (grids,). A window is two grids, whatever the block itself attends to.
+    Returns (grids, N / group) float32, means over the patches of a token.
+    """
+    span = min(2, len(q))
+    q, k = (rearrange(x, "(w span) h n d -> w h (span n) d", span=span) for x in (q, k))
+    valid = repeat(real, "(w span) -> w (span n)", span=span, n=q.shape[2] // span)
+    received = received_attention(q, k, valid)
+    return reduce(received, "w (span n group) -> (w span) n", "mean", span=span, group=group)
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, windows: tuple[tuple[int, int], ...]) -> Tensor:

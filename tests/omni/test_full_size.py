@@ -104,10 +104,10 @@ def test_prefill_runs_at_full_size(built) -> None:
         cache = Cache(config.decoder, 200, device=torch.device("meta"), dtype=torch.float32)
         deepstack = torch.empty(levels, 1, 200, hidden) if levels else None
         logits = thinker(torch.empty(1, 200, hidden), torch.zeros(3, 1, 200, dtype=torch.long), cache, deepstack)
-        sound = thinker.audio.encode_sound(torch.empty(128, 7777))
+        sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False)
     grids = torch.tensor([[6, 16, 36], [1, 30, 22]])
     patches = torch.empty(6 * 16 * 36 + 30 * 22, config.vision.patch_dim, device="meta")
-    pictures = thinker.vision(patches, grids)
+    pictures, _ = thinker.vision(patches, grids)
     assert logits.shape == (1, config.decoder.vocab_size)
     assert sound.shape == (config.audio.token_count(7777), hidden)
     assert pictures.shape == (1 + levels, (6 * 16 * 36 + 30 * 22) // 4, hidden)
