@@ -1,1 +1,17 @@
 """SEATS: stage-adaptive token selection as pure tensor functions (arXiv 2605.20035). Knows no model."""
+
+from seats.config import SeatsConfig, preset, preset_for
+from seats.cost import prefill_macs
+from seats.diversity import win_div_prune
+from seats.schedule import keep_ratios
+from seats.selection import select_by_relevance
+
+__all__ = [
+    "SeatsConfig",
+    "keep_ratios",
+    "prefill_macs",
+    "preset",
+    "preset_for",
+    "select_by_relevance",
+    "win_div_prune",
+]

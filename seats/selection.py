@@ -1,0 +1,119 @@
+"""Stage II: which tokens survive between decoder layers, given their relevance (arXiv 2605.20035)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from seats.budget import keep_counts, split_budgets, window_budgets
+from seats.config import require_ratio
+
+TEXT, VIDEO, AUDIO, PADDING = range(4)
+
+
+def select_by_relevance(
+    scores: Tensor, modality: Tensor, video_keep_ratio: float, audio_keep_ratio: float, temperature: float
+) -> Tensor:
+    """The tokens of one sequence that a selection keeps: sorted indices, int64.
+
+    scores: (S,) relevance. modality: (S,) integers: 0 text, 1 video, 2 audio. Of the rest see `select`.
+    Raises ValueError for shapes, ratios or a temperature out of range.
+    """
+    if scores.dim() != 1 or scores.shape != modality.shape or not len(scores):
+        raise ValueError(
+            "scores and modality must both be (S,), S at least 1, "
+            f"not {tuple(scores.shape)} and {tuple(modality.shape)}."
+        )
+    require_ratio("video_keep_ratio", video_keep_ratio)
+    require_ratio("audio_keep_ratio", audio_keep_ratio)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}.")
+    starts = run_starts(modality[None])
+    windows = int(torch.stack([starts & (modality == kind) for kind in (VIDEO, AUDIO)]).sum(dim=-1).max())
+    keep = select(scores[None], modality[None], video_keep_ratio, audio_keep_ratio, temperature, max(1, windows))
+    return keep[0].nonzero().squeeze(-1)
+
+
+def select(
+    scores: Tensor,
+    modality: Tensor,
+    video_keep_ratio: float,
+    audio_keep_ratio: float,
+    temperature: float,
+    max_windows: int,
+) -> Tensor:
+    """Which tokens a selection keeps: (B, S) bool, with static shapes and no host read.
+
+    scores: (B, S) float32 relevance. modality: (B, S) uint8: 0 text, all kept; 1 video; 2 audio; 3 padding, at the
+    end, none kept.
+
+    A run is adjacent tokens of one modality; the i-th video and the i-th audio run form window i. Windows share
+    K = K_v + K_a tokens by the softmax of their mean relevance over `temperature`, where K_v is `video_keep_ratio` of
+    the video tokens, and keep the most relevant. With one window or one modality the most relevant K_v video and K_a
+    audio tokens of the sequence stay. In all, at least K and at most max(K, W) + W for W windows. Ties go to the
+    lower index.
+
+    max_windows: at least the number of windows in every row; runs past it join the last window, so a caller that
+    wants the runs apart counts them beforehand.
+    """
+    is_media = (modality == VIDEO) | (modality == AUDIO)
+    kind = (modality == AUDIO).long()
+    starts = run_starts(modality)
+    runs = torch.stack((starts & (modality == VIDEO), starts & (modality == AUDIO)), dim=1).cumsum(dim=-1)  # (B, 2, S)
+    windows = runs[..., -1].amax(dim=-1)
+    whole = (windows <= 1) | (runs[..., -1] == 0).any(dim=-1)  # rows ranked as one window
+    window = (runs.gather(1, kind[:, None]).squeeze(1) - 1).clamp(0, max_windows - 1)
+    window = window.masked_fill(whole[:, None], 0)
+
+    # A group is a modality's tokens in one window; text and padding are in a last group that keeps nothing.
+    group = torch.where(is_media, kind * max_windows + window, 2 * max_windows)
+    tokens = grouped_sum(is_media.long(), group, max_windows)  # (B, 2, W)
+    keep = torch.stack(
+        (keep_counts(tokens[:, 0].sum(-1), video_keep_ratio), keep_counts(tokens[:, 1].sum(-1), audio_keep_ratio)), 1
+    )  # (B, 2)
+    # Sums in float64: whatever the order of the additions, they round to the same float32.
+    means = (grouped_sum(scores.double(), group, max_windows) / tokens.clamp(min=1)).float()
+    present = torch.arange(max_windows, device=scores.device) < windows.clamp(min=1)[:, None]
+    shares = (means / temperature).masked_fill(~present[:, None], float("-inf")).softmax(dim=-1)  # (B, 2, W)
+    budgets = window_budgets(shares.sum(dim=1) / 2, tokens.sum(dim=1), keep.sum(dim=1))
+    claims = shares * keep[..., None]
+    video_share = claims[:, 0] / (claims.sum(dim=1) + 1e-12)
+    limits = torch.stack(split_budgets(budgets, video_share, tokens[:, 0], tokens[:, 1]), dim=1)
+    limits = torch.where(whole[:, None, None], keep[..., None].minimum(tokens), limits)
+    limit = F.pad(limits.flatten(1), (0, 1)).gather(-1, group)
+    return (modality == TEXT) | (rank_in_group(scores, group) < limit)
+
+
+def run_starts(modality: Tensor) -> Tensor:
+    """Where a run of adjacent equal modality begins: (B, S) → (B, S) bool."""
+    first = torch.ones_like(modality[:, :1], dtype=torch.bool)
+    return torch.cat((first, modality[:, 1:] != modality[:, :-1]), dim=-1)
+
+
+def grouped_sum(values: Tensor, group: Tensor, max_windows: int) -> Tensor:
+    """Sums (B, S) values by group into (B, 2, max_windows)."""
+    sums = values.new_zeros(len(values), 2 * max_windows + 1).scatter_add(-1, group, values)
+    return rearrange(sums[:, :-1], "b (kind window) -> b kind window", kind=2)
+
+
+def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
+    """How many tokens of its group come before each token, by falling score, then by index: (B, S) int64."""
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    order = by_score.gather(-1, group.gather(-1, by_score).argsort(dim=-1, stable=True))
+    sorted_group = group.gather(-1, order)
+    place = torch.arange(scores.shape[-1], device=scores.device) - torch.searchsorted(sorted_group, sorted_group)
+    return torch.empty_like(order).scatter(-1, order, place)
+
+
+def compact(keep: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The indices of what is kept, in order, in a fixed number of slots.
+
+    keep: (B, S) bool. Returns index (B, slots) int64 and count (B,) int64, how many slots are real. Slots past the
+    count repeat position 0. Survivors that find no slot, the last ones, are left out.
+    """
+    slot = (keep.cumsum(dim=-1) - 1).masked_fill(~keep, slots).clamp(max=slots)
+    position = torch.arange(keep.shape[-1], device=keep.device).expand_as(slot)
+    index = slot.new_zeros(len(keep), slots + 1).scatter(-1, slot, position)  # the last column takes what is left out
+    return index[:, :slots], keep.sum(dim=-1).clamp(max=slots)
