@@ -66,5 +66,5 @@ def _rescue(
 ) -> tuple[Tensor, Tensor]:
     """Gives 1 to a modality that would lose every token, from the other one where that has more than 1."""
     wiped = (tokens > 0) & (keep == 0)
-    yielded = (budgets - 1).minimum(others).clamp(min=1)
+    yielded = (budgets - 1).minimum(other_tokens).clamp(min=1)
     return torch.where(wiped, 1, keep), torch.where(wiped & (other > 1), yielded, other)
