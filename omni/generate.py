@@ -8,17 +8,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from omni.config import DTYPES, ConfigError
 from omni.inputs import InputError
-from omni.model import Generation, load
+from omni.model import KV, Generation, Omni, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.media import MediaError, kind_of
 from omni.processing.tokenizer import TokenizerError
+from seats.config import SeatsConfig, preset_for
 from weights import CheckpointError
 
 ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, MediaError, InputError)
@@ -67,6 +68,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
     parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
     parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
+    parser.add_argument(
+        "--retention", type=_ratio, default=0.35, help="share of video and audio tokens to keep (default: %(default)s)"
+    )
+    parser.add_argument("--video-ratio", type=_ratio, help="of video alone (default: what --retention implies)")
+    parser.add_argument("--audio-ratio", type=_ratio, help="of sound alone (default: what --retention implies)")
+    parser.add_argument("--kv", choices=KV, default="pruned", help="what decoding sees (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")
@@ -112,6 +119,8 @@ def _answer(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        seats=_seats(options, model),
+        kv=options.kv,
     )
     generation = _print_stream(answer, quiet=options.json)
     if options.json:
@@ -121,6 +130,18 @@ def _answer(options: argparse.Namespace) -> None:
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
     print(figures(generation, media_seconds), file=sys.stderr)
+
+
+def _seats(options: argparse.Namespace, model: Omni) -> SeatsConfig | None:
+    """None where every token is kept, whatever the model: one too shallow for the stages can still do that."""
+    ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
+    given = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    if options.retention == 1 and set(given.values()) <= {1.0}:
+        return None
+    try:
+        return replace(preset_for(model.config, options.retention), **given)
+    except ValueError as error:
+        raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
 
 
 def _print_stream(answer: Any, *, quiet: bool) -> Generation:
@@ -136,12 +157,16 @@ def _print_stream(answer: Any, *, quiet: bool) -> Generation:
 
 
 def figures(generation: Generation, media_seconds: float) -> str:
-    """One line: tokens by modality, time to the first token in its parts, rate after it."""
+    """Tokens by modality, time to the first token in its parts, rate after it; before it what each stage kept."""
     stats = generation.stats
     tokens = ", ".join(f"{count} {name}" for name, count in stats.tokens.items() if count)
     first = media_seconds + stats.encode_seconds + stats.prefill_seconds
+    kept = ""
+    if len(stats.segments) > 1:
+        steps = " > ".join(map(str, stats.segments))
+        kept = f"kept: {steps} tokens, {stats.full_macs / stats.macs:.1f} times fewer multiply-accumulates\n"
     return (
-        f"tokens: {tokens}; first token after {first:.2f} s (decode {media_seconds:.2f}, "
+        f"{kept}tokens: {tokens}; first token after {first:.2f} s (decode {media_seconds:.2f}, "
         f"encoders {stats.encode_seconds:.2f}, prefill {stats.prefill_seconds:.2f}); "
         f"{stats.new_tokens} new tokens, {stats.tokens_per_second:.1f} per second"
     )
@@ -193,6 +218,13 @@ def _not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+def _ratio(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
     return value
 
 

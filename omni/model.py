@@ -21,12 +21,19 @@ from omni.processing.processor import Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import Tokenizer
 from omni.runtime.sampling import Sampling, pick
+from omni.stages import fill_pool, plan_for, read_prompt
+from omni.stages import prefill as run_stages
 from omni.thinker import Thinker
+from seats.config import SeatsConfig
+from seats.cost import prefill_macs
+
+KV = ("pruned", "layerwise")
 
 
 class GenerateOptions(TypedDict, total=False):
     """max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`; greedy
     unless given. seed: makes sampling repeatable on one device. stop_token_ids: instead of the checkpoint's own.
+    seats, kv: token selection, as `Omni.prefill` takes it.
     """
 
     max_new_tokens: int
@@ -35,13 +42,22 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     stop_token_ids: list[int] | None
+    seats: SeatsConfig | None
+    kv: str
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures of one answer. Seconds are wall-clock; `prefill_seconds` ends with the first token."""
+    """Figures of one answer. Seconds are wall-clock; `prefill_seconds` ends with the first token.
+
+    segments: tokens that runs of decoder layers saw, from the first layer to the last; one where every token is kept.
+    macs, full_macs: multiply-accumulates of this prefill, and of one with every token.
+    """
 
     tokens: dict[str, int]
+    segments: list[int]
+    macs: int
+    full_macs: int
     cache_bytes: int
     encode_seconds: float
     prefill_seconds: float
@@ -67,6 +83,9 @@ class Prefill:
     cache: Cache = field(repr=False)
     next_position: float
     tokens: dict[str, int]
+    segments: list[int]
+    macs: int
+    full_macs: int
     encode_seconds: float
     prefill_seconds: float
 
@@ -143,9 +162,14 @@ class Omni:
         )
 
     @torch.inference_mode()
-    def prefill(self, inputs: Inputs) -> Prefill:
-        """Runs the prompt. Raises InputError where it does not fit the model or its placeholders its media."""
-        return self._prefill(inputs, max_new_tokens=0)
+    def prefill(self, inputs: Inputs, seats: SeatsConfig | None = None, kv: str = "pruned") -> Prefill:
+        """Runs the prompt, with token selection where `seats` asks for it and there is video or sound to select from.
+
+        kv: "pruned" cuts every layer's cache to the tokens that are left at the end, "layerwise" leaves each layer
+        what it attended to. Raises InputError where the prompt does not fit the model or its placeholders its media,
+        ValueError for settings that this model cannot follow.
+        """
+        return self._prefill(inputs, 0, seats, kv)
 
     def generate(self, inputs: Inputs, **options: Unpack[GenerateOptions]) -> Generation:
         """Answers a request. Needs no tokenizer where `stop_token_ids` are given. Errors: `stream`."""
@@ -193,6 +217,8 @@ class Omni:
         top_k: int | None = None,
         seed: int | None = None,
         stop_token_ids: list[int] | None = None,
+        seats: SeatsConfig | None = None,
+        kv: str = "pruned",
     ) -> Generator[int, None, Generation]:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
@@ -208,7 +234,7 @@ class Omni:
 
         with torch.inference_mode():
             started = time.perf_counter()
-            prefill = self._prefill(inputs, max_new_tokens)
+            prefill = self._prefill(inputs, max_new_tokens, seats, kv)
             token = pick(prefill.logits[None], sampling, generator)
         tokens = [int(token)]
         first = time.perf_counter()
@@ -222,6 +248,9 @@ class Omni:
             yield tokens[-1]
         stats = Stats(
             tokens=prefill.tokens,
+            segments=prefill.segments,
+            macs=prefill.macs,
+            full_macs=prefill.full_macs,
             cache_bytes=prefill.cache.nbytes,
             encode_seconds=prefill.encode_seconds,
             prefill_seconds=first - started - prefill.encode_seconds,
@@ -230,27 +259,67 @@ class Omni:
         )
         return Generation(tokens, stats, inputs.input_ids, lambda: self.processor.tokenizer)
 
-    def _prefill(self, inputs: Inputs, max_new_tokens: int) -> Prefill:
+    def _prefill(self, inputs: Inputs, max_new_tokens: int, seats: SeatsConfig | None, kv: str) -> Prefill:
+        if kv not in KV:
+            raise ValueError(f"kv must be one of {', '.join(KV)}, not {kv!r}.")
         places = layout(inputs, self.config)
         self._check_context(places, max_new_tokens)
+        plan = prompt = None
+        if seats is not None:
+            seats.check(self.config.decoder.num_layers)
+            if not seats.keeps_everything and (len(places.video) or len(places.audio)):
+                prompt = read_prompt(places, inputs, self.config)
+                plan = plan_for(prompt, seats, self.config.decoder.num_layers)
         started = time.perf_counter()
-        features, _ = self.thinker.encode(inputs)
+        features, received = self.thinker.encode(inputs, weigh=plan is not None)
         self._synchronize()
         encoded = time.perf_counter()
-        length = places.positions.shape[1]
-        cache = Cache(self.config.decoder, length + max_new_tokens, device=self.device, dtype=self.dtype)
         x, deepstack = self.thinker.embed(inputs, places, features)
         del features  # of an hour of video: gigabytes
-        logits = self.thinker(x, places.positions[:, None].to(self.device), cache, deepstack)
+        if plan is None or prompt is None:
+            length = places.positions.shape[1]
+            cache = Cache(self.config.decoder, length + max_new_tokens, device=self.device, dtype=self.dtype)
+            logits = self.thinker(x, places.positions[:, None].to(self.device), cache, deepstack)
+            kept, ends = [], []
+        else:
+            request = fill_pool(plan, prompt, places.positions, x, deepstack, received)
+            del x, deepstack
+            staged = run_stages(self.thinker, plan, request, pruned=kv == "pruned")
+            logits = staged.logits
+            # The one read of what was selected, when all work is under way.
+            lengths = torch.stack(staged.lengths)[:, 0].tolist()
+            kept = [place[0, : int(count[0])].cpu() for place, count in staged.kept]
+            cache = Cache.of_prefill(staged.keys, staged.values, lengths, max_new_tokens)
+            ends = [segment.layers[1] for segment in plan.segments[:-1]]
         self._synchronize()
+        segments = [len(places_kept) for places_kept in kept] or [places.positions.shape[1]]
+        drops = [(end - 1, tokens) for end, tokens in zip(ends, segments[1:], strict=True)]
         return Prefill(
             logits=logits[0],
-            kept=[],
+            kept=kept,
             cache=cache,
             next_position=places.next_position,
             tokens=places.counts,
+            segments=segments,
+            macs=self._macs(segments[0], drops),
+            full_macs=self._macs(places.positions.shape[1], []),
             encode_seconds=encoded - started,
             prefill_seconds=time.perf_counter() - encoded,
+        )
+
+    def _macs(self, tokens: int, drops: list[tuple[int, int]]) -> int:
+        decoder = self.config.decoder
+        return prefill_macs(
+            tokens,
+            drops,
+            num_layers=decoder.num_layers,
+            hidden_size=decoder.hidden_size,
+            # Where a few layers of many are dense, the count takes them for sparse ones.
+            intermediate_size=decoder.experts_per_token * decoder.expert_size or decoder.intermediate_size,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            vocab_size=decoder.vocab_size,
+            head_dim=decoder.head_dim,
         )
 
     def _check_context(self, places: Layout, max_new_tokens: int) -> None:

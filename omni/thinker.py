@@ -89,7 +89,6 @@ class Thinker(nn.Module):
             x = layer(x, rotary, cache, index)
             if deepstack is not None and index < len(deepstack):
                 x = x + deepstack[index]
-        cache.advance(x.shape[1])
         return self.logits(x[:, -1])
 
     def logits(self, x: Tensor) -> Tensor:

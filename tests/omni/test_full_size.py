@@ -111,7 +111,7 @@ def test_prefill_runs_at_full_size(built) -> None:
     assert logits.shape == (1, config.decoder.vocab_size)
     assert sound.shape == (config.audio.token_count(7777), hidden)
     assert pictures.shape == (1 + levels, (6 * 16 * 36 + 30 * 22) // 4, hidden)
-    assert cache.length == 200
+    assert cache.lengths == [200] * config.decoder.num_layers
 
 
 def test_a_layer_of_experts_at_full_size() -> None:
@@ -148,6 +148,7 @@ def test_a_layer_of_experts_at_full_size() -> None:
     cos, sin = multimodal_rotary(positions, 128, 1e6, (24, 20, 20), interleaved=True)
     y = layer(x, (cos.unsqueeze(1), sin.unsqueeze(1)), cache, 0)
     assert y.dtype == torch.bfloat16
+    cache = Cache(config, 3, device=torch.device("cpu"), dtype=torch.bfloat16)
     # The experts again, one token and one expert at a time, in float32.
     mixed = x + layer.attention(layer.attention_norm(x), (cos.unsqueeze(1), sin.unsqueeze(1)), cache, 0)
     tokens = layer.mlp_norm(mixed)[0]

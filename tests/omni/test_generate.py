@@ -12,6 +12,7 @@ import pytest
 
 import omni
 from omni.generate import main
+from seats import preset_for
 
 
 def run(checkpoint: Path, *arguments: str | Path) -> int:
@@ -25,13 +26,38 @@ def test_answers_about_a_clip(
     assert run(checkpoint, clip, "What happens here?") == 0
     out, err = capsys.readouterr()
     content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What happens here?"}]
-    answer = model.generate(model.prepare([{"role": "user", "content": content}]), max_new_tokens=6)
+    inputs = model.prepare([{"role": "user", "content": content}])
+    answer = model.generate(inputs, max_new_tokens=6, seats=preset_for(model.config))
     assert out == answer.text + "\n"
     figures = err.splitlines()[-1]
     assert f"{answer.stats.tokens['video']} video, {answer.stats.tokens['audio']} audio" in figures
     assert "first token after" in figures
+    assert err.splitlines()[-2].startswith(f"kept: {answer.stats.segments[0]} > ")
+    assert "times fewer multiply-accumulates" in err
     assert "per second" in figures
     assert answer.stats.tokens["audio"] == 100
+
+
+def test_retention_one_keeps_every_token(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the same answer as the library's without selection."""
+    assert run(checkpoint, "--json", "--retention", "1", clip, "What?") == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["stats"]["segments"] == [sum(report["stats"]["tokens"].values())]
+    assert report["stats"]["macs"] == report["stats"]["full_macs"]
+    assert "kept:" not in err
+
+
+def test_ratios_and_kv(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+    for kv in ("pruned", "layerwise"):
+        options = ["--retention", "0.1", "--video-ratio", "0.05", "--audio-ratio", "0.5", "--kv", kv]
+        assert run(checkpoint, "--json", *options, clip, "What?") == 0
+        stats = json.loads(capsys.readouterr().out)["stats"]
+        assert stats["segments"] == sorted(stats["segments"], reverse=True)
+        assert stats["segments"][-1] == stats["tokens"]["text"]
+        sizes.append(stats["cache_bytes"])
+    assert sizes[0] < sizes[1]
 
 
 def test_qwen3_answers_the_same_way(
@@ -120,7 +146,14 @@ def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--fps", "0", "What?"], ["--temperature", "-1", "What?"], ["--seed", str(2**64), "What?"], []]
+    "arguments",
+    [
+        ["--fps", "0", "What?"],
+        ["--temperature", "-1", "What?"],
+        ["--seed", str(2**64), "What?"],
+        ["--retention", "0", "What?"],
+        [],
+    ],
 )
 def test_bad_options_are_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:

@@ -1,0 +1,291 @@
+"""A prefill with token selection: the three stages between the layers of the decoder (arXiv 2605.20035)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from omni.cache import Recorder
+from omni.config import OmniConfig
+from omni.decoder import Layer
+from omni.inputs import InputError, Inputs
+from omni.processing.positions import Layout
+from omni.rope import multimodal_rotary
+from omni.thinker import Thinker
+from seats.config import SeatsConfig
+from seats.diversity import max_min_keep, window_counts
+from seats.plan import AUDIO_WINDOW, StagePlan, make_plan
+from seats.relevance import relevance
+from seats.selection import compact, select
+
+TEXT, VIDEO, AUDIO, PADDING = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts of one plan, their tokens in the plan's pool: text, then video by windows, then audio by windows.
+
+    x: (B, P, hidden). positions: (3, B, P). place: (B, P) where each token stands in its prompt; `P` and more in
+    slots that hold none. received: (B, P) attention weights of video and audio tokens. deepstack: (levels, B, P,
+    hidden) or None. video_sizes, audio_sizes: (B, windows) tokens in each window, which come first.
+    """
+
+    x: Tensor
+    positions: Tensor
+    place: Tensor
+    received: Tensor
+    deepstack: Tensor | None
+    video_sizes: Tensor
+    audio_sizes: Tensor
+
+
+@dataclass
+class Sequence:
+    """What is left of the prompts: survivors first and in order, then padding. `count`: (B,) survivors."""
+
+    x: Tensor
+    positions: Tensor
+    place: Tensor
+    kind: Tensor
+    deepstack: Tensor | None
+    count: Tensor
+
+    def take(self, index: Tensor, count: Tensor) -> Sequence:
+        """The tokens at `index`, (B, slots), of which the first `count` are real."""
+        kind = self.kind.gather(1, index)
+        real = torch.arange(index.shape[1], device=index.device) < count[:, None]
+        deepstack = None
+        if self.deepstack is not None:
+            deepstack = torch.stack([_rows(level, index) for level in self.deepstack])
+        return Sequence(
+            x=_rows(self.x, index),
+            positions=torch.stack([axis.gather(1, index) for axis in self.positions]),
+            place=self.place.gather(1, index),
+            kind=torch.where(real, kind, PADDING),
+            deepstack=deepstack,
+            count=count,
+        )
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+@dataclass
+class Staged:
+    """A finished prefill. logits: (B, vocab) float32. kept: after each step, places (B, slots) and counts (B,).
+
+    keys, values: per layer, (B, kv_heads, slots, head_dim). lengths: per layer, (B,) of these slots that are real.
+    """
+
+    logits: Tensor
+    kept: list[tuple[Tensor, Tensor]]
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: list[Tensor]
+
+
+def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
+    """Runs prompts through the stages and layers. Static shapes: nothing here depends on what the prompts hold."""
+    decoder = thinker.config.decoder
+    sequence = select_before_decoder(plan, request)
+    kept = [(sequence.place, sequence.count)]
+    recorder = Recorder()
+    spans: list[tuple[Tensor, Tensor]] = []  # places and counts that each layer saw
+    for segment in plan.segments:
+        cos, sin = multimodal_rotary(
+            sequence.positions,
+            decoder.head_dim,
+            decoder.rope_theta,
+            decoder.mrope_section,
+            interleaved=decoder.mrope_interleaved,
+        )
+        rotary = (cos.unsqueeze(1), sin.unsqueeze(1))
+        for index in range(*segment.layers):
+            sequence.x = thinker.layers[index](sequence.x, rotary, recorder, index)
+            if sequence.deepstack is not None and index < len(sequence.deepstack):
+                sequence.x = sequence.x + sequence.deepstack[index]
+            spans.append((sequence.place, sequence.count))
+        if segment is plan.segments[-1]:
+            break
+        if segment.video_keep is not None and segment.audio_keep is not None:
+            layer = cast(Layer, thinker.layers[segment.layers[1] - 1])
+            query, keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
+            scores = relevance(query, keys, sequence.kind != PADDING)
+            keep = select(scores, sequence.kind, segment.video_keep, segment.audio_keep, plan.temperature, plan.windows)
+        else:
+            keep = sequence.kind == TEXT
+        following = plan.segments[plan.segments.index(segment) + 1]
+        sequence = sequence.take(*compact(keep, following.length))
+        kept.append((sequence.place, sequence.count))
+    last = _rows(sequence.x, (sequence.count - 1)[:, None])[:, 0]
+    lengths = [count for _, count in spans]
+    if pruned:
+        for index, (place, count) in enumerate(spans):
+            # Survivors are in order in both, so each is found by search; what lies beyond `count` is never looked at.
+            real = torch.arange(place.shape[1], device=place.device) < count[:, None]
+            sought = torch.where(real, place, torch.iinfo(place.dtype).max)
+            found = torch.searchsorted(sought, sequence.place).clamp(max=place.shape[1] - 1)
+            for stored in (recorder.keys, recorder.values):
+                stored[index] = stored[index].gather(
+                    2, found[:, None, :, None].expand(-1, stored[index].shape[1], -1, stored[index].shape[3])
+                )
+        lengths = [sequence.count] * len(spans)
+    return Staged(thinker.logits(last), kept, recorder.keys, recorder.values, lengths)
+
+
+def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:
+    """Stage I: the most diverse tokens of every window, with all of the text, in the order of the prompt."""
+    batch, slots, _ = request.x.shape
+    keep = [request.place[:, : plan.text] < slots]
+    parts = (
+        (plan.video_windows, plan.video_window, plan.video_ratio, request.video_sizes),
+        (plan.audio_windows, plan.audio_window, plan.audio_ratio, request.audio_sizes),
+    )
+    start = plan.text
+    for windows, size, ratio, sizes in parts:
+        end = start + windows * size
+        if windows:
+            features = rearrange(request.x[:, start:end], "b (w n) d -> (b w) n d", w=windows)
+            weights = rearrange(request.received[:, start:end], "b (w n) -> (b w) n", w=windows)
+            counts = window_counts(sizes.flatten(), ratio)
+            picked = max_min_keep(features, weights, sizes.flatten(), counts)
+            keep.append(rearrange(picked, "(b w) n -> b (w n)", b=batch))
+        start = end
+    kind = torch.cat(
+        [
+            torch.full((length,), kind, dtype=torch.uint8, device=request.x.device)
+            for kind, length in (
+                (TEXT, plan.text),
+                (VIDEO, parts[0][0] * parts[0][1]),
+                (AUDIO, parts[1][0] * parts[1][1]),
+            )
+        ]
+    )
+    kept = torch.cat(keep, dim=1)
+    order = torch.where(kept, request.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    everything = Sequence(
+        x=request.x,
+        positions=request.positions,
+        place=request.place,
+        kind=kind.expand(batch, -1),
+        deepstack=request.deepstack,
+        count=kept.sum(dim=1),
+    )
+    return everything.take(order[:, : plan.segments[0].length], everything.count)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where the tokens of one prompt stand: what a plan is made from, and what fills it.
+
+    text, video, audio: (n,) positions in the prompt; image tokens count as text. video_sizes, audio_sizes: tokens in
+    each window of Stage I, in order. windows: how many runs of video, or of audio, there are.
+    """
+
+    text: Tensor
+    video: Tensor
+    audio: Tensor
+    video_sizes: tuple[int, ...]
+    audio_sizes: tuple[int, ...]
+    windows: int
+
+
+def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
+    """Raises InputError where the prompt does not end with text."""
+    length = layout.positions.shape[1]
+    kind = torch.zeros(length, dtype=torch.uint8)
+    kind[layout.video], kind[layout.audio] = VIDEO, AUDIO
+    if int(kind[-1]) != TEXT:
+        raise InputError("token selection needs a prompt that ends with text: its last token asks for the others.")
+    merge = config.vision.spatial_merge_size**2
+    video_sizes: list[int] = []
+    for grids, height, width in [] if inputs.video_grid_thw is None else inputs.video_grid_thw.tolist():
+        video_sizes += _windows(grids * height * width // merge, 2 * height * width // merge)
+    audio_sizes: list[int] = []
+    for frames in inputs.mel_lengths.tolist():
+        audio_sizes += _windows(config.audio.token_count(frames), AUDIO_WINDOW)
+    starts = [(kind == medium) & (F.pad(kind, (1, 0))[:-1] != medium) for medium in (VIDEO, AUDIO)]
+    return Prompt(
+        text=(kind == TEXT).nonzero().flatten(),
+        video=layout.video,
+        audio=layout.audio,
+        video_sizes=tuple(video_sizes),
+        audio_sizes=tuple(audio_sizes),
+        windows=max(int(start.sum()) for start in starts),
+    )
+
+
+def _windows(tokens: int, size: int) -> list[int]:
+    """Sizes of windows that cut `tokens` in order, the last of which may be shorter."""
+    full, rest = divmod(tokens, size)
+    return [size] * full + [rest] * (rest > 0)
+
+
+def plan_for(
+    prompt: Prompt,
+    config: SeatsConfig,
+    num_layers: int,
+    *,
+    text: int = 0,
+    video_windows: int = 0,
+    audio_windows: int = 0,
+    windows: int = 0,
+) -> StagePlan:
+    """The plan of a prompt, with so many slots and windows more than it needs."""
+    return make_plan(
+        config,
+        num_layers,
+        text=len(prompt.text) + text,
+        video_windows=len(prompt.video_sizes) + video_windows,
+        video_window=max(prompt.video_sizes, default=1),
+        audio_windows=len(prompt.audio_sizes) + audio_windows,
+        windows=prompt.windows + windows,
+    )
+
+
+def fill_pool(
+    plan: StagePlan,
+    prompt: Prompt,
+    positions: Tensor,
+    x: Tensor,
+    deepstack: Tensor | None,
+    received: dict[str, Tensor],
+) -> Request:
+    """The tensors of one prompt in the slots of its plan.
+
+    positions: (3, S). x: (1, S, hidden). deepstack: (levels, 1, S, hidden) or None. received: by modality, (n,).
+    """
+    device = x.device
+    place = torch.full((plan.pool,), plan.pool)
+    place[: len(prompt.text)] = prompt.text
+    weights = torch.zeros(plan.pool, device=device)
+    start, sizes = plan.text, []
+    for name, windows, width in (
+        ("video", plan.video_windows, plan.video_window),
+        ("audio", plan.audio_windows, plan.audio_window),
+    ):
+        tokens, counts = getattr(prompt, name), torch.tensor(getattr(prompt, f"{name}_sizes"), dtype=torch.long)
+        window = torch.arange(len(counts)).repeat_interleave(counts)
+        inside = torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        slots = start + window * width + inside
+        place[slots] = tokens
+        if len(tokens):
+            weights[slots.to(device)] = received[name].to(device)
+        sizes.append(F.pad(counts, (0, windows - len(counts))).to(device)[None])
+        start += windows * width
+    source = torch.where(place < plan.pool, place, 0).to(device)
+    return Request(
+        x=x.index_select(1, source),
+        positions=positions.to(device).index_select(1, source)[:, None],
+        place=place.to(device)[None],
+        received=weights[None],
+        deepstack=None if deepstack is None else deepstack.index_select(2, source),
+        video_sizes=sizes[0],
+        audio_sizes=sizes[1],
+    )
