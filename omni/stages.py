@@ -97,7 +97,7 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     kept = [(sequence.place, sequence.count)]
     recorder = Recorder()
     spans: list[tuple[Tensor, Tensor]] = []  # places and counts that each layer saw
-    for segment in plan.segments:
+    for number, segment in enumerate(plan.segments):
         cos, sin = multimodal_rotary(
             sequence.positions,
             decoder.head_dim,
@@ -111,7 +111,7 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
             if sequence.deepstack is not None and index < len(sequence.deepstack):
                 sequence.x = sequence.x + sequence.deepstack[index]
             spans.append((sequence.place, sequence.count))
-        if segment is plan.segments[-1]:
+        if number + 1 == len(plan.segments):
             break
         if segment.video_keep is not None and segment.audio_keep is not None:
             layer = cast(Layer, thinker.layers[segment.layers[1] - 1])
@@ -120,8 +120,7 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
             keep = select(scores, sequence.kind, segment.video_keep, segment.audio_keep, plan.temperature, plan.windows)
         else:
             keep = sequence.kind == TEXT
-        following = plan.segments[plan.segments.index(segment) + 1]
-        sequence = sequence.take(*compact(keep, following.length))
+        sequence = sequence.take(*compact(keep, plan.segments[number + 1].length))
         kept.append((sequence.place, sequence.count))
     last = _rows(sequence.x, (sequence.count - 1)[:, None])[:, 0]
     lengths = [count for _, count in spans]
