@@ -6,21 +6,26 @@ import torch
 from torch import Tensor
 
 
+SCORES_AT_A_TIME = {"cpu": 2**20, "cuda": 2**26}
+"""On a CPU what stays in its cache; on a GPU one head of any window of public sizes."""
+
+
 def received_attention(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
     """softmax(q·kᵀ / √dim) inside each window, averaged over heads and summed over queries (arXiv 2605.20035, Stage I).
 
     q, k: (windows, heads, n, dim). valid: (windows, n), positions that ask and are asked; None: all.
-    Returns (windows, n) float32. One window's attention of one head is in memory at a time.
+    Returns (windows, n) float32. At most one head's attention of one window is in memory at a time.
     """
     windows, heads, positions, dim = q.shape
+    if valid is None:
+        valid = torch.ones(windows, positions, dtype=torch.bool, device=q.device)
+    step = max(1, SCORES_AT_A_TIME.get(q.device.type, 2**20) // positions)
     received = q.new_zeros(windows, positions, dtype=torch.float32)
     for window in range(windows):
         for head in range(heads):
-            scores = (q[window, head].float() * dim**-0.5) @ k[window, head].float().T
-            if valid is None:
-                received[window] += scores.softmax(dim=-1).sum(dim=0)
-            else:
-                # A window without a valid position yields no NaN: all of its scores are equal, and count nothing.
-                scores = scores.masked_fill(~valid[window], torch.finfo(torch.float32).min)
-                received[window] += valid[window].float() @ scores.softmax(dim=-1)
+            keys = k[window, head].float().T * dim**-0.5
+            for asking, counts in zip(q[window, head].split(step), valid[window].split(step), strict=True):
+                # A window without a valid position yields no NaN: its scores are equal, and count nothing.
+                scores = (asking.float() @ keys).masked_fill_(~valid[window], torch.finfo(torch.float32).min)
+                received[window] += counts.float() @ scores.softmax(dim=-1)
     return received / heads

@@ -61,6 +61,22 @@ def test_recorded_selections(path: Path) -> None:
     assert answer.tokens == generated
 
 
+@golden
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recorded_selections_in_one_graph(path: Path) -> None:
+    """The same through the compiler."""
+    model = load(path.parent)
+    inputs, expected = read_request(path)
+    torch._dynamo.reset()
+    compiled = torch.compile(stages.prefill, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.inference_mode():
+        plan, request = prepared(model, inputs, config_of(path))
+        staged = compiled(model.thinker, plan, request, pruned=True)
+    for step, (place, count) in enumerate(staged.kept):
+        assert place[0, : int(count)].tolist() == expected[f"keep_{step}"].tolist()
+    torch.testing.assert_close(staged.logits[0], expected["logits"], atol=1e-3, rtol=0)
+
+
 LAYERS = 6
 SETTINGS = SeatsConfig(video_ratio=0.3, audio_ratio=0.4, drop_layers=(2, 3), late_layer=5, window_temperature=0.1)
 REQUESTS: dict[str, list[tuple]] = {
@@ -86,7 +102,7 @@ def prepared(
     """A request in the pool of its plan, `more` slots or windows of some kinds than it needs."""
     places = layout(inputs, model.config)
     prompt = stages.read_prompt(places, inputs, model.config)
-    plan = stages.plan_for(prompt, seats, LAYERS, **more)
+    plan = stages.plan_for(prompt, seats, model.config.decoder.num_layers, **more)
     features, received = model.thinker.encode(inputs, weigh=True)
     x, deepstack = model.thinker.embed(inputs, places, features)
     return plan, stages.fill_pool(plan, prompt, places.positions, x, deepstack, received)
