@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 SCORES_AT_A_TIME = {"cpu": 2**20, "cuda": 2**26}
 """On a CPU what stays in its cache; on a GPU one head of any window of public sizes."""
 
