@@ -21,11 +21,12 @@ from omni.processing.processor import Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import Tokenizer
 from omni.runtime.sampling import Sampling, pick
-from omni.stages import fill_pool, plan_for, read_prompt
+from omni.stages import fill_pool, read_prompt
 from omni.stages import prefill as run_stages
 from omni.thinker import Thinker
 from seats.config import SeatsConfig
 from seats.cost import prefill_macs
+from seats.plan import make_plan
 
 KV = ("pruned", "layerwise")
 
@@ -269,7 +270,7 @@ class Omni:
             seats.check(self.config.decoder.num_layers)
             if not seats.keeps_everything and (len(places.video) or len(places.audio)):
                 prompt = read_prompt(places, inputs, self.config)
-                plan = plan_for(prompt, seats, self.config.decoder.num_layers)
+                plan = make_plan(seats, self.config.decoder.num_layers, prompt.counts(seats.encoder_ratios))
         started = time.perf_counter()
         features, received = self.thinker.encode(inputs, weigh=plan is not None)
         self._synchronize()

@@ -17,9 +17,8 @@ from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout
 from omni.rope import multimodal_rotary
 from omni.thinker import Thinker
-from seats.config import SeatsConfig
 from seats.diversity import max_min_keep, window_counts
-from seats.plan import AUDIO_WINDOW, StagePlan, make_plan
+from seats.plan import AUDIO_WINDOW, Counts, StagePlan, count
 from seats.relevance import relevance
 from seats.selection import compact, select
 
@@ -141,26 +140,26 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
 def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:
     """Stage I: the most diverse tokens of every window, with all of the text, in the order of the prompt."""
     batch, slots, _ = request.x.shape
-    keep = [request.place[:, : plan.text] < slots]
+    counts = plan.counts
+    keep = [request.place[:, : counts.text] < slots]
     parts = (
-        (plan.video_windows, plan.video_window, plan.video_ratio, request.video_sizes),
-        (plan.audio_windows, plan.audio_window, plan.audio_ratio, request.audio_sizes),
+        (counts.video_windows, counts.video_window, plan.video_ratio, request.video_sizes),
+        (counts.audio_windows, AUDIO_WINDOW, plan.audio_ratio, request.audio_sizes),
     )
-    start = plan.text
+    start = counts.text
     for windows, size, ratio, sizes in parts:
         end = start + windows * size
         if windows:
             features = rearrange(request.x[:, start:end], "b (w n) d -> (b w) n d", w=windows)
             weights = rearrange(request.received[:, start:end], "b (w n) -> (b w) n", w=windows)
-            counts = window_counts(sizes.flatten(), ratio)
-            picked = max_min_keep(features, weights, sizes.flatten(), counts)
+            picked = max_min_keep(features, weights, sizes.flatten(), window_counts(sizes.flatten(), ratio))
             keep.append(rearrange(picked, "(b w) n -> b (w n)", b=batch))
         start = end
     kind = torch.cat(
         [
             torch.full((length,), kind, dtype=torch.uint8, device=request.x.device)
             for kind, length in (
-                (TEXT, plan.text),
+                (TEXT, counts.text),
                 (VIDEO, parts[0][0] * parts[0][1]),
                 (AUDIO, parts[1][0] * parts[1][1]),
             )
@@ -184,7 +183,7 @@ class Prompt:
     """Where the tokens of one prompt stand: what a plan is made from, and what fills it.
 
     text, video, audio: (n,) positions in the prompt; image tokens count as text. video_sizes, audio_sizes: tokens in
-    each window of Stage I, in order. windows: how many runs of video, or of audio, there are.
+    each window of Stage I, in order. runs: of adjacent tokens of video, and of audio.
     """
 
     text: Tensor
@@ -192,7 +191,16 @@ class Prompt:
     audio: Tensor
     video_sizes: tuple[int, ...]
     audio_sizes: tuple[int, ...]
-    windows: int
+    runs: tuple[int, int]
+
+    def counts(self, encoder_ratios: tuple[float, float]) -> Counts:
+        return count(
+            encoder_ratios,
+            text=len(self.text),
+            video_sizes=self.video_sizes,
+            audio_sizes=self.audio_sizes,
+            runs=self.runs,
+        )
 
 
 def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
@@ -209,14 +217,16 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
     audio_sizes: list[int] = []
     for frames in inputs.mel_lengths.tolist():
         audio_sizes += _windows(config.audio.token_count(frames), AUDIO_WINDOW)
-    starts = [(kind == medium) & (F.pad(kind, (1, 0))[:-1] != medium) for medium in (VIDEO, AUDIO)]
+    video_runs, audio_runs = (
+        int(((kind == medium) & (F.pad(kind, (1, 0))[:-1] != medium)).sum()) for medium in (VIDEO, AUDIO)
+    )
     return Prompt(
         text=(kind == TEXT).nonzero().flatten(),
         video=layout.video,
         audio=layout.audio,
         video_sizes=tuple(video_sizes),
         audio_sizes=tuple(audio_sizes),
-        windows=max(int(start.sum()) for start in starts),
+        runs=(video_runs, audio_runs),
     )
 
 
@@ -224,28 +234,6 @@ def _windows(tokens: int, size: int) -> list[int]:
     """Sizes of windows that cut `tokens` in order, the last of which may be shorter."""
     full, rest = divmod(tokens, size)
     return [size] * full + [rest] * (rest > 0)
-
-
-def plan_for(
-    prompt: Prompt,
-    config: SeatsConfig,
-    num_layers: int,
-    *,
-    text: int = 0,
-    video_windows: int = 0,
-    audio_windows: int = 0,
-    windows: int = 0,
-) -> StagePlan:
-    """The plan of a prompt, with so many slots and windows more than it needs."""
-    return make_plan(
-        config,
-        num_layers,
-        text=len(prompt.text) + text,
-        video_windows=len(prompt.video_sizes) + video_windows,
-        video_window=max(prompt.video_sizes, default=1),
-        audio_windows=len(prompt.audio_sizes) + audio_windows,
-        windows=prompt.windows + windows,
-    )
 
 
 def fill_pool(
@@ -259,26 +247,29 @@ def fill_pool(
     """The tensors of one prompt in the slots of its plan.
 
     positions: (3, S). x: (1, S, hidden). deepstack: (levels, 1, S, hidden) or None. received: by modality, (n,).
+    Raises ValueError where the plan does not hold the prompt.
     """
+    plan.check_holds(prompt.counts(plan.encoder_ratios))
     device = x.device
-    place = torch.full((plan.pool,), plan.pool)
+    counts = plan.counts
+    place = torch.full((counts.pool,), counts.pool)
     place[: len(prompt.text)] = prompt.text
-    weights = torch.zeros(plan.pool, device=device)
-    start, sizes = plan.text, []
+    weights = torch.zeros(counts.pool, device=device)
+    start, sizes = counts.text, []
     for name, windows, width in (
-        ("video", plan.video_windows, plan.video_window),
-        ("audio", plan.audio_windows, plan.audio_window),
+        ("video", counts.video_windows, counts.video_window),
+        ("audio", counts.audio_windows, AUDIO_WINDOW),
     ):
-        tokens, counts = getattr(prompt, name), torch.tensor(getattr(prompt, f"{name}_sizes"), dtype=torch.long)
-        window = torch.arange(len(counts)).repeat_interleave(counts)
-        inside = torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        tokens, filled = getattr(prompt, name), torch.tensor(getattr(prompt, f"{name}_sizes"), dtype=torch.long)
+        window = torch.arange(len(filled)).repeat_interleave(filled)
+        inside = torch.arange(len(tokens)) - (filled.cumsum(0) - filled).repeat_interleave(filled)
         slots = start + window * width + inside
         place[slots] = tokens
         if len(tokens):
             weights[slots.to(device)] = received[name].to(device)
-        sizes.append(F.pad(counts, (0, windows - len(counts))).to(device)[None])
+        sizes.append(F.pad(filled, (0, windows - len(filled))).to(device)[None])
         start += windows * width
-    source = torch.where(place < plan.pool, place, 0).to(device)
+    source = torch.where(place < counts.pool, place, 0).to(device)
     return Request(
         x=x.index_select(1, source),
         positions=positions.to(device).index_select(1, source)[:, None],

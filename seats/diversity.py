@@ -61,9 +61,11 @@ def max_min_keep(features: Tensor, weights: Tensor, sizes: Tensor, counts: Tenso
     second smallest distance to it (the smallest is its own); ties go to the lower index. One operator of its own,
     since the picks follow one after another and would unroll into a graph.
     """
-    keep = torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
-    for block in blocks(features):
-        keep[block] = pick(*begin(features[block], weights[block], sizes[block]), sizes[block], counts[block])
+    keep = torch.zeros(weights.shape, dtype=torch.bool)
+    there = sizes.nonzero().squeeze(-1)  # windows of a plan that its prompts do not fill cost nothing
+    for block in blocks(len(there), features):
+        some = there[block]
+        keep[some] = pick(*begin(features[some], weights[some], sizes[some]), sizes[some], counts[some])
     return keep
 
 
@@ -77,15 +79,15 @@ def _(features: Tensor, weights: Tensor, sizes: Tensor, counts: Tensor) -> Tenso
     from seats.kernels import pick_on_device
 
     keep = torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
-    for block in blocks(features):
+    for block in blocks(len(features), features):
         begun = begin(features[block], weights[block], sizes[block])
         pick_on_device(*begun, sizes[block], counts[block], keep[block])
     return keep
 
 
-def blocks(features: Tensor) -> list[slice]:
-    """Slices of windows, each within BLOCK_BYTES."""
-    windows, tokens, channels = features.shape
+def blocks(windows: int, features: Tensor) -> list[slice]:
+    """Slices of so many windows of these features, each within BLOCK_BYTES."""
+    _, tokens, channels = features.shape
     step = max(1, BLOCK_BYTES[features.device.type] // (4 * tokens * (2 * channels + tokens)))
     return [slice(start, start + step) for start in range(0, windows, step)]
 

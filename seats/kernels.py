@@ -31,7 +31,9 @@ def pick_kernel(cosines, weights, first, sizes, counts, keep, tokens, BLOCK: tl.
     kept = real & (count >= size)
     nearest = tl.where(real, float("inf"), float("-inf"))
     picked = tl.load(first + window)
-    for _ in range(tl.where(count >= size, 0, count)):
+    left = tl.where(count >= size, 0, count)
+    while left > 0:
+        left -= 1
         here = token == picked
         kept = kept | here
         cosine = tl.load(cosines + (window * tokens + picked) * tokens + token, mask=real, other=0.0)

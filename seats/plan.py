@@ -3,13 +3,112 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 
 from seats.config import SeatsConfig
 from seats.schedule import keep_ratios
 
 AUDIO_WINDOW = 50
 """Audio tokens that Stage I compares with each other (arXiv 2605.20035)."""
+
+TOKEN_STEPS, TOKEN_STEP = 16, 64
+"""Rungs to the octave of the tokens that enter the decoder, and the least distance between two."""
+TEXT_STEPS, TEXT_STEP = 4, 512
+"""Rungs of text in the octave of those tokens, and the largest distance: most layers see the text among the rest, so
+coarse rungs cost little."""
+LEAST_WINDOWS, LEAST_POOL = 32, 9216
+"""Windows are rounded to powers of two, from this many or from so many that they hold this many tokens."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What of a prompt decides its plan.
+
+    text: tokens of text and images. tokens: these and what Stage I leaves of video and audio. video_windows,
+    audio_windows: how many windows Stage I looks into; video_window: tokens in the largest of video (of audio:
+    AUDIO_WINDOW). video_runs, audio_runs: how often adjacent tokens of a modality begin.
+    """
+
+    text: int
+    tokens: int
+    video_windows: int
+    video_window: int
+    audio_windows: int
+    video_runs: int
+    audio_runs: int
+
+    @property
+    def pool(self) -> int:
+        """Slots of the whole prompt: text, then the windows of video, then those of audio."""
+        return self.text + self.video_windows * self.video_window + self.audio_windows * AUDIO_WINDOW
+
+    def rounded(self) -> Counts:
+        """The next rungs of the ladder, for plans that many prompts share.
+
+        Windows, which cost Stage I alone, have coarse rungs; tokens, which pass through the layers, fine ones.
+        A modality that is not there stays away.
+        """
+        tokens = _up(self.tokens, max(TOKEN_STEP, _octave(self.tokens) // TOKEN_STEPS))
+        text = _up(self.text, max(TOKEN_STEP, min(TEXT_STEP, _octave(tokens) // TEXT_STEPS)))
+        return Counts(
+            text=min(text, tokens),
+            tokens=tokens,
+            video_windows=_windows_up(self.video_windows, self.video_window),
+            video_window=self.video_window,
+            audio_windows=_windows_up(self.audio_windows, AUDIO_WINDOW),
+            video_runs=_windows_up(self.video_runs, 1),
+            audio_runs=_windows_up(self.audio_runs, 1),
+        )
+
+
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _octave(count: int) -> int:
+    """The power of two at or below a count."""
+    return 1 << (count.bit_length() - 1)
+
+
+def _windows_up(windows: int, size: int) -> int:
+    least = max(1, min(LEAST_WINDOWS, LEAST_POOL // size))
+    return 1 << (max(windows, least) - 1).bit_length() if windows else 0
+
+
+def count(
+    encoder_ratios: tuple[float, float],
+    *,
+    text: int,
+    video_sizes: Sequence[int],
+    audio_sizes: Sequence[int],
+    runs: tuple[int, int],
+) -> Counts:
+    """Counts of a prompt.
+
+    encoder_ratios: the shares of video and of audio that Stage I keeps. video_sizes, audio_sizes: tokens in each of
+    its windows. runs: of video and of audio.
+    """
+    left = sum(
+        window_count(size, ratio)
+        for sizes, ratio in zip((video_sizes, audio_sizes), encoder_ratios, strict=True)
+        for size in sizes
+    )
+    return Counts(
+        text=text,
+        tokens=text + left,
+        video_windows=len(video_sizes),
+        video_window=max(video_sizes, default=1),
+        audio_windows=len(audio_sizes),
+        video_runs=runs[0],
+        audio_runs=runs[1],
+    )
+
+
+def window_count(size: int, ratio: float) -> int:
+    """How many of a window's tokens Stage I keeps. `seats.diversity.window_counts` says it of tensors."""
+    return min(size, max(1, round(ratio * size)))
 
 
 @dataclass(frozen=True)
@@ -31,78 +130,69 @@ class Segment:
 class StagePlan:
     """Static shapes of a request. Requests of one plan take the same path through the same graph.
 
-    text: slots for text and image tokens. video_windows, audio_windows: how many windows Stage I looks into,
-    of `video_window` and `audio_window` tokens each. video_ratio, audio_ratio: what Stage I keeps of a window.
-    windows: how many runs of video, or of audio, the sequence has at most. drops_media: whether the last segment
-    sees text alone.
+    counts: at most so many tokens and windows. video_ratio, audio_ratio: what Stage I keeps of a window.
+    temperature: of the shares between windows.
     """
 
-    text: int
-    video_windows: int
-    video_window: int
-    audio_windows: int
-    audio_window: int
-    windows: int
+    counts: Counts
     video_ratio: float
     audio_ratio: float
     temperature: float
     segments: tuple[Segment, ...]
-    drops_media: bool
 
     @property
-    def pool(self) -> int:
-        """Slots of the whole prompt: text, then the windows of video, then those of audio."""
-        return self.text + self.video_windows * self.video_window + self.audio_windows * self.audio_window
+    def encoder_ratios(self) -> tuple[float, float]:
+        return self.video_ratio, self.audio_ratio
+
+    @property
+    def windows(self) -> int:
+        """Windows of Stage II at most; at least 1."""
+        return max(1, self.counts.video_runs, self.counts.audio_runs)
+
+    def check_holds(self, counts: Counts) -> None:
+        """Raises ValueError where a prompt with these counts does not fit."""
+        for field in fields(Counts):
+            has, limit = getattr(counts, field.name), getattr(self.counts, field.name)
+            if has > limit:
+                raise ValueError(
+                    f"The prompt has {has} of {field.name} and its plan holds {limit}: make a plan from its own counts."
+                )
 
 
-def make_plan(
-    config: SeatsConfig,
-    num_layers: int,
-    *,
-    text: int,
-    video_windows: int,
-    video_window: int,
-    audio_windows: int,
-    windows: int,
-) -> StagePlan:
-    """The plan of prompts with at most so many tokens and windows. Raises ValueError for layers past the depth."""
+def make_plan(config: SeatsConfig, num_layers: int, counts: Counts) -> StagePlan:
+    """The plan of prompts with at most these counts. Raises ValueError for layers past the depth."""
     config.check(num_layers)
-    first = config.encoder_ratios
-    kept = [
-        count * max(1, min(size, round(size * ratio)))
-        for count, size, ratio in zip((video_windows, audio_windows), (video_window, AUDIO_WINDOW), first, strict=True)
-    ]
     removal = num_layers if config.late_layer is None else config.late_layer - 1
     drops = [layer for layer in config.drop_layers if layer < removal]
-    ratios = [
+    video_ratios, audio_ratios = (
         keep_ratios(ratio, encoder, config.drop_layers, config.late_layer, num_layers)
-        for ratio, encoder in zip((config.video_ratio, config.audio_ratio), first, strict=True)
-    ]
-    segments, start, media = [], 0, sum(kept)
-    both = video_windows > 0 and audio_windows > 0
-    for step, layer in enumerate(drops):
-        video, audio = ratios[0][step], ratios[1][step]
-        segments.append(Segment((start, layer), text + media, video, audio))
-        if step == 0:
-            wanted = sum(max(1, round(ratio * n)) for ratio, n in zip((video, audio), kept, strict=True) if n)
-        else:  # how the survivors divide into video and audio is data
-            wanted = math.floor(max(video, audio) * media + 1.5)
-        # Selection may add a token per window, so that none is wiped out.
-        media = min(media, max(wanted, windows) + windows if both and windows > 1 else wanted)
-        start = layer
-    segments.append(Segment((start, removal), text + media))
+        for ratio, encoder in zip((config.video_ratio, config.audio_ratio), config.encoder_ratios, strict=True)
+    )
+    segments = []
+    text, media = counts.text, counts.tokens - counts.text
+    for step, layers in enumerate(pairwise((0, *drops))):
+        video, audio = video_ratios[step], audio_ratios[step]
+        segments.append(Segment(layers, text + media, video, audio))
+        media = _left(media, counts, video, audio)
+    segments.append(Segment((drops[-1] if drops else 0, removal), text + media))
     if config.late_layer is not None:
         segments.append(Segment((removal, num_layers), text))
     return StagePlan(
-        text=text,
-        video_windows=video_windows,
-        video_window=video_window,
-        audio_windows=audio_windows,
-        audio_window=AUDIO_WINDOW,
-        windows=windows,
-        video_ratio=first[0],
-        audio_ratio=first[1],
+        counts=counts,
+        video_ratio=config.encoder_ratios[0],
+        audio_ratio=config.encoder_ratios[1],
         temperature=config.window_temperature,
         segments=tuple(segments),
-        drops_media=config.late_layer is not None,
     )
+
+
+def _left(media: int, counts: Counts, video: float, audio: float) -> int:
+    """The most that a selection leaves of so many tokens of video and audio, however they divide."""
+    if not (counts.video_windows and counts.audio_windows):
+        wanted = max(1, round((video if counts.video_windows else audio) * media))
+        return min(media, wanted)
+    # Each modality is rounded by itself, up by less than 1.
+    wanted = min(media, math.floor(max(video, audio) * media) + 2)
+    budget = min(media, max(wanted, counts.video_runs, counts.audio_runs))
+    # A window with a budget of 1 and both modalities keeps 2, so that neither is wiped out.
+    return budget + min(counts.video_runs, counts.audio_runs, media - budget)

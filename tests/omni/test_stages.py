@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from omni.inputs import InputError
 from omni.processing.positions import layout
 from omni.rope import multimodal_rotary, rotate
 from seats.config import SeatsConfig
-from seats.plan import StagePlan
+from seats.plan import StagePlan, make_plan
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data beside this checkout")
 CASES = [path for family in FAMILIES for path in sorted((GOLDEN / family).glob("case_*.safetensors"))]
@@ -97,12 +98,13 @@ def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
 
 
 def prepared(
-    model: omni.Omni, inputs: omni.Inputs, seats: SeatsConfig = SETTINGS, **more: int
+    model: omni.Omni, inputs: omni.Inputs, seats: SeatsConfig = SETTINGS, *, rounded: bool = False
 ) -> tuple[StagePlan, stages.Request]:
-    """A request in the pool of its plan, `more` slots or windows of some kinds than it needs."""
+    """A request in the pool of a plan made for it, or of the next plan of the ladder."""
     places = layout(inputs, model.config)
     prompt = stages.read_prompt(places, inputs, model.config)
-    plan = stages.plan_for(prompt, seats, model.config.decoder.num_layers, **more)
+    counts = prompt.counts(seats.encoder_ratios)
+    plan = make_plan(seats, model.config.decoder.num_layers, counts.rounded() if rounded else counts)
     features, received = model.thinker.encode(inputs, weigh=True)
     x, deepstack = model.thinker.embed(inputs, places, features)
     return plan, stages.fill_pool(plan, prompt, places.positions, x, deepstack, received)
@@ -189,12 +191,13 @@ def test_retention_one_is_no_selection(pair: Pair) -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_padding_changes_nothing(pair: Pair, name: str) -> None:
-    """A larger plan: the same tokens kept after every step, logits equal but for rounding."""
+    """The plan of the ladder, larger in every way: the same tokens kept after every step, logits equal but for
+    rounding."""
     inputs = make_request(pair, REQUESTS[name])
     results = []
     with torch.inference_mode():
-        for more in ({}, {"text": 7, "video_windows": 2, "audio_windows": 1, "windows": 3}):
-            plan, request = prepared(pair.model, inputs, **more)
+        for rounded in (False, True):
+            plan, request = prepared(pair.model, inputs, rounded=rounded)
             results.append(stages.prefill(pair.model.thinker, plan, request, pruned=True))
     exact, padded = results
     for (place, count), (padded_place, padded_count) in zip(exact.kept, padded.kept, strict=True):
@@ -213,6 +216,15 @@ def test_settings_that_cannot_work_are_refused_first(pair: Pair) -> None:
     last_is_sound = omni.Inputs(**{**vars(silent), "input_ids": silent.input_ids[:, :-1]})
     with pytest.raises(InputError, match="ends with text"):
         pair.model.prefill(last_is_sound, seats=SETTINGS)
+
+
+def test_a_plan_too_small_is_refused(pair: Pair) -> None:
+    inputs = make_request(pair, REQUESTS["several media"])
+    places = layout(inputs, pair.model.config)
+    prompt = stages.read_prompt(places, inputs, pair.model.config)
+    fewer = replace(prompt.counts(SETTINGS.encoder_ratios), audio_windows=1)
+    with pytest.raises(ValueError, match=r"has \d+ of audio_windows and its plan holds 1"):
+        stages.fill_pool(make_plan(SETTINGS, LAYERS, fewer), prompt, places.positions, torch.empty(0), None, {})
 
 
 def test_one_graph_for_all_clips_of_a_plan(pair: Pair) -> None:

@@ -113,7 +113,7 @@ def test_blocks_of_windows_keep_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = max_min_keep(features, weights, sizes, counts)
     for count in (1, 2):
         monkeypatch.setitem(diversity.BLOCK_BYTES, "cpu", count * 4 * 20 * (2 * 16 + 20))
-        assert len(diversity.blocks(features)) == -(-5 // count)
+        assert len(diversity.blocks(5, features)) == -(-5 // count)
         assert torch.equal(max_min_keep(features, weights, sizes, counts), whole)
 
 
