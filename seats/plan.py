@@ -18,8 +18,8 @@ TOKEN_STEPS, TOKEN_STEP = 16, 64
 TEXT_STEPS, TEXT_STEP = 4, 512
 """Rungs of text in the octave of those tokens, and the largest distance: most layers see the text among the rest, so
 coarse rungs cost little."""
-LEAST_WINDOWS, LEAST_POOL = 32, 9216
-"""Windows are rounded to powers of two, from this many or from so many that they hold this many tokens."""
+LEAST_VIDEO_TOKENS, LEAST_AUDIO_WINDOWS, LEAST_RUNS = 9216, 128, 64
+"""Windows and runs are rounded to powers of two, from these on: empty ones cost next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Counts:
         return Counts(
             text=min(text, tokens),
             tokens=tokens,
-            video_windows=_windows_up(self.video_windows, self.video_window),
+            video_windows=_doubled(self.video_windows, max(1, LEAST_VIDEO_TOKENS // self.video_window)),
             video_window=self.video_window,
-            audio_windows=_windows_up(self.audio_windows, AUDIO_WINDOW),
-            video_runs=_windows_up(self.video_runs, 1),
-            audio_runs=_windows_up(self.audio_runs, 1),
+            audio_windows=_doubled(self.audio_windows, LEAST_AUDIO_WINDOWS),
+            video_runs=_doubled(self.video_runs, LEAST_RUNS),
+            audio_runs=_doubled(self.audio_runs, LEAST_RUNS),
         )
 
 
@@ -72,9 +72,9 @@ def _octave(count: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
-def _windows_up(windows: int, size: int) -> int:
-    least = max(1, min(LEAST_WINDOWS, LEAST_POOL // size))
-    return 1 << (max(windows, least) - 1).bit_length() if windows else 0
+def _doubled(count: int, least: int) -> int:
+    """The power of two at or above a count and `least`; none stays none."""
+    return 1 << (max(count, least) - 1).bit_length() if count else 0
 
 
 def count(
