@@ -164,7 +164,7 @@ def figures(generation: Generation, media_seconds: float) -> str:
     kept = ""
     if len(stats.segments) > 1:
         steps = " > ".join(map(str, stats.segments))
-        kept = f"kept: {steps} tokens, {stats.full_macs / stats.macs:.1f} times fewer multiply-accumulates\n"
+        kept = f"kept: {steps} tokens, {stats.macs_ratio:.1f} times fewer multiply-accumulates\n"
     return (
         f"{kept}tokens: {tokens}; first token after {first:.2f} s (decode {media_seconds:.2f}, "
         f"encoders {stats.encode_seconds:.2f}, prefill {stats.prefill_seconds:.2f}); "

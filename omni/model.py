@@ -66,6 +66,11 @@ class Stats:
     new_tokens: int
 
     @property
+    def macs_ratio(self) -> float:
+        """How many times fewer multiply-accumulates than with every token."""
+        return self.full_macs / self.macs
+
+    @property
     def tokens_per_second(self) -> float:
         """Rate after the first token."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0

@@ -124,17 +124,22 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     last = _rows(sequence.x, (sequence.count - 1)[:, None])[:, 0]
     lengths = [count for _, count in spans]
     if pruned:
-        for index, (place, count) in enumerate(spans):
-            # Survivors are in order in both, so each is found by search; what lies beyond `count` is never looked at.
-            real = torch.arange(place.shape[1], device=place.device) < count[:, None]
-            sought = torch.where(real, place, torch.iinfo(place.dtype).max)
-            found = torch.searchsorted(sought, sequence.place).clamp(max=place.shape[1] - 1)
-            for stored in (recorder.keys, recorder.values):
-                stored[index] = stored[index].gather(
-                    2, found[:, None, :, None].expand(-1, stored[index].shape[1], -1, stored[index].shape[3])
-                )
+        prune(recorder, spans, sequence)
         lengths = [sequence.count] * len(spans)
     return Staged(thinker.logits(last), kept, recorder.keys, recorder.values, lengths)
+
+
+def prune(recorder: Recorder, spans: list[tuple[Tensor, Tensor]], survivors: Sequence) -> None:
+    """Cuts the keys and values of every layer, which saw the places and counts of `spans`, to the survivors."""
+    for index, (place, count) in enumerate(spans):
+        # Survivors are in order in both, so each is found by search; what lies beyond `count` is never looked at.
+        real = torch.arange(place.shape[1], device=place.device) < count[:, None]
+        sought = torch.where(real, place, torch.iinfo(place.dtype).max)
+        found = torch.searchsorted(sought, survivors.place).clamp(max=place.shape[1] - 1)
+        for stored in (recorder.keys, recorder.values):
+            stored[index] = stored[index].gather(
+                2, found[:, None, :, None].expand(-1, stored[index].shape[1], -1, stored[index].shape[3])
+            )
 
 
 def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:

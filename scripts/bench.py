@@ -2,20 +2,23 @@
 
     python scripts/bench.py                    # about 0.5 B parameters, float32, on the CPU
     python scripts/bench.py --family qwen3     # about 0.5 B active, of 1.1 B
-    python scripts/bench.py --repeats 3 --tokens 500 --rows prefill decode
+    python scripts/bench.py prefill decode --repeats 3 --tokens 500
+    python scripts/bench.py stages             # token selection against our own full prefill
 
-Writes benchmarks/results/<machine>-<family>-<date>.json and renders benchmarks/README.md from all result files.
-Every row alternates the two sides and takes medians; the machine's matrix and memory rates are measured in the
-same run, before and after, so that a figure can be read as a share of what the machine can do.
+Writes benchmarks/results/<machine>-<family>-<date>.json, of `stages` one of its own, and renders benchmarks/README.md
+from all result files. Every row alternates its sides and takes medians; the machine's matrix and memory rates are
+measured in the same run, before and after, so that a figure can be read as a share of what the machine can do.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +29,11 @@ import torch
 from torch import Tensor
 
 import omni
+import seats
+from omni import stages
 from omni.cache import Cache
+from omni.decoder import Layer
+from omni.processing.prompt import clip_block
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("prefill", "experts", "vision", "vision ragged", "audio", "decode")
@@ -156,9 +163,7 @@ def bench_prefill(reference: Any, model: omni.Omni, tokens: int, repeats: int) -
         return model.thinker(x, positions, Cache(decoder, tokens, device=model.device, dtype=model.dtype))
 
     row = compare(theirs, ours, repeats)
-    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * tokens**2  # causal half
-    head = 2 * decoder.hidden_size * decoder.vocab_size
-    return {**row, "our_gflops": (2 * active_weights(model) * tokens + attention + head) / row["our_seconds"] / 1e9}
+    return {**row, "our_gflops": 2 * prefill_work(model, [tokens], None) / row["our_seconds"] / 1e9}
 
 
 def active_weights(model: omni.Omni) -> float:
@@ -253,6 +258,130 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 2
     return {**row, **rates}
 
 
+RETENTIONS = (0.35, 0.25, 0.15, 0.10)
+GRID_SIDE = 24  # patches: 144 tokens per temporal grid
+VISION_END = 151653
+
+
+def clip_request(model: omni.Omni, tokens: int, text: int = 100) -> omni.Inputs:
+    """About `tokens` tokens: a random clip with sound, one temporal grid a second, and text around it."""
+    config = model.config
+    per_second = GRID_SIDE**2 // config.vision.spatial_merge_size**2 + config.audio.token_count(100)
+    seconds = max(1, (tokens - text) // per_second)
+    grid, frames = [seconds, GRID_SIDE, GRID_SIDE], 100 * seconds
+    block = clip_block(grid, 1.0, config.audio.token_count(frames), config)
+    before, after = torch.arange(1000, 1000 + text // 4).tolist(), torch.arange(2000, 2000 + text - text // 4).tolist()
+    return omni.Inputs(
+        input_ids=torch.tensor([[*before, config.tokens.vision_start, *block, VISION_END, *after]]),
+        pixel_values_videos=torch.randn(seconds * GRID_SIDE**2, config.vision.patch_dim),
+        video_grid_thw=torch.tensor([grid]),
+        video_second_per_grid=torch.tensor([1.0]),
+        input_features=torch.randn(1, 128, frames),
+        feature_attention_mask=torch.ones(1, frames, dtype=torch.long),
+    )
+
+
+class Clock:
+    """Adds up the seconds spent inside some functions, which it wraps in place; inside one another they count once."""
+
+    def __init__(self, places: list[tuple[Any, str]]) -> None:
+        self.seconds: dict[str, float] = {}
+        self.inside = False
+        for owner, name in places:
+            setattr(owner, name, self._clocked(name, getattr(owner, name)))
+
+    def _clocked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return function(*args, **kwargs)
+            started, self.inside = time.perf_counter(), True
+            result = function(*args, **kwargs)
+            self.inside = False
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return run
+
+    def read(self) -> dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def prefill_work(model: omni.Omni, segments: list[int], config: seats.SeatsConfig | None) -> float:
+    """Multiply-accumulates that are really done: attention below the diagonal, the head on the last token alone.
+
+    The paper counts the whole square and the head on every token (`seats.prefill_macs`): of a small model with a large
+    vocabulary, much that neither side does.
+    """
+    decoder = model.config.decoder
+    ends = [decoder.num_layers]
+    if config is not None and config.late_layer is not None:
+        ends = [*config.drop_layers, config.late_layer - 1, decoder.num_layers]
+    total, start = float(decoder.hidden_size * decoder.vocab_size), 0
+    for tokens, end in zip(segments, ends, strict=True):
+        weights = active_weights(model) / decoder.num_layers
+        total += (end - start) * tokens * (weights + tokens * decoder.num_heads * decoder.head_dim)
+        start = end
+    return total
+
+
+def bench_stages(model: omni.Omni, tokens: int, repeats: int) -> dict[str, Any]:
+    """Prefill after the encoders, at every retention and with every token; and the encoders, with and without weights.
+
+    Selection is everything that a full prefill does not do: Stage I, relevance, budgets, gathering of what is left.
+    """
+    inputs = clip_request(model, tokens)
+    configs = [None, *(seats.preset_for(model.config, retention) for retention in RETENTIONS)]
+    full = model.prefill(inputs)
+    clock = Clock(
+        [
+            (sys.modules["omni.model"], "fill_pool"),
+            (stages, "select_before_decoder"),
+            (Layer, "query_and_keys"),
+            (stages, "relevance"),
+            (stages, "select"),
+            (stages, "compact"),
+            (stages.Sequence, "take"),
+            (stages, "prune"),
+        ]
+    )
+    seconds: list[list[float]] = [[] for _ in configs]
+    parts: list[list[dict[str, float]]] = [[] for _ in configs]
+    prefills = [model.prefill(inputs, seats=config) for config in configs]
+    clock.read()
+    for _ in range(repeats):
+        for side, config in enumerate(configs):
+            seconds[side].append(model.prefill(inputs, seats=config).prefill_seconds)
+            parts[side].append(clock.read())
+    rows, median_seconds = {}, [statistics.median(own) for own in seconds]
+    for side, retention in enumerate((1.0, *RETENTIONS)):
+        ratios = sorted(whole / own for whole, own in zip(seconds[0], seconds[side], strict=True))
+        shares = [sum(part.values()) / own for part, own in zip(parts[side], seconds[side], strict=True)]
+        macs = prefills[side].full_macs / prefills[side].macs
+        work = prefill_work(model, full.segments, None) / prefill_work(model, prefills[side].segments, configs[side])
+        rows[f"{retention:.0%}"] = {
+            "rounds": repeats,
+            "macs_ratio": macs,
+            "speedup": statistics.median(ratios),
+            "lowest": ratios[0],
+            "highest": ratios[-1],
+            "of_macs_ratio": statistics.median(ratios) / macs,
+            "work_ratio": work,
+            "of_work_ratio": statistics.median(ratios) / work,
+            "gflops": 2 * prefill_work(model, prefills[side].segments, configs[side]) / median_seconds[side] / 1e9,
+            "selection_share": statistics.median(shares),
+            "seconds": median_seconds[side],
+            "selection_seconds": {
+                name: statistics.median(part[name] for part in parts[side]) for name in parts[side][0]
+            },
+            "segments": prefills[side].segments,
+        }
+    encode = [timed(lambda weigh=weigh: model.thinker.encode(inputs, weigh=weigh)) for weigh in (False, True)]
+    alternate(encode, 1)
+    plain, weighing = map(statistics.median, alternate(encode, repeats))
+    return {"tokens": full.tokens, "rows": rows, "encoders": {"plain_seconds": plain, "weighing_seconds": weighing}}
+
+
 def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
     torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)  # and warms both up
     return against(timed(theirs), timed(ours), repeats)
@@ -269,34 +398,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "audio": lambda: bench_audio(reference, model, 5 * options.repeats),
         "decode": lambda: bench_decode(reference, model, options.repeats),
     }
-    import transformers
-
     with torch.inference_mode():
         before = measure_ceilings(options.repeats)
-        rows = {}
-        for name in options.rows:
-            if name == ("experts" if options.family == "qwen2.5" else "vision ragged"):
-                continue  # no experts here, no windows there
-            rows[name] = benches[name]()
-            print(
-                f"{name}: {rows[name]['speedup']:.2f}x",
-                {k: round(v, 4) for k, v in rows[name].items()},
-                flush=True,
-            )
+        if options.rows == ["stages"]:
+            title = "token selection against our own full prefill"
+            found = bench_stages(model, options.tokens, options.repeats)
+            print_rows(found["rows"])
+        else:
+            title, rows = "thinker against transformers", {}
+            for name in options.rows:
+                if name == ("experts" if options.family == "qwen2.5" else "vision ragged"):
+                    continue  # no experts here, no windows there
+                rows[name] = benches[name]()
+                print_rows({name: rows[name]})
+            found = {"tokens": options.tokens, "rows": rows}
         after = measure_ceilings(options.repeats)
     return {
-        "bench": f"thinker against transformers, {options.family}-omni layout",
+        "bench": f"{title}, {options.family}-omni layout",
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "dtype": "float32",
         "parameters": sum(parameter.numel() for parameter in model.thinker.parameters()),
-        "tokens": options.tokens,
         "repeats": options.repeats,
         "ceilings": {"before": before, "after": after},
-        "rows": rows,
+        **found,
     }
+
+
+def print_rows(rows: dict[str, dict[str, Any]]) -> None:
+    for name, row in rows.items():
+        figures = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print(f"{name}: {row['speedup']:.2f}x", figures, flush=True)
 
 
 def machine() -> str:
@@ -314,9 +448,9 @@ def render(results: list[dict[str, Any]]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Rendered by `scripts/bench.py` from `results/`; do not edit. Both sides run in turns on one machine with the",
+        "Rendered by `scripts/bench.py` from `results/`; do not edit. All sides run in turns on one machine with the",
         "same random weights and threads; a speed-up is the median of the rounds' ratios, seconds are medians.",
-        "Repeat with `.venv/bin/python scripts/bench.py`.",
+        "Repeat with `.venv/bin/python scripts/bench.py` and `.venv/bin/python scripts/bench.py stages`.",
     ]
     for result in sorted(results, key=lambda r: (r["date"], r["bench"]), reverse=True):
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -325,42 +459,81 @@ def render(results: list[dict[str, Any]]) -> str:
             f"{ceilings['before'][key]:.0f} before, {ceilings['after'][key]:.0f} after"
             for key in ("matrix_gflops", "read_gb_per_s")
         ]
+        tokens = result["tokens"]
+        if isinstance(tokens, dict):
+            tokens = ", ".join(f"{count} {name}" for name, count in tokens.items() if count)
         lines += [
             "",
             f"## {result['bench']}: {result['machine']}, {result['date']}",
             "",
             f"{result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {result['threads']} threads, "
-            f"{result['tokens']} prompt tokens; {versions}.",
+            f"{tokens} prompt tokens; {versions}.",
             f"The machine's own rates: matrix product in GFLOP/s {rates[0]}; memory read in GB/s {rates[1]}.",
             "",
-            "| | speed-up | lowest to highest | rounds | transformers, s | ours, s | ours in rates |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(stages_table(result) if "encoders" in result else pair_table(result["rows"])),
         ]
-        for name, row in result["rows"].items():
-            rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
-            rate += f", {row['of_dense']:.2f} of one dense product" if "of_dense" in row else ""
-            rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
-            spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-            seconds = f"{row['their_seconds']:.4g} | {row['our_seconds']:.4g}"
-            lines.append(f"| {name} | {row['speedup']:.2f} | {spread} | {row['rounds']} | {seconds} | {rate} |")
     return "\n".join(lines) + "\n"
+
+
+def pair_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| | speed-up | lowest to highest | rounds | transformers, s | ours, s | ours in rates |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
+        rate += f", {row['of_dense']:.2f} of one dense product" if "of_dense" in row else ""
+        rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
+        spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+        seconds = f"{row['their_seconds']:.4g} | {row['our_seconds']:.4g}"
+        lines.append(f"| {name} | {row['speedup']:.2f} | {spread} | {row['rounds']} | {seconds} | {rate} |")
+    return lines
+
+
+def stages_table(result: dict[str, Any]) -> list[str]:
+    encoders = result["encoders"]
+    lines = [
+        "Prefill from embeddings to logits, all stages included. The encoders before it take "
+        f"{encoders['plain_seconds']:.3g} s, and {encoders['weighing_seconds']:.3g} s where they also weigh attention "
+        "for Stage I.",
+        "",
+        "Work is counted as it is done on both sides (attention below the diagonal, the head on the last token), and as",
+        "the paper counts it (the whole square of attention, the head on every token that is left).",
+        "",
+        "| retention | tokens by segment | speed-up | lowest to highest | rounds | fewer multiply-accumulates, done "
+        "| speed-up / that | by the paper's count | speed-up / that | selection's share | prefill, s | GFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["rows"].items():
+        segments = " > ".join(map(str, row["segments"]))
+        spread = f"{row['lowest']:.2f} to {row['highest']:.2f} | {row['rounds']}"
+        lines.append(
+            f"| {name} | {segments} | {row['speedup']:.2f} | {spread} | {row['work_ratio']:.2f} "
+            f"| {row['of_work_ratio']:.2f} | {row['macs_ratio']:.2f} | {row['of_macs_ratio']:.2f} "
+            f"| {row['selection_share']:.1%} | {row['seconds']:.3g} | {row['gflops']:.0f} |"
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=SIZES, default="qwen2.5")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--tokens", type=int, default=2000, help="prompt length of the prefill row")
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"some of {', '.join(ROWS)}; or stages alone")
+    parser.add_argument("--tokens", type=int, help="prompt length: 2000 of the prefill row, 3000 of stages")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks")
     options = parser.parse_args()
+    options.rows = options.rows or list(ROWS)
+    is_stages = options.rows == ["stages"]
+    if not is_stages and (unknown := set(options.rows) - set(ROWS)):
+        parser.error(f"no row {unknown.pop()!r}: choose from {', '.join(ROWS)}, or stages alone.")
+    options.tokens = options.tokens or (3000 if is_stages else 2000)
     result = run(options)
     folder = options.results / "results"
     folder.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in result["machine"]).lower()
-    (folder / f"{name}-{options.family.replace('.', '-')}-{result['date']}.json").write_text(
-        json.dumps(result, indent=1) + "\n"
-    )
+    kind = options.family.replace(".", "-") + "-stages" * is_stages
+    (folder / f"{name}-{kind}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     (options.results / "README.md").write_text(render(results))
 
