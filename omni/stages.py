@@ -18,7 +18,7 @@ from omni.processing.positions import Layout
 from omni.rope import multimodal_rotary
 from omni.thinker import Thinker
 from seats.diversity import max_min_keep, window_counts
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, count
+from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of
 from seats.relevance import relevance
 from seats.selection import compact, select
 
@@ -199,7 +199,7 @@ class Prompt:
     runs: tuple[int, int]
 
     def counts(self, encoder_ratios: tuple[float, float]) -> Counts:
-        return count(
+        return counts_of(
             encoder_ratios,
             text=len(self.text),
             video_sizes=self.video_sizes,

@@ -77,7 +77,7 @@ def _doubled(count: int, least: int) -> int:
     return 1 << (max(count, least) - 1).bit_length() if count else 0
 
 
-def count(
+def counts_of(
     encoder_ratios: tuple[float, float],
     *,
     text: int,

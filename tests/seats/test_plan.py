@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import seats
 from seats.config import PRESETS
 from seats.cost import prefill_macs
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, count, make_plan, window_count
+from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of, make_plan, window_count
 
 GRID_TOKENS = 144
 MAX_FRAMES = 768
@@ -43,7 +43,7 @@ def clip_counts(family: Family, config: seats.SeatsConfig, seconds: float, text:
     """A clip with sound at 2 frames per second."""
     grids = min(int(2 * seconds), MAX_FRAMES) // 2
     runs = -(-int(seconds * 10) // int(family.run_seconds * 10))
-    return count(
+    return counts_of(
         config.encoder_ratios,
         text=text,
         video_sizes=sizes(grids * GRID_TOKENS, 2 * GRID_TOKENS),
