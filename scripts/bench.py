@@ -497,8 +497,8 @@ def stages_table(result: dict[str, Any]) -> list[str]:
         f"{encoders['plain_seconds']:.3g} s, and {encoders['weighing_seconds']:.3g} s where they also weigh attention "
         "for Stage I.",
         "",
-        "Work is counted as both sides do it (attention below the diagonal, the head on the last token) and as the paper",
-        "counts it (the whole square of attention, the head on every token that is left).",
+        "Work is counted as both sides do it (attention below the diagonal, the head on the last token) and as the",
+        "paper counts it (the whole square of attention, the head on every token that is left).",
         "",
         "| retention | tokens by segment | speed-up | lowest to highest | rounds | fewer multiply-accumulates, done "
         "| speed-up / that | by the paper's count | speed-up / that | selection's share | prefill, s | GFLOP/s |",
