@@ -1,4 +1,4 @@
-"""The decoder's key/value cache: allocated once, written in place."""
+"""The decoder's key/value cache: of static shape, written in place."""
 
 from __future__ import annotations
 
@@ -6,63 +6,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.config import DecoderConfig
+CHUNK = 128
+"""Capacities are multiples of this, so that decoding attends to the cache in equal parts."""
 
 
 class Cache:
-    """Keys and values per layer, each (batch, kv_heads, capacity, head_dim); `lengths` of its positions are written.
+    """Keys and values of every layer, each (batch, kv_heads, capacity, head_dim).
 
-    Storage is sized for the prompt and all tokens to come, so that decoding never copies what is there. After a
-    prefill with token selection layers may differ in length.
+    lengths: (layers, batch) int64, on the device: how many positions are written. Storage is sized for the prompt and
+    all tokens to come, so that decoding never copies what is there. After a prefill with token selection layers may
+    differ in length and in capacity.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        capacity: int,
-        *,
-        batch: int = 1,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.lengths = [0] * config.num_layers
+    def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor) -> None:
+        self.keys, self.values, self.lengths = keys, values, lengths
 
     @classmethod
-    def of_prefill(cls, keys: list[Tensor], values: list[Tensor], lengths: list[int], new: int) -> Cache:
-        """The first `lengths` positions of (batch, kv_heads, slots, head_dim) per layer, with room for `new` more."""
-        cache = cls.__new__(cls)
-        cache.lengths = lengths
-        cache.keys, cache.values = (
-            [F.pad(tensor[:, :, :length], (0, 0, 0, new)) for tensor, length in zip(stored, lengths, strict=True)]
-            for stored in (keys, values)
-        )
-        return cache
+    def of_prefill(cls, keys: list[Tensor], values: list[Tensor], lengths: list[Tensor], new: int) -> Cache:
+        """What the layers of a prefill wrote, with room for `new` more positions. Empties `keys` and `values`.
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends (batch, kv_heads, new, head_dim) to a layer; returns views of all that is now there."""
-        start = self.lengths[layer]
-        end = self.lengths[layer] = start + keys.shape[2]
-        self.keys[layer][:, :, start:end] = keys
-        self.values[layer][:, :, start:end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values: per layer, (batch, kv_heads, slots, head_dim). lengths: per layer, (batch,) of slots written.
+        """
+        stored: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for source, padded in zip((keys, values), stored, strict=True):
+            while source:  # one layer at a time exists twice
+                layer = source.pop(0)
+                padded.append(F.pad(layer, (0, 0, 0, new + -(layer.shape[2] + new) % CHUNK)))
+        return cls(stored[0], stored[1], torch.stack(lengths))
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Puts one position (batch, kv_heads, 1, head_dim) after those of a layer, in place.
+
+        Returns all keys and values of the layer and which of their positions are written, (batch, capacity).
+        `advance` follows when all layers have written.
+        """
+        length = self.lengths[layer][:, None]
+        place = length[..., None, None].expand_as(keys)
+        self.keys[layer].scatter_(2, place, keys)
+        self.values[layer].scatter_(2, place, values)
+        written = torch.arange(self.keys[layer].shape[2], device=length.device) <= length
+        return self.keys[layer], self.values[layer], written
+
+    def advance(self) -> None:
+        self.lengths += 1
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
-
-
-class Recorder:
-    """Stands in for the cache while a prompt runs through the stages: keeps keys and values as they come."""
-
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Layers come in order, each once."""
-        self.keys.append(keys)
-        self.values.append(values)
-        return keys, values

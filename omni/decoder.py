@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from omni.cache import Cache, Recorder
+from omni.cache import CHUNK, Cache
 from omni.config import DecoderConfig
 from omni.layers import RMSNorm, SwiGLU
 from omni.moe import Experts
@@ -26,21 +27,24 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | Recorder, layer: int) -> Tensor:
-        """x: (B, S, hidden). S > 1 is a prefill into an empty cache, S = 1 one decoding step."""
+    def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, S, hidden) → what attention adds to it, and keys and values, (B, kv_heads, S, dim)."""
+        q, k, v = self._project(x, rotary)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
+
+    def decode(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, layer: int) -> Tensor:
+        """One position, (B, 1, hidden), after those in the cache."""
+        q, k, v = self._project(x, rotary)
+        q = rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads)
+        mixed = attend(q, *cache.write(layer, k, v))
+        return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)"))
+
+    def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         qkv = rearrange(self.qkv(x), "b s (h d) -> b h s d", h=self.heads + 2 * self.kv_heads)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self._normed(q, self.query_norm), *rotary), rotate(self._normed(k, self.key_norm), *rotary)
-        all_keys, all_values = cache.write(layer, k, v)
-        if x.shape[1] > 1:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            # One query sees every key, so the queries that share a key head stand in for query positions:
-            # grouped attention with no copy of the cache.
-            grouped = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=self.kv_heads)
-            mixed = F.scaled_dot_product_attention(grouped, all_keys, all_values)
-            mixed = rearrange(mixed, "b kv g d -> b (kv g) 1 d")
-        return self.output(rearrange(mixed, "b h s d -> b s (h d)"))
+        return q, k, v
 
     def query_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor], asking: Tensor) -> tuple[Tensor, Tensor]:
         """The query of one position of each sequence, (B, heads, 1, dim), and all keys, (B, kv_heads, S, dim).
@@ -63,6 +67,20 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
 
+def attend(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> Tensor:
+    """Attention of one position to the cache: grouped heads, no copy of the cache, softmax in float32.
+
+    q: (B, kv_heads, group, dim). keys, values: (B, kv_heads, capacity, dim), a multiple of CHUNK. written: (B,
+    capacity). Values are weighted chunk by chunk: one query leaves too few rows to fill a GPU otherwise (as in
+    flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Returns (B, kv_heads, group, dim).
+    """
+    scores = (q * q.shape[-1] ** -0.5 @ keys.mT).float()
+    shares = scores.masked_fill(~written[:, None, None], float("-inf")).softmax(dim=-1).to(values.dtype)
+    shares = rearrange(shares, "b kv group (c n) -> b kv c group n", n=CHUNK)
+    mixed = shares @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK)
+    return mixed.sum(dim=2, dtype=torch.float32).to(values.dtype)
+
+
 class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
@@ -75,8 +93,15 @@ class Layer(nn.Module):
             else SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
         )
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | Recorder, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+    def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole sequence (B, S, hidden) → the same after this layer, and its keys and values."""
+        mixed, keys, values = self.attention.prefill(self.attention_norm(x), rotary)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), keys, values
+
+    def decode(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, layer: int) -> Tensor:
+        """One position, (B, 1, hidden), after those in the cache."""
+        x = x + self.attention.decode(self.attention_norm(x), rotary, cache, layer)
         return x + self.mlp(self.mlp_norm(x))
 
     def query_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor], asking: Tensor) -> tuple[Tensor, Tensor]:

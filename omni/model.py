@@ -21,12 +21,12 @@ from omni.processing.processor import Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import Tokenizer
 from omni.runtime.sampling import Sampling, pick
-from omni.stages import fill_pool, read_prompt
+from omni.stages import fill_pool, read_prompt, whole_prompt
 from omni.stages import prefill as run_stages
 from omni.thinker import Thinker
 from seats.config import SeatsConfig
 from seats.cost import prefill_macs
-from seats.plan import make_plan
+from seats.plan import make_plan, plan_without_selection
 
 KV = ("pruned", "layerwise")
 
@@ -247,8 +247,8 @@ class Omni:
         yield tokens[-1]
         while tokens[-1] not in stops and len(tokens) < max_new_tokens:
             with torch.inference_mode():
-                position = torch.full((3, 1, 1), prefill.next_position + len(tokens) - 1, device=self.device)
-                logits = self.thinker(self.thinker.embedding(token[:, None]), position, prefill.cache)
+                position = torch.full((1,), prefill.next_position + len(tokens) - 1, device=self.device)
+                logits = self.thinker.decode(token, position, prefill.cache)
                 token = pick(logits, sampling, generator)
             tokens.append(int(token))
             yield tokens[-1]
@@ -270,39 +270,36 @@ class Omni:
             raise ValueError(f"kv must be one of {', '.join(KV)}, not {kv!r}.")
         places = layout(inputs, self.config)
         self._check_context(places, max_new_tokens)
-        plan = prompt = None
+        num_layers = self.config.decoder.num_layers
+        selects = False
         if seats is not None:
-            seats.check(self.config.decoder.num_layers)
-            if not seats.keeps_everything and (len(places.video) or len(places.audio)):
-                prompt = read_prompt(places, inputs, self.config)
-                plan = make_plan(seats, self.config.decoder.num_layers, prompt.counts(seats.encoder_ratios))
+            seats.check(num_layers)
+            selects = not seats.keeps_everything and bool(len(places.video) or len(places.audio))
+        if seats is not None and selects:
+            prompt = read_prompt(places, inputs, self.config)
+            plan = make_plan(seats, num_layers, prompt.counts(seats.encoder_ratios))
+        else:
+            prompt = whole_prompt(places.positions.shape[1])
+            plan = plan_without_selection(num_layers, prompt.counts((1.0, 1.0)))
         started = time.perf_counter()
-        features, received = self.thinker.encode(inputs, weigh=plan is not None)
+        features, received = self.thinker.encode(inputs, weigh=selects)
         self._synchronize()
         encoded = time.perf_counter()
         x, deepstack = self.thinker.embed(inputs, places, features)
         del features  # of an hour of video: gigabytes
-        if plan is None or prompt is None:
-            length = places.positions.shape[1]
-            cache = Cache(self.config.decoder, length + max_new_tokens, device=self.device, dtype=self.dtype)
-            logits = self.thinker(x, places.positions[:, None].to(self.device), cache, deepstack)
-            kept, ends = [], []
-        else:
-            request = fill_pool(plan, prompt, places.positions, x, deepstack, received)
-            del x, deepstack
-            staged = run_stages(self.thinker, plan, request, pruned=kv == "pruned")
-            logits = staged.logits
-            # The one read of what was selected, when all work is under way.
-            lengths = torch.stack(staged.lengths)[:, 0].tolist()
-            kept = [place[0, : int(count[0])].cpu() for place, count in staged.kept]
-            cache = Cache.of_prefill(staged.keys, staged.values, lengths, max_new_tokens)
-            ends = [segment.layers[1] for segment in plan.segments[:-1]]
+        request = fill_pool(plan, prompt, places.positions, x, deepstack, received)
+        del x, deepstack
+        staged = run_stages(self.thinker, plan, request, pruned=kv == "pruned")
+        # The one read of what was selected, when all work is under way.
+        kept = [place[0, : int(count[0])].cpu() for place, count in staged.kept]
+        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, max_new_tokens)
+        ends = [segment.layers[1] for segment in plan.segments[:-1]]
         self._synchronize()
-        segments = [len(places_kept) for places_kept in kept] or [places.positions.shape[1]]
+        segments = [len(places_kept) for places_kept in kept]
         drops = [(end - 1, tokens) for end, tokens in zip(ends, segments[1:], strict=True)]
         return Prefill(
-            logits=logits[0],
-            kept=kept,
+            logits=staged.logits[0],
+            kept=kept if selects else [],
             cache=cache,
             next_position=places.next_position,
             tokens=places.counts,

@@ -1,4 +1,4 @@
-"""A prefill with token selection: the three stages between the layers of the decoder (arXiv 2605.20035)."""
+"""The prefill: layers of the decoder, with the stages of token selection between them (arXiv 2605.20035)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from omni.cache import Recorder
 from omni.config import OmniConfig
 from omni.decoder import Layer
 from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout
-from omni.rope import multimodal_rotary
 from omni.thinker import Thinker
 from seats.diversity import max_min_keep, window_counts
 from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of
@@ -91,31 +89,26 @@ class Staged:
 
 def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
     """Runs prompts through the stages and layers. Static shapes: nothing here depends on what the prompts hold."""
-    decoder = thinker.config.decoder
     sequence = select_before_decoder(plan, request)
     kept = [(sequence.place, sequence.count)]
-    recorder = Recorder()
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     spans: list[tuple[Tensor, Tensor]] = []  # places and counts that each layer saw
     for number, segment in enumerate(plan.segments):
-        cos, sin = multimodal_rotary(
-            sequence.positions,
-            decoder.head_dim,
-            decoder.rope_theta,
-            decoder.mrope_section,
-            interleaved=decoder.mrope_interleaved,
-        )
-        rotary = (cos.unsqueeze(1), sin.unsqueeze(1))
+        rotary = thinker.rotary(sequence.positions)
         for index in range(*segment.layers):
-            sequence.x = thinker.layers[index](sequence.x, rotary, recorder, index)
+            sequence.x, layer_keys, layer_values = cast(Layer, thinker.layers[index]).prefill(sequence.x, rotary)
+            keys.append(layer_keys)
+            values.append(layer_values)
+            spans.append((sequence.place, sequence.count))
             if sequence.deepstack is not None and index < len(sequence.deepstack):
                 sequence.x = sequence.x + sequence.deepstack[index]
-            spans.append((sequence.place, sequence.count))
         if number + 1 == len(plan.segments):
             break
         if segment.video_keep is not None and segment.audio_keep is not None:
             layer = cast(Layer, thinker.layers[segment.layers[1] - 1])
-            query, keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
-            scores = relevance(query, keys, sequence.kind != PADDING)
+            query, all_keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
+            scores = relevance(query, all_keys, sequence.kind != PADDING)
             keep = select(scores, sequence.kind, segment.video_keep, segment.audio_keep, plan.temperature, plan.windows)
         else:
             keep = sequence.kind == TEXT
@@ -123,20 +116,20 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
         kept.append((sequence.place, sequence.count))
     last = _rows(sequence.x, (sequence.count - 1)[:, None])[:, 0]
     lengths = [count for _, count in spans]
-    if pruned:
-        prune(recorder, spans, sequence)
+    if pruned and len(plan.segments) > 1:
+        prune(keys, values, spans, sequence)
         lengths = [sequence.count] * len(spans)
-    return Staged(thinker.logits(last), kept, recorder.keys, recorder.values, lengths)
+    return Staged(thinker.logits(last), kept, keys, values, lengths)
 
 
-def prune(recorder: Recorder, spans: list[tuple[Tensor, Tensor]], survivors: Sequence) -> None:
+def prune(keys: list[Tensor], values: list[Tensor], spans: list[tuple[Tensor, Tensor]], survivors: Sequence) -> None:
     """Cuts the keys and values of every layer, which saw the places and counts of `spans`, to the survivors."""
     for index, (place, count) in enumerate(spans):
         # Survivors are in order in both, so each is found by search; what lies beyond `count` is never looked at.
         real = torch.arange(place.shape[1], device=place.device) < count[:, None]
         sought = torch.where(real, place, torch.iinfo(place.dtype).max)
         found = torch.searchsorted(sought, survivors.place).clamp(max=place.shape[1] - 1)
-        for stored in (recorder.keys, recorder.values):
+        for stored in (keys, values):
             stored[index] = stored[index].gather(
                 2, found[:, None, :, None].expand(-1, stored[index].shape[1], -1, stored[index].shape[3])
             )
@@ -171,7 +164,6 @@ def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:
         ]
     )
     kept = torch.cat(keep, dim=1)
-    order = torch.where(kept, request.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     everything = Sequence(
         x=request.x,
         positions=request.positions,
@@ -180,6 +172,9 @@ def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:
         deepstack=request.deepstack,
         count=kept.sum(dim=1),
     )
+    if slots == counts.text:  # text alone, in order already: an hour of video is not copied
+        return everything
+    order = torch.where(kept, request.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     return everything.take(order[:, : plan.segments[0].length], everything.count)
 
 
@@ -235,6 +230,12 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
     )
 
 
+def whole_prompt(length: int) -> Prompt:
+    """A prompt of which every token stays, whatever its kind."""
+    none = torch.empty(0, dtype=torch.long)
+    return Prompt(text=torch.arange(length), video=none, audio=none, video_sizes=(), audio_sizes=(), runs=(0, 0))
+
+
 def _windows(tokens: int, size: int) -> list[int]:
     """Sizes of windows that cut `tokens` in order, the last of which may be shorter."""
     full, rest = divmod(tokens, size)
@@ -274,13 +275,17 @@ def fill_pool(
             weights[slots.to(device)] = received[name].to(device)
         sizes.append(F.pad(filled, (0, windows - len(filled))).to(device)[None])
         start += windows * width
-    source = torch.where(place < counts.pool, place, 0).to(device)
+    if counts.pool != x.shape[1] or counts.pool != counts.text:  # else an hour of video would be copied as it stands
+        source = torch.where(place < counts.pool, place, 0).to(device)
+        x = x.index_select(1, source)
+        positions = positions.to(device).index_select(1, source)
+        deepstack = None if deepstack is None else deepstack.index_select(2, source)
     return Request(
-        x=x.index_select(1, source),
-        positions=positions.to(device).index_select(1, source)[:, None],
+        x=x,
+        positions=positions.to(device)[:, None],
         place=place.to(device)[None],
         received=weights[None],
-        deepstack=None if deepstack is None else deepstack.index_select(2, source),
+        deepstack=deepstack,
         video_sizes=sizes[0],
         audio_sizes=sizes[1],
     )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,26 +71,20 @@ class Thinker(nn.Module):
                 deepstack[:, 0].index_copy_(1, places, tokens[1:])
         return x, deepstack
 
-    def forward(self, x: Tensor, positions: Tensor, cache: Cache, deepstack: Tensor | None = None) -> Tensor:
-        """Runs the decoder over new positions and appends them to the cache.
-
-        x: (B, S, hidden): a whole prompt into an empty cache, or one token (S = 1).
-        positions: (3, B, S). deepstack: (levels, B, S, hidden), added after the first layers, one level each.
-        Returns the logits after the last position, (B, vocab) float32.
-        """
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: (3, B, S) → the decoder's cos and sin, (B, 1, S, head_dim / 2), the same for every head."""
         decoder = self.config.decoder
-        cos, sin = multimodal_rotary(
-            positions,
-            decoder.head_dim,
-            decoder.rope_theta,
-            decoder.mrope_section,
-            interleaved=decoder.mrope_interleaved,
-        )
-        rotary = (cos.unsqueeze(1), sin.unsqueeze(1))  # the same for every head
+        sections, interleaved = decoder.mrope_section, decoder.mrope_interleaved
+        cos, sin = multimodal_rotary(positions, decoder.head_dim, decoder.rope_theta, sections, interleaved=interleaved)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """One decoding step: (B,) token ids at (B,) positions → (B, vocab) float32 logits of the next."""
+        x = self.embedding(tokens[:, None])
+        rotary = self.rotary(positions.expand(3, -1).unsqueeze(-1))
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, cache, index)
-            if deepstack is not None and index < len(deepstack):
-                x = x + deepstack[index]
+            x = cast(Layer, layer).decode(x, rotary, cache, index)
+        cache.advance()
         return self.logits(x[:, -1])
 
     def logits(self, x: Tensor) -> Tensor:

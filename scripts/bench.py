@@ -34,6 +34,7 @@ from omni import stages
 from omni.cache import Cache
 from omni.decoder import Layer
 from omni.processing.prompt import clip_block
+from seats.plan import plan_without_selection
 
 ROOT = Path(__file__).parents[1]
 ROWS = ("prefill", "experts", "vision", "vision ragged", "audio", "decode")
@@ -160,10 +161,19 @@ def bench_prefill(reference: Any, model: omni.Omni, tokens: int, repeats: int) -
         return reference.lm_head(hidden.last_hidden_state[:, -1])
 
     def ours() -> Tensor:
-        return model.thinker(x, positions, Cache(decoder, tokens, device=model.device, dtype=model.dtype))
+        return whole_prefill(model, x, positions).logits
 
     row = compare(theirs, ours, repeats)
     return {**row, "our_gflops": 2 * prefill_work(model, [tokens], None) / row["our_seconds"] / 1e9}
+
+
+def whole_prefill(model: omni.Omni, x: Tensor, positions: Tensor) -> stages.Staged:
+    """Every token of a prompt, (1, S, hidden) at (3, 1, S), through the decoder."""
+    prompt = stages.whole_prompt(x.shape[1])
+    plan = plan_without_selection(model.config.decoder.num_layers, prompt.counts((1.0, 1.0)))
+    return stages.prefill(
+        model.thinker, plan, stages.fill_pool(plan, prompt, positions[:, 0], x, None, {}), pruned=True
+    )
 
 
 def active_weights(model: omni.Omni) -> float:
@@ -239,12 +249,13 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 2
         return seconds / new
 
     def ours() -> float:
-        cache = Cache(decoder, prompt + new, device=model.device, dtype=model.dtype)
-        logits, tokens = model.thinker(x, positions, cache), []
+        staged = whole_prefill(model, x, positions)
+        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
+        logits, tokens = staged.logits, []
         started = time.perf_counter()
         for step in steps:
             tokens.append(logits.argmax(-1))
-            logits = model.thinker(model.thinker.embedding(tokens[-1][:, None]), step, cache)
+            logits = model.thinker.decode(tokens[-1], step[0, :, 0], cache)
         seconds = time.perf_counter() - started
         picks["ours"] = torch.cat(tokens).tolist()
         return seconds / new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 from seats.config import SeatsConfig
@@ -52,8 +52,8 @@ class Counts:
         """
         tokens = _up(self.tokens, max(TOKEN_STEP, _octave(self.tokens) // TOKEN_STEPS))
         text = _up(self.text, max(TOKEN_STEP, min(TEXT_STEP, _octave(tokens) // TEXT_STEPS)))
-        return Counts(
-            text=min(text, tokens),
+        rounded = Counts(
+            text=tokens if self.text == self.tokens else min(text, tokens),
             tokens=tokens,
             video_windows=_doubled(self.video_windows, max(1, LEAST_VIDEO_TOKENS // self.video_window)),
             video_window=self.video_window,
@@ -61,6 +61,7 @@ class Counts:
             video_runs=_doubled(self.video_runs, LEAST_RUNS),
             audio_runs=_doubled(self.audio_runs, LEAST_RUNS),
         )
+        return replace(rounded, tokens=min(tokens, rounded.pool))
 
 
 def _up(count: int, step: int) -> int:
@@ -184,6 +185,11 @@ def make_plan(config: SeatsConfig, num_layers: int, counts: Counts) -> StagePlan
         temperature=config.window_temperature,
         segments=tuple(segments),
     )
+
+
+def plan_without_selection(num_layers: int, counts: Counts) -> StagePlan:
+    """The plan of prompts of which every token stays: all of them count as text."""
+    return StagePlan(counts, 1.0, 1.0, 1.0, (Segment((0, num_layers), counts.tokens),))
 
 
 def _left(media: int, counts: Counts, video: float, audio: float) -> int:

@@ -16,7 +16,9 @@ from omni.config import DecoderConfig, OmniConfig, read_config
 from omni.decoder import Layer
 from omni.model import tensor_names
 from omni.rope import multimodal_rotary
+from omni.stages import fill_pool, prefill, whole_prompt
 from omni.thinker import Thinker
+from seats.plan import plan_without_selection
 
 ROPE = {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
 SMALLER = {
@@ -101,17 +103,24 @@ def test_prefill_runs_at_full_size(built) -> None:
     hidden, levels = config.decoder.hidden_size, len(config.vision.deepstack_blocks)
     with torch.device("meta"):
         thinker = Thinker(config)
-        cache = Cache(config.decoder, 200, device=torch.device("meta"), dtype=torch.float32)
         deepstack = torch.empty(levels, 1, 200, hidden) if levels else None
-        logits = thinker(torch.empty(1, 200, hidden), torch.zeros(3, 1, 200, dtype=torch.long), cache, deepstack)
+        x = torch.empty(1, 200, hidden)
         sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False)
+    prompt = whole_prompt(200)
+    plan = plan_without_selection(config.decoder.num_layers, prompt.counts((1.0, 1.0)))
+    request = fill_pool(plan, prompt, torch.zeros(3, 200, dtype=torch.long), x, deepstack, {})
+    staged = prefill(thinker, plan, request, pruned=True)
+    cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, 100)
+    token, position = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, device="meta")
+    next_logits = thinker.decode(token, position, cache)
     grids = torch.tensor([[6, 16, 36], [1, 30, 22]])
     patches = torch.empty(6 * 16 * 36 + 30 * 22, config.vision.patch_dim, device="meta")
     pictures, _ = thinker.vision(patches, grids)
-    assert logits.shape == (1, config.decoder.vocab_size)
+    assert staged.logits.shape == next_logits.shape == (1, config.decoder.vocab_size)
     assert sound.shape == (config.audio.token_count(7777), hidden)
     assert pictures.shape == (1 + levels, (6 * 16 * 36 + 30 * 22) // 4, hidden)
-    assert cache.lengths == [200] * config.decoder.num_layers
+    assert len(cache.keys) == config.decoder.num_layers
+    assert cache.keys[0].shape == (1, config.decoder.num_kv_heads, 384, config.decoder.head_dim)
 
 
 def test_a_layer_of_experts_at_full_size() -> None:
@@ -142,15 +151,14 @@ def test_a_layer_of_experts_at_full_size() -> None:
     layer = layer.to_empty(device="cpu").bfloat16().requires_grad_(False)
     for parameter in layer.parameters():
         parameter.uniform_(-0.05, 0.05)
-    cache = Cache(config, 3, device=torch.device("cpu"), dtype=torch.bfloat16)
     x = torch.randn(1, 3, 2048).bfloat16()
     positions = torch.arange(3).expand(3, 1, -1)
     cos, sin = multimodal_rotary(positions, 128, 1e6, (24, 20, 20), interleaved=True)
-    y = layer(x, (cos.unsqueeze(1), sin.unsqueeze(1)), cache, 0)
+    rotary = (cos.unsqueeze(1), sin.unsqueeze(1))
+    y, _, _ = layer.prefill(x, rotary)
     assert y.dtype == torch.bfloat16
-    cache = Cache(config, 3, device=torch.device("cpu"), dtype=torch.bfloat16)
     # The experts again, one token and one expert at a time, in float32.
-    mixed = x + layer.attention(layer.attention_norm(x), (cos.unsqueeze(1), sin.unsqueeze(1)), cache, 0)
+    mixed = x + layer.attention.prefill(layer.attention_norm(x), rotary)[0]
     tokens = layer.mlp_norm(mixed)[0]
     shares, chosen = layer.mlp.route(tokens)
     expected = mixed[0].float()

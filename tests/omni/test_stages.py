@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 import omni
 from omni import stages
+from omni.cache import CHUNK
 from omni.inputs import InputError
 from omni.processing.positions import layout
 from omni.rope import multimodal_rotary, rotate
@@ -165,13 +166,13 @@ def test_prefill_and_a_hundred_tokens(pair: Pair, name: str, kv: str) -> None:
         for count in (1, 100):
             logits = reference_logits(pair.model, inputs, prefill.kept, answer.tokens[:count], kv)
             assert int(logits.argmax()) == answer.tokens[count]
-    layers_seen = (
-        len(text) * LAYERS
-        if kv == "pruned"
-        else sum(len(prefill.kept[step]) * width for step, width in enumerate((2, 1, 1, 2)))
-    )
+    lengths = [len(text)] * 4 if kv == "pruned" else [len(kept) for kept in prefill.kept]
+    by_layer = [length for length, layers in zip(lengths, (2, 1, 1, 2), strict=True) for _ in range(layers)]
+    assert prefill.cache.lengths[:, 0].tolist() == by_layer
     decoder = pair.model.config.decoder
-    assert prefill.cache.nbytes == 4 * 2 * decoder.num_kv_heads * decoder.head_dim * layers_seen
+    if kv == "pruned":
+        slots = sum(-(-length // CHUNK) * CHUNK for length in by_layer)
+        assert prefill.cache.nbytes == 4 * 2 * decoder.num_kv_heads * decoder.head_dim * slots
 
 
 @pytest.mark.parametrize("parts", [[("text", 9)], [("text", 5), ("image", 6, 10), ("text", 4)]])

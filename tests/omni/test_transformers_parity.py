@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,11 +170,14 @@ def test_random_configurations_equal_transformers(make_pair, family: str, seed: 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_bfloat16_logits_equal_transformers(rounded_pair: Pair, name: str) -> None:
-    """The dtype that checkpoints are run in: logits within 2e-2 relative."""
+    """The dtype that checkpoints are run in: within 2e-2 relative of transformers in float32 on the same weights.
+
+    Not of its bfloat16, which on some processors is farther from its own float32 than that: routes of experts flip.
+    """
     inputs = make_request(rounded_pair, REQUESTS[name])
-    expected = rounded_pair.reference_logits(inputs)
+    exact = replace(rounded_pair, reference=deepcopy(rounded_pair.reference).float()).reference_logits(inputs)
     got = rounded_pair.model.prefill(inputs).logits
-    assert (got - expected).norm() / expected.norm() < 2e-2
+    assert (got - exact).norm() / exact.norm() < 2e-2
 
 
 def test_greedy_answer_equals_transformers(pair: Pair) -> None:
