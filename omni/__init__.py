@@ -1,6 +1,7 @@
 """Qwen-Omni thinkers in plain PyTorch: questions about video with sound."""
 
+from omni.engine import Prefill
 from omni.inputs import Inputs
-from omni.model import Generation, Omni, Prefill, load
+from omni.model import Generation, Omni, load
 
 __all__ = ["Generation", "Inputs", "Omni", "Prefill", "load"]

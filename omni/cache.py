@@ -34,21 +34,28 @@ class Cache:
                 padded.append(F.pad(layer, (0, 0, 0, new + -(layer.shape[2] + new) % CHUNK)))
         return cls(stored[0], stored[1], torch.stack(lengths))
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys and values of a layer and which of their positions are written, (batch, capacity)."""
+        places = torch.arange(self.keys[layer].shape[2], device=self.lengths.device)
+        return self.keys[layer], self.values[layer], places < self.lengths[layer][:, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Puts one position (batch, kv_heads, 1, head_dim) after those of a layer, in place.
 
-        Returns all keys and values of the layer and which of their positions are written, (batch, capacity).
         `advance` follows when all layers have written.
         """
-        length = self.lengths[layer][:, None]
-        place = length[..., None, None].expand_as(keys)
-        self.keys[layer].scatter_(2, place, keys)
-        self.values[layer].scatter_(2, place, values)
-        written = torch.arange(self.keys[layer].shape[2], device=length.device) <= length
-        return self.keys[layer], self.values[layer], written
+        length = self.lengths[layer]
+        rows = torch.arange(len(length), device=length.device)
+        self.keys[layer][rows, :, length] = keys[:, :, 0]
+        self.values[layer][rows, :, length] = values[:, :, 0]
 
     def advance(self) -> None:
         self.lengths += 1
+
+    def row(self, row: int) -> Cache:
+        """One sequence of the batch, in the same memory."""
+        keys, values = ([layer[row : row + 1] for layer in stored] for stored in (self.keys, self.values))
+        return Cache(keys, values, self.lengths[:, row : row + 1])
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from omni.cache import CHUNK, Cache
+from omni.cache import CHUNK
 from omni.config import DecoderConfig
 from omni.layers import RMSNorm, SwiGLU
 from omni.moe import Experts
@@ -33,18 +33,21 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
-    def decode(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, layer: int) -> Tensor:
-        """One position, (B, 1, hidden), after those in the cache."""
+    def decode(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One position, (B, 1, hidden), after those in a cache (`attend`) → as `prefill`."""
         q, k, v = self._project(x, rotary)
-        q = rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads)
-        mixed = attend(q, *cache.write(layer, k, v))
-        return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)"))
+        mixed = attend(rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads), k, v, keys, values, written)
+        return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)")), k, v
 
     def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         qkv = rearrange(self.qkv(x), "b s (h d) -> b h s d", h=self.heads + 2 * self.kv_heads)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self._normed(q, self.query_norm), *rotary), rotate(self._normed(k, self.key_norm), *rotary)
-        return q, k, v
+        # Values of their own: as a view they would keep the whole product alive in the cache, and compiled regions
+        # (torch 2.13, CPU) hand out views of memory that they use again.
+        return q, k, v.clone(memory_format=torch.contiguous_format)
 
     def query_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor], asking: Tensor) -> tuple[Tensor, Tensor]:
         """The query of one position of each sequence, (B, heads, 1, dim), and all keys, (B, kv_heads, S, dim).
@@ -67,18 +70,20 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> Tensor:
-    """Attention of one position to the cache: grouped heads, no copy of the cache, softmax in float32.
+def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> Tensor:
+    """Attention of one position to the cache and to itself: grouped heads, no copy of the cache, softmax in float32.
 
-    q: (B, kv_heads, group, dim). keys, values: (B, kv_heads, capacity, dim), a multiple of CHUNK. written: (B,
-    capacity). Values are weighted chunk by chunk: one query leaves too few rows to fill a GPU otherwise (as in
-    flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Returns (B, kv_heads, group, dim).
+    q: (B, kv_heads, group, dim). key, value: (B, kv_heads, 1, dim), its own. keys, values: (B, kv_heads, capacity,
+    dim), a multiple of CHUNK, of which `written`, (B, capacity), are there. Values are weighted chunk by chunk: one
+    query leaves too few rows to fill a GPU otherwise (as in flash-decoding,
+    https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Returns (B, kv_heads, group, dim).
     """
-    scores = (q * q.shape[-1] ** -0.5 @ keys.mT).float()
-    shares = scores.masked_fill(~written[:, None, None], float("-inf")).softmax(dim=-1).to(values.dtype)
-    shares = rearrange(shares, "b kv group (c n) -> b kv c group n", n=CHUNK)
-    mixed = shares @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK)
-    return mixed.sum(dim=2, dtype=torch.float32).to(values.dtype)
+    q = q * q.shape[-1] ** -0.5
+    scores = (q @ keys.transpose(-1, -2)).float().masked_fill(~written[:, None, None], float("-inf"))
+    shares = torch.cat((scores, (q @ key.transpose(-1, -2)).float()), dim=-1).softmax(dim=-1)
+    own, shares = shares[..., -1:], rearrange(shares[..., :-1], "b kv group (c n) -> b kv c group n", n=CHUNK)
+    mixed = shares.to(values.dtype) @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK)
+    return (mixed.sum(dim=2, dtype=torch.float32) + own * value).to(values.dtype)
 
 
 class Layer(nn.Module):
@@ -93,16 +98,21 @@ class Layer(nn.Module):
             else SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
         )
 
+    @torch.compiler.nested_compile_region  # all layers of one shape are compiled once
     def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A whole sequence (B, S, hidden) → the same after this layer, and its keys and values."""
         mixed, keys, values = self.attention.prefill(self.attention_norm(x), rotary)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
-    def decode(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, layer: int) -> Tensor:
-        """One position, (B, 1, hidden), after those in the cache."""
-        x = x + self.attention.decode(self.attention_norm(x), rotary, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+    @torch.compiler.nested_compile_region
+    def decode(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One position, (B, 1, hidden), after those in a cache → as `prefill`."""
+        mixed, key, value = self.attention.decode(self.attention_norm(x), rotary, keys, values, written)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), key, value
 
     def query_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor], asking: Tensor) -> tuple[Tensor, Tensor]:
         """As this layer's own attention would make them of x: `Attention.query_and_keys`."""

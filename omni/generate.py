@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from omni.config import DTYPES, ConfigError
+from omni.engine import KV
 from omni.inputs import InputError
-from omni.model import KV, Generation, Omni, load
+from omni.model import Generation, Omni, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.media import MediaError, kind_of
 from omni.processing.tokenizer import TokenizerError
@@ -65,6 +66,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="compile first: pays off over many requests, not one")
     parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
     parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
     parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
@@ -101,6 +103,7 @@ def _answer(options: argparse.Namespace) -> None:
         device=_device(options.device),
         dtype=DTYPES[options.dtype] if options.dtype else None,
         revision=options.revision,
+        compile=options.compile,
         progress=True,
     )
     started = time.perf_counter()

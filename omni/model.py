@@ -7,28 +7,22 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 import weights
-from omni.cache import Cache
 from omni.config import QWEN3, OmniConfig, read_config
-from omni.inputs import InputError, Inputs
-from omni.processing.positions import Layout, layout
+from omni.engine import Engine, Prefill
+from omni.inputs import Inputs
 from omni.processing.processor import Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import Tokenizer
-from omni.runtime.sampling import Sampling, pick
-from omni.stages import fill_pool, read_prompt, whole_prompt
-from omni.stages import prefill as run_stages
+from omni.runtime.blank import blank_clip
+from omni.runtime.sampling import Sampling
 from omni.thinker import Thinker
 from seats.config import SeatsConfig
-from seats.cost import prefill_macs
-from seats.plan import make_plan, plan_without_selection
-
-KV = ("pruned", "layerwise")
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -77,26 +71,6 @@ class Stats:
 
 
 @dataclass
-class Prefill:
-    """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
-
-    kept: the surviving original positions after each selection step, in order; empty where every token is
-    kept. cache and next_position are what decoding continues from.
-    """
-
-    logits: Tensor
-    kept: list[Tensor]
-    cache: Cache = field(repr=False)
-    next_position: float
-    tokens: dict[str, int]
-    segments: list[int]
-    macs: int
-    full_macs: int
-    encode_seconds: float
-    prefill_seconds: float
-
-
-@dataclass
 class Generation:
     """An answer. tokens: ids, the stop token included; text: without control tokens.
 
@@ -124,10 +98,13 @@ class Generation:
 class Omni:
     """One checkpoint in memory. Made by `omni.load`."""
 
-    def __init__(self, thinker: Thinker, folder: Path) -> None:
+    def __init__(
+        self, thinker: Thinker, folder: Path, *, compile: bool = False, eager_until_warm: bool = False
+    ) -> None:
         self.thinker = thinker
         self.config: OmniConfig = thinker.config
         self.folder = folder
+        self.engine = Engine(thinker, compile=compile, eager_until_warm=eager_until_warm)
 
     @property
     def device(self) -> torch.device:
@@ -167,24 +144,75 @@ class Omni:
             on_frame=on_frame,
         )
 
-    @torch.inference_mode()
-    def prefill(self, inputs: Inputs, seats: SeatsConfig | None = None, kv: str = "pruned") -> Prefill:
+    @overload
+    def prefill(self, inputs: Inputs, seats: SeatsConfig | None = None, kv: str = "pruned") -> Prefill: ...
+
+    @overload
+    def prefill(
+        self, inputs: Sequence[Inputs], seats: SeatsConfig | None = None, kv: str = "pruned"
+    ) -> list[Prefill]: ...
+
+    def prefill(
+        self, inputs: Inputs | Sequence[Inputs], seats: SeatsConfig | None = None, kv: str = "pruned"
+    ) -> Prefill | list[Prefill]:
         """Runs the prompt, with token selection where `seats` asks for it and there is video or sound to select from.
 
+        Several prompts run together, in a plan that holds all of them: of one size they waste nothing.
         kv: "pruned" cuts every layer's cache to the tokens that are left at the end, "layerwise" leaves each layer
-        what it attended to. Raises InputError where the prompt does not fit the model or its placeholders its media,
-        ValueError for settings that this model cannot follow.
+        what it attended to. Raises InputError where a prompt does not fit the model or its placeholders its media,
+        ValueError for settings that this model cannot follow and for prompts that cannot run together, MemoryError
+        where the device has too little.
         """
-        return self._prefill(inputs, 0, seats, kv)
+        requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
+        prefills, _ = self.engine.prefill(requests, 0, seats, kv)
+        return prefills[0] if isinstance(inputs, Inputs) else prefills
 
-    def generate(self, inputs: Inputs, **options: Unpack[GenerateOptions]) -> Generation:
-        """Answers a request. Needs no tokenizer where `stop_token_ids` are given. Errors: `stream`."""
-        tokens = self._tokens(inputs, **options)
+    @overload
+    def generate(self, inputs: Inputs, **options: Unpack[GenerateOptions]) -> Generation: ...
+
+    @overload
+    def generate(self, inputs: Sequence[Inputs], **options: Unpack[GenerateOptions]) -> list[Generation]: ...
+
+    def generate(
+        self, inputs: Inputs | Sequence[Inputs], **options: Unpack[GenerateOptions]
+    ) -> Generation | list[Generation]:
+        """Answers a request, or several together. Needs no tokenizer where `stop_token_ids` are given.
+
+        Errors: `stream` and `prefill`.
+        """
+        requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
+        tokens = self._tokens(requests, **options)
         while True:
             try:
                 next(tokens)
             except StopIteration as stop:
-                return stop.value
+                return stop.value[0] if isinstance(inputs, Inputs) else stop.value
+
+    def warmup(
+        self,
+        seconds: Sequence[float],
+        *,
+        seats: SeatsConfig | None = None,
+        kv: str = "pruned",
+        max_new_tokens: int = 512,
+        fps: float = 2.0,
+        max_frames: int = 768,
+        height: int = 336,
+        width: int = 336,
+        text: int = 100,
+    ) -> None:
+        """Makes the graphs for clips with sound of so many seconds and frames of height × width pixels.
+
+        text: tokens around the clip. Others of the same plan find the graphs ready.
+        """
+        for length in seconds:
+            inputs = blank_clip(
+                self.config, length, height=height, width=width, fps=fps, max_frames=max_frames, text=text
+            )
+            steps = self._tokens([inputs], max_new_tokens=max_new_tokens, stop_token_ids=[], seats=seats, kv=kv)
+            for _ in zip(range(2), steps, strict=False):
+                pass
+            steps.close()
 
     def stream(
         self,
@@ -200,13 +228,13 @@ class Omni:
         out of range.
         """
         answer = AnswerStream(self.processor.tokenizer, inputs.input_ids[0].tolist())
-        tokens = self._tokens(inputs, **options)
+        tokens = self._tokens([inputs], **options)
         generation = None
         while generation is None:
             try:
-                piece = answer.push(next(tokens))
+                piece = answer.push(next(tokens)[0])
             except StopIteration as stop:
-                generation, piece = stop.value, answer.flush()
+                (generation,), piece = stop.value, answer.flush()
             if piece.text and not piece.is_thought:
                 yield piece.text
             elif piece.text and on_thought is not None:
@@ -215,7 +243,7 @@ class Omni:
 
     def _tokens(
         self,
-        inputs: Inputs,
+        requests: list[Inputs],
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
@@ -225,7 +253,8 @@ class Omni:
         stop_token_ids: list[int] | None = None,
         seats: SeatsConfig | None = None,
         kv: str = "pruned",
-    ) -> Generator[int, None, Generation]:
+    ) -> Generator[list[int], None, list[Generation]]:
+        """Yields the tokens of every step, one per request, also of those that have stopped."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         if seed is not None and not 0 <= seed < 2**63:
@@ -238,110 +267,41 @@ class Omni:
         else:
             generator.manual_seed(seed)
 
-        with torch.inference_mode():
-            started = time.perf_counter()
-            prefill = self._prefill(inputs, max_new_tokens, seats, kv)
-            token = pick(prefill.logits[None], sampling, generator)
-        tokens = [int(token)]
-        first = time.perf_counter()
-        yield tokens[-1]
-        while tokens[-1] not in stops and len(tokens) < max_new_tokens:
-            with torch.inference_mode():
-                position = torch.full((1,), prefill.next_position + len(tokens) - 1, device=self.device)
-                logits = self.thinker.decode(token, position, prefill.cache)
-                token = pick(logits, sampling, generator)
-            tokens.append(int(token))
-            yield tokens[-1]
-        stats = Stats(
-            tokens=prefill.tokens,
-            segments=prefill.segments,
-            macs=prefill.macs,
-            full_macs=prefill.full_macs,
-            cache_bytes=prefill.cache.nbytes,
-            encode_seconds=prefill.encode_seconds,
-            prefill_seconds=first - started - prefill.encode_seconds,
-            decode_seconds=time.perf_counter() - first,
-            new_tokens=len(tokens),
-        )
-        return Generation(tokens, stats, inputs.input_ids, lambda: self.processor.tokenizer)
-
-    def _prefill(self, inputs: Inputs, max_new_tokens: int, seats: SeatsConfig | None, kv: str) -> Prefill:
-        if kv not in KV:
-            raise ValueError(f"kv must be one of {', '.join(KV)}, not {kv!r}.")
-        places = layout(inputs, self.config)
-        self._check_context(places, max_new_tokens)
-        num_layers = self.config.decoder.num_layers
-        selects = False
-        if seats is not None:
-            seats.check(num_layers)
-            selects = not seats.keeps_everything and bool(len(places.video) or len(places.audio))
-        if seats is not None and selects:
-            prompt = read_prompt(places, inputs, self.config)
-            plan = make_plan(seats, num_layers, prompt.counts(seats.encoder_ratios))
-        else:
-            prompt = whole_prompt(places.positions.shape[1])
-            plan = plan_without_selection(num_layers, prompt.counts((1.0, 1.0)))
         started = time.perf_counter()
-        features, received = self.thinker.encode(inputs, weigh=selects)
-        self._synchronize()
-        encoded = time.perf_counter()
-        x, deepstack = self.thinker.embed(inputs, places, features)
-        del features  # of an hour of video: gigabytes
-        request = fill_pool(plan, prompt, places.positions, x, deepstack, received)
-        del x, deepstack
-        staged = run_stages(self.thinker, plan, request, pruned=kv == "pruned")
-        # The one read of what was selected, when all work is under way.
-        kept = [place[0, : int(count[0])].cpu() for place, count in staged.kept]
-        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, max_new_tokens)
-        ends = [segment.layers[1] for segment in plan.segments[:-1]]
-        self._synchronize()
-        segments = [len(places_kept) for places_kept in kept]
-        drops = [(end - 1, tokens) for end, tokens in zip(ends, segments[1:], strict=True)]
-        return Prefill(
-            logits=staged.logits[0],
-            kept=kept if selects else [],
-            cache=cache,
-            next_position=places.next_position,
-            tokens=places.counts,
-            segments=segments,
-            macs=self._macs(segments[0], drops),
-            full_macs=self._macs(places.positions.shape[1], []),
-            encode_seconds=encoded - started,
-            prefill_seconds=time.perf_counter() - encoded,
-        )
-
-    def _macs(self, tokens: int, drops: list[tuple[int, int]]) -> int:
-        decoder = self.config.decoder
-        return prefill_macs(
-            tokens,
-            drops,
-            num_layers=decoder.num_layers,
-            hidden_size=decoder.hidden_size,
-            # Where a few layers of many are dense, the count takes them for sparse ones.
-            intermediate_size=decoder.experts_per_token * decoder.expert_size or decoder.intermediate_size,
-            num_heads=decoder.num_heads,
-            num_kv_heads=decoder.num_kv_heads,
-            vocab_size=decoder.vocab_size,
-            head_dim=decoder.head_dim,
-        )
-
-    def _check_context(self, places: Layout, max_new_tokens: int) -> None:
-        limit = self.config.decoder.max_position_embeddings
-        length = places.positions.shape[1]
-        if length + max_new_tokens > limit:
-            counts = ", ".join(f"{count} {name}" for name, count in places.counts.items() if count)
-            raise InputError(
-                f"the prompt has {length} tokens ({counts}) and the answer may take {max_new_tokens}, together more "
-                f"than the model's {limit}: lower fps, max_frames, max_pixels or max_new_tokens, or cut the clip."
+        prefills, cache = self.engine.prefill(requests, max_new_tokens, seats, kv)
+        answers: list[list[int]] = [[] for _ in requests]
+        first = 0.0
+        for tokens in self.engine.decode(prefills, cache, max_new_tokens, sampling, generator):
+            first = first or time.perf_counter()
+            for answer, token in zip(answers, tokens, strict=True):
+                if not answer or answer[-1] not in stops:
+                    answer.append(token)
+            yield tokens
+            if all(answer[-1] in stops for answer in answers):
+                break
+        ended = time.perf_counter()
+        return [
+            Generation(
+                answer,
+                Stats(
+                    tokens=prefill.tokens,
+                    segments=prefill.segments,
+                    macs=prefill.macs,
+                    full_macs=prefill.full_macs,
+                    cache_bytes=prefill.cache.nbytes,
+                    encode_seconds=prefill.encode_seconds,
+                    prefill_seconds=first - started - prefill.encode_seconds,
+                    decode_seconds=ended - first,
+                    new_tokens=len(answer),
+                ),
+                inputs.input_ids,
+                lambda: self.processor.tokenizer,
             )
+            for answer, prefill, inputs in zip(answers, prefills, requests, strict=True)
+        ]
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         return self.config.stop_token_ids or self.processor.stop_token_ids
-
-    def _synchronize(self) -> None:
-        """So that seconds are those of the work, not of its launch."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def load(
@@ -350,6 +310,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    compile: bool = False,
+    eager_until_warm: bool = False,
     progress: bool = False,
 ) -> Omni:
     """Loads a public checkpoint.
@@ -357,6 +319,8 @@ def load(
     source: a hub id (`Qwen/Qwen2.5-Omni-7B`, with `revision`) or a folder in the public layout.
     device: the accelerator where there is one, else the CPU. dtype: the checkpoint's own, but float32 on a CPU,
     where most processors have no bfloat16 product. progress: bars on stderr.
+    compile: encoders, prefill and decoding steps run as graphs, compiled when a size is first met (`Omni.warmup` does
+    it beforehand); with `eager_until_warm` a prompt whose prefill is not compiled yet runs without.
     Raises omni.config.ConfigError and weights.CheckpointError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -367,7 +331,8 @@ def load(
     with torch.device("meta"):
         thinker = Thinker(config)
     weights.fill(thinker, folder, tensor_names(config), device=device, dtype=dtype, progress=progress)
-    return Omni(thinker.eval().requires_grad_(False), folder)
+    thinker.eval().requires_grad_(False)
+    return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm)
 
 
 def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:

@@ -289,3 +289,24 @@ def fill_pool(
         video_sizes=sizes[0],
         audio_sizes=sizes[1],
     )
+
+
+def join(requests: list[Request]) -> Request:
+    """Requests of one plan, one after another in one batch. A prompt without pictures adds zeros by deepstack."""
+    if len(requests) == 1:
+        return requests[0]
+    levels = next((request.deepstack for request in requests if request.deepstack is not None), None)
+    deepstack = None
+    if levels is not None:
+        deepstack = torch.cat(
+            [torch.zeros_like(levels) if request.deepstack is None else request.deepstack for request in requests], 1
+        )
+    return Request(
+        x=torch.cat([request.x for request in requests]),
+        positions=torch.cat([request.positions for request in requests], dim=1),
+        place=torch.cat([request.place for request in requests]),
+        received=torch.cat([request.received for request in requests]),
+        deepstack=deepstack,
+        video_sizes=torch.cat([request.video_sizes for request in requests]),
+        audio_sizes=torch.cat([request.audio_sizes for request in requests]),
+    )

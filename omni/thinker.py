@@ -83,7 +83,8 @@ class Thinker(nn.Module):
         x = self.embedding(tokens[:, None])
         rotary = self.rotary(positions.expand(3, -1).unsqueeze(-1))
         for index, layer in enumerate(self.layers):
-            x = cast(Layer, layer).decode(x, rotary, cache, index)
+            x, key, value = cast(Layer, layer).decode(x, rotary, *cache.read(index))
+            cache.write(index, key, value)
         cache.advance()
         return self.logits(x[:, -1])
 

@@ -44,6 +44,10 @@ class Counts:
         """Slots of the whole prompt: text, then the windows of video, then those of audio."""
         return self.text + self.video_windows * self.video_window + self.audio_windows * AUDIO_WINDOW
 
+    def joined(self, other: Counts) -> Counts:
+        """What holds both."""
+        return Counts(*(max(getattr(self, field.name), getattr(other, field.name)) for field in fields(Counts)))
+
     def rounded(self) -> Counts:
         """The next rungs of the ladder, for plans that many prompts share.
 

@@ -89,6 +89,7 @@ class Block(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))

@@ -65,6 +65,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
+    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, frame: FrameLayout) -> Tensor:
         """x: (grids, N, hidden), in window order."""
         x = x + self.attention(self.attention_norm(x), frame.rotary, () if self.full else frame.windows)

@@ -74,6 +74,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.mlp = MLP(config)
 
+    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))

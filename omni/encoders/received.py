@@ -15,9 +15,15 @@ def received_attention(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Ten
     q, k: (windows, heads, n, dim). valid: (windows, n), positions that ask and are asked; None: all.
     Returns (windows, n) float32. At most one head's attention of one window is in memory at a time.
     """
-    windows, heads, positions, dim = q.shape
     if valid is None:
-        valid = torch.ones(windows, positions, dtype=torch.bool, device=q.device)
+        valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    return _received(q, k, valid)
+
+
+@torch.library.custom_op("omni::received_attention", mutates_args=())
+def _received(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+    """An operator of its own: window by window and head by head it would unroll into a graph."""
+    windows, heads, positions, dim = q.shape
     step = max(1, SCORES_AT_A_TIME.get(q.device.type, 2**20) // positions)
     received = q.new_zeros(windows, positions, dtype=torch.float32)
     for window in range(windows):
@@ -28,3 +34,8 @@ def received_attention(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Ten
                 scores = (asking.float() @ keys).masked_fill_(~valid[window], torch.finfo(torch.float32).min)
                 received[window] += counts.float() @ scores.softmax(dim=-1)
     return received / heads
+
+
+@_received.register_fake
+def _(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)

@@ -25,17 +25,25 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
 
 
-def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """(B, vocab) float32 logits → (B,) token ids on the same device, without a host read.
-
-    Order of the cuts as in transformers: temperature, top_k, top_p.
-    """
+def draw_noise(sampling: Sampling, shape: tuple[int, int], generator: torch.Generator) -> Tensor | None:
+    """(B, vocab) float32 that `pick` chooses by, on the generator's device; None where the choice is greedy."""
     if sampling.temperature == 0:
+        return None
+    return torch.empty(shape, device=generator.device).exponential_(generator=generator)
+
+
+def pick(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Tensor:
+    """(B, vocab) float32 logits → (B,) token ids on the same device, without a host read; traces.
+
+    noise: of `draw_noise`: the largest probability / exponential is a draw by probability. Order of the cuts as in
+    transformers: temperature, top_k, top_p.
+    """
+    if noise is None:
         return logits.argmax(dim=-1)
     logits, ids = (logits / sampling.temperature).topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
     probabilities = logits.softmax(dim=-1)
     # A token stays while the likelier ones have not yet reached top_p, so the first always stays.
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
+    choice = (probabilities / noise[:, : probabilities.shape[-1]]).argmax(dim=-1, keepdim=True)
     return ids.gather(-1, choice).squeeze(-1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni.runtime.sampling import Sampling, pick
+from omni.runtime.sampling import Sampling, draw_noise, pick
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
 
 
 def draws(sampling: Sampling, count: int = 4000, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return pick(LOGITS.expand(count, -1), sampling, generator)
+    return pick(LOGITS.expand(count, -1), sampling, draw_noise(sampling, (count, 4), generator))
 
 
 def test_greedy_takes_the_largest() -> None:

@@ -1,0 +1,257 @@
+"""Runs requests through the thinker, eagerly or as compiled graphs: several at a time, from any thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from omni import stages
+from omni.cache import Cache
+from omni.inputs import InputError, Inputs
+from omni.processing.positions import Layout, layout
+from omni.runtime.compiled import Compiled, step
+from omni.runtime.sampling import Sampling, draw_noise, pick
+from omni.thinker import Thinker
+from seats.config import SeatsConfig
+from seats.cost import prefill_macs
+from seats.plan import StagePlan, make_plan, plan_without_selection
+
+KV = ("pruned", "layerwise")
+
+
+@dataclass
+class Prefill:
+    """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
+
+    kept: the surviving original positions after each selection step, in order; empty where every token is
+    kept. cache and next_position are what decoding continues from. Seconds are those of the whole batch.
+    """
+
+    logits: Tensor
+    kept: list[Tensor]
+    cache: Cache = field(repr=False)
+    next_position: float
+    tokens: dict[str, int]
+    segments: list[int]
+    macs: int
+    full_macs: int
+    encode_seconds: float
+    prefill_seconds: float
+
+
+class Engine:
+    """compiled: the graphs, or None. eager_until_warm: whether a prompt whose graph is not there yet runs without."""
+
+    def __init__(self, thinker: Thinker, *, compile: bool, eager_until_warm: bool) -> None:
+        self.thinker, self.eager_until_warm = thinker, eager_until_warm
+        self.compiled = Compiled(thinker) if compile else None
+        self._lock = Lock()
+
+    @property
+    def device(self) -> torch.device:
+        return self.thinker.embedding.weight.device
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One thread at a time, without gradients; others wait. Raises MemoryError where the device has too little."""
+        with self._lock, torch.inference_mode():
+            try:
+                yield
+                return
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(".")[0]
+        # Outside of the handler, whose traceback keeps the tensors of the failed request.
+        if self.compiled is not None:
+            self.compiled.clear()
+        torch.cuda.empty_cache()
+        raise MemoryError(
+            f"the device has too little memory for this request ({reason}): lower retention, max_frames, max_pixels "
+            "or max_new_tokens, or send fewer requests at a time."
+        )
+
+    def prefill(
+        self, requests: Sequence[Inputs], new: int, config: SeatsConfig | None, kv: str
+    ) -> tuple[list[Prefill], Cache]:
+        """Prefills requests together, with room for `new` tokens each in the cache. Errors: `Omni.prefill`."""
+        if kv not in KV:
+            raise ValueError(f"kv must be one of {', '.join(KV)}, not {kv!r}.")
+        if not requests:
+            raise ValueError("there is no request to run.")
+        places = [layout(inputs, self.thinker.config) for inputs in requests]
+        for place in places:
+            self._check_context(place, new)
+        if config is not None:
+            config.check(self.thinker.config.decoder.num_layers)
+        selects = self._selects(places, config)
+        with self.running():
+            return self._prefill(requests, places, new, config if selects else None, kv)
+
+    def _selects(self, places: list[Layout], config: SeatsConfig | None) -> bool:
+        """Whether there is something to select from. Raises ValueError where that differs between requests."""
+        if config is None or config.keeps_everything:
+            return False
+        answers = {bool(len(place.video) or len(place.audio)) for place in places}
+        if len(answers) > 1:
+            raise ValueError("requests with and without video or sound cannot be run together: they share no plan.")
+        return answers.pop()
+
+    def _prefill(
+        self, requests: Sequence[Inputs], places: list[Layout], new: int, config: SeatsConfig | None, kv: str
+    ) -> tuple[list[Prefill], Cache]:
+        thinker, num_layers = self.thinker, self.thinker.config.decoder.num_layers
+        if config is not None:
+            prompts = [
+                stages.read_prompt(place, inputs, thinker.config)
+                for place, inputs in zip(places, requests, strict=True)
+            ]
+            ratios = config.encoder_ratios
+        else:
+            prompts = [stages.whole_prompt(place.positions.shape[1]) for place in places]
+            ratios = (1.0, 1.0)
+        counts = prompts[0].counts(ratios)
+        for prompt in prompts[1:]:
+            counts = counts.joined(prompt.counts(ratios))
+
+        def plan_of(rounded: bool) -> StagePlan:
+            own = counts.rounded() if rounded else counts
+            return plan_without_selection(num_layers, own) if config is None else make_plan(config, num_layers, own)
+
+        plan = plan_of(rounded=self.compiled is not None)
+        run: Callable[..., stages.Staged] = partial(stages.prefill, thinker)
+        if self.compiled is not None and (not self.eager_until_warm or self.compiled.has_prefill(plan)):
+            run = self.compiled.prefill
+        elif self.compiled is not None:
+            plan = plan_of(rounded=False)
+
+        started = time.perf_counter()
+        filled, encoding = [], 0.0
+        for inputs, place, prompt in zip(requests, places, prompts, strict=True):
+            begun = time.perf_counter()
+            features, received = thinker.encode(inputs, weigh=config is not None)
+            self._synchronize()
+            encoding += time.perf_counter() - begun
+            x, deepstack = thinker.embed(inputs, place, features)
+            del features  # of an hour of video: gigabytes
+            filled.append(stages.fill_pool(plan, prompt, place.positions, x, deepstack, received))
+            del x, deepstack
+        request = stages.join(filled)
+        del filled
+        staged = run(plan, request, pruned=kv == "pruned")
+        del request
+        # The one read of what was selected, when all work is under way.
+        kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
+        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
+        self._synchronize()
+        seconds = time.perf_counter() - started - encoding
+        ends = [segment.layers[1] for segment in plan.segments[:-1]]
+        prefills = []
+        for row, place in enumerate(places):
+            survivors = [where[row, : count[row]] for where, count in kept]
+            segments = [len(some) for some in survivors]
+            drops = [(end - 1, tokens) for end, tokens in zip(ends, segments[1:], strict=True)]
+            prefills.append(
+                Prefill(
+                    logits=staged.logits[row],
+                    kept=survivors if config is not None else [],
+                    cache=cache.row(row) if len(places) > 1 else cache,
+                    next_position=place.next_position,
+                    tokens=place.counts,
+                    segments=segments,
+                    macs=self._macs(segments[0], drops),
+                    full_macs=self._macs(place.positions.shape[1], []),
+                    encode_seconds=encoding,
+                    prefill_seconds=seconds,
+                )
+            )
+        return prefills, cache
+
+    def decode(
+        self, prefills: list[Prefill], cache: Cache, new: int, sampling: Sampling, generator: torch.Generator
+    ) -> Iterator[list[int]]:
+        """Yields the next token of every row, `new` times at most.
+
+        On a GPU the host is one step behind: the next step is under way before this one's tokens are read.
+        """
+        logits = torch.stack([prefill.logits for prefill in prefills])
+        ahead = self.device.type == "cuda"
+        with self.running():
+            noise = draw_noise(sampling, (len(logits), logits.shape[1]), generator)
+            token = pick(logits, sampling, noise)
+            position = torch.tensor([float(prefill.next_position) for prefill in prefills], device=self.device)
+            read = read_later(token)
+        launch: Callable[[], None] | None = None
+        for produced in range(1, new + 1):
+            for turn in (ahead, not ahead):
+                if not turn:
+                    yield read()
+                elif produced < new:
+                    with self.running():
+                        if launch is None:
+                            launch = self._stepper(sampling, token, position, noise, cache)
+                        if noise is not None:
+                            noise.exponential_(generator=generator)
+                        launch()
+                        following = read_later(token)
+            if produced < new:
+                read = following
+
+    def _stepper(
+        self, sampling: Sampling, token: Tensor, position: Tensor, noise: Tensor | None, cache: Cache
+    ) -> Callable[[], None]:
+        if self.compiled is not None:
+            return self.compiled.stepper(sampling, token, position, noise, cache)
+        return lambda: step(self.thinker, sampling, token, position, noise, cache)
+
+    def _macs(self, tokens: int, drops: list[tuple[int, int]]) -> int:
+        decoder = self.thinker.config.decoder
+        return prefill_macs(
+            tokens,
+            drops,
+            num_layers=decoder.num_layers,
+            hidden_size=decoder.hidden_size,
+            # Where a few layers of many are dense, the count takes them for sparse ones.
+            intermediate_size=decoder.experts_per_token * decoder.expert_size or decoder.intermediate_size,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            vocab_size=decoder.vocab_size,
+            head_dim=decoder.head_dim,
+        )
+
+    def _check_context(self, places: Layout, max_new_tokens: int) -> None:
+        limit = self.thinker.config.decoder.max_position_embeddings
+        length = places.positions.shape[1]
+        if length + max_new_tokens > limit:
+            counts = ", ".join(f"{count} {name}" for name, count in places.counts.items() if count)
+            raise InputError(
+                f"the prompt has {length} tokens ({counts}) and the answer may take {max_new_tokens}, together more "
+                f"than the model's {limit}: lower fps, max_frames, max_pixels or max_new_tokens, or cut the clip."
+            )
+
+    def _synchronize(self) -> None:
+        """So that seconds are those of the work, not of its launch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def read_later(token: Tensor) -> Callable[[], list[int]]:
+    """Copies (B,) ids to the host without waiting; the function that it returns waits and reads."""
+    if token.device.type != "cuda":
+        ids = token.tolist()
+        return lambda: ids
+    host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+    host.copy_(token, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read

@@ -1,0 +1,127 @@
+"""Compiled functions: one graph for every set of static shapes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+MOST_GRAPHS = 256
+"""Graphs of one function that stay; the least recently used goes. A realistic spread of clips needs fewer plans."""
+GRAPH_BYTES = 8 * 2**30
+"""On a GPU, what inputs and outputs of captured graphs may take together; the graphs' own memory is one shared pool."""
+
+
+class Graphs:
+    """One function, compiled anew for every key: whole, of static shape, without a break.
+
+    On a GPU, with `captures`, each is then captured in a CUDA graph and replayed: inputs are copied in and outputs
+    out. Not safe for several threads at once.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device, *, captures: bool = True) -> None:
+        self.function, self.captures = function, captures and device.type == "cuda"
+        self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+    def run(self, key: Hashable, fixed: tuple[Any, ...], *tensors: Any) -> Any:
+        """function(*fixed, *tensors). fixed: what a key stands for; tensors: nests of tensors and dataclasses."""
+        if key not in self.graphs:
+            compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
+            run = partial(compiled, *fixed)
+            self.graphs[key] = Captured(run, tensors) if self.captures else run
+            self._make_room()
+        self.graphs.move_to_end(key)
+        return self.graphs[key](*tensors)
+
+    def clear(self) -> None:
+        self.graphs.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(graph.nbytes for graph in self.graphs.values() if isinstance(graph, Captured))
+
+    def _make_room(self) -> None:
+        while len(self.graphs) > 1 and (len(self.graphs) > MOST_GRAPHS or self.nbytes > GRAPH_BYTES):
+            self.graphs.popitem(last=False)
+
+
+def renewed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
+
+    The compiler keeps what it made of a function with its code, looks through all of it on every call, and gives up
+    after a few: this way each graph is found by its key, and is gone when it is dropped.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
+class Captured:
+    """A function captured in a CUDA graph with inputs of its own."""
+
+    def __init__(self, function: Callable[..., Any], tensors: tuple[Any, ...]) -> None:
+        leaves, spec = pytree.tree_flatten(unpacked(tensors))
+        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        arguments = packed(tensors, pytree.tree_unflatten(self.inputs, spec))
+
+        def run() -> None:
+            self.outputs = function(*arguments)
+
+        self.graph = capture(run)
+
+    def __call__(self, *tensors: Any) -> Any:
+        leaves, _ = pytree.tree_flatten(unpacked(tensors))
+        for own, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given)
+        self.graph.replay()
+        (outputs,) = packed((self.outputs,), pytree.tree_map_only(Tensor, Tensor.clone, unpacked((self.outputs,))))
+        return outputs  # copies: the next graph of the pool may write where this one's outputs lie
+
+    @property
+    def nbytes(self) -> int:
+        outputs, _ = pytree.tree_flatten(unpacked((self.outputs,)))
+        return sum(leaf.nbytes for leaf in (*self.inputs, *outputs) if isinstance(leaf, Tensor))
+
+
+_pools: list[Any] = []
+
+
+def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run`, which is called a few times beforehand. All graphs share one pool of memory."""
+    if not _pools:
+        _pools.append(torch.cuda.graph_pool_handle())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and lets libraries allocate what they need
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pools[0]):
+        run()
+    return graph
+
+
+def drop_pool() -> None:
+    """Lets the memory of dropped graphs go."""
+    _pools.clear()
+
+
+def unpacked(values: tuple[Any, ...]) -> list[Any]:
+    """Dataclasses as dictionaries of their fields, so that tensors inside are found."""
+    return [vars(value) if hasattr(value, "__dataclass_fields__") else value for value in values]
+
+
+def packed(like: tuple[Any, ...], values: list[Any]) -> list[Any]:
+    """The inverse of `unpacked`."""
+    return [
+        type(model)(**value) if hasattr(model, "__dataclass_fields__") else value
+        for model, value in zip(like, values, strict=True)
+    ]
