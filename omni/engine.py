@@ -15,6 +15,7 @@ from torch import Tensor
 from omni import stages
 from omni.cache import Cache
 from omni.inputs import InputError, Inputs
+from omni.layers import directly
 from omni.processing.positions import Layout, layout
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
@@ -124,6 +125,7 @@ class Engine:
             return plan_without_selection(num_layers, own) if config is None else make_plan(config, num_layers, own)
 
         plan = plan_of(rounded=self.compiled is not None)
+        call = directly if self.compiled is None else self.compiled.call
         run: Callable[..., stages.Staged] = partial(stages.prefill, thinker)
         if self.compiled is not None and (not self.eager_until_warm or self.compiled.has_prefill(plan)):
             run = self.compiled.prefill
@@ -134,7 +136,7 @@ class Engine:
         filled, encoding = [], 0.0
         for inputs, place, prompt in zip(requests, places, prompts, strict=True):
             begun = time.perf_counter()
-            features, received = thinker.encode(inputs, weigh=config is not None)
+            features, received = thinker.encode(inputs, weigh=config is not None, call=call)
             self._synchronize()
             encoding += time.perf_counter() - begun
             x, deepstack = thinker.embed(inputs, place, features)

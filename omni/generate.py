@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         print(
-            "omni-generate: the device ran out of memory: lower --fps, --max-frames or --max-pixels, "
+            "omni-generate: the device ran out of memory: lower --retention, --fps, --max-frames or --max-pixels, "
             "or take --dtype bfloat16.",
             file=sys.stderr,
         )

@@ -1,10 +1,20 @@
-"""The two layers that encoders and decoder share."""
+"""What encoders and decoder share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Call = Callable[..., Any]
+"""How an encoder calls those of its methods that see tensors of static shape: (method, *arguments) → its result."""
+
+
+def directly(method: Callable[..., Any], *arguments: Any) -> Any:
+    return method(*arguments)
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,7 @@ from omni.encoders.qwen2_5_vision import Qwen25VisionEncoder
 from omni.encoders.qwen3_audio import Qwen3AudioEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
 from omni.inputs import Inputs
-from omni.layers import RMSNorm
+from omni.layers import Call, RMSNorm, directly
 from omni.processing.positions import Layout
 from omni.rope import multimodal_rotary
 
@@ -37,7 +37,9 @@ class Thinker(nn.Module):
             None if decoder.tie_word_embeddings else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         )
 
-    def encode(self, inputs: Inputs, *, weigh: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(
+        self, inputs: Inputs, *, weigh: bool = False, call: Call = directly
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Media tokens by modality, in the order of the prompt; absent media are absent.
 
         Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them. And, with
@@ -45,12 +47,14 @@ class Thinker(nn.Module):
         """
         features, received = {}, {}
         if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
-            features["image"], _ = self.vision(inputs.pixel_values, inputs.image_grid_thw)
+            features["image"], _ = self.vision(inputs.pixel_values, inputs.image_grid_thw, call=call)
         if inputs.pixel_values_videos is not None and inputs.video_grid_thw is not None:
             grid_thw = inputs.video_grid_thw
-            features["video"], received["video"] = self.vision(inputs.pixel_values_videos, grid_thw, weigh=weigh)
+            features["video"], received["video"] = self.vision(
+                inputs.pixel_values_videos, grid_thw, weigh=weigh, call=call
+            )
         if inputs.input_features is not None:
-            tokens, received["audio"] = self.audio(inputs.input_features, inputs.mel_lengths, weigh=weigh)
+            tokens, received["audio"] = self.audio(inputs.input_features, inputs.mel_lengths, weigh=weigh, call=call)
             features["audio"] = tokens.unsqueeze(0)
         return features, received if weigh else {}
 

@@ -14,13 +14,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import AudioConfig
+from omni.layers import Call, directly
 
 
 class AudioEncoder(nn.Module):
     """The walk over sounds; a family says how one is encoded, in batches of fixed size.
 
-    A family sets `norm` and has encode_sound(mel, weigh): (bins, frames), all valid → (token_count, output_size) and,
-    with `weigh`, (token_count,) float32, the attention that each token receives in the last block.
+    A family sets `norm` and has encode_sound(mel, weigh, call): (bins, frames), all valid → (token_count, output_size)
+    and, with `weigh`, (token_count,) float32, the attention that each token receives in the last block. `call` runs
+    what sees tensors of static shape.
     """
 
     norm: nn.LayerNorm
@@ -29,10 +31,12 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def encode_sound(self, mel: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
+    def encode_sound(self, mel: Tensor, weigh: bool, call: Call) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def forward(self, mel: Tensor, lengths: Tensor, *, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, mel: Tensor, lengths: Tensor, *, weigh: bool = False, call: Call = directly
+    ) -> tuple[Tensor, Tensor | None]:
         """Encodes sounds, one after another.
 
         mel: (n, bins, frames) log-mel, on any device. lengths: (n,) valid frames of each, all at the front.
@@ -40,7 +44,7 @@ class AudioEncoder(nn.Module):
         float32, the attention that each token receives in the last block.
         """
         sounds = zip(mel, lengths.tolist(), strict=True)
-        encoded = [self.encode_sound(sound[:, :length], weigh) for sound, length in sounds]
+        encoded = [self.encode_sound(sound[:, :length], weigh, call) for sound, length in sounds]
         tokens, received = zip(*encoded, strict=True)
         return torch.cat(tokens), torch.cat(received) if weigh else None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
 from omni.encoders.received import received_attention
+from omni.layers import Call
 
 CHUNKS_PER_BATCH = 15
 """Thirty seconds, as Whisper hears it: enough rows for full matrix speed on a CPU."""
@@ -32,11 +33,11 @@ class Qwen25AudioEncoder(AudioEncoder):
         # In every public checkpoint, read by nothing: kept so that parameters match it name by name.
         self.boundary = nn.Embedding(2, config.output_size)
 
-    def encode_sound(self, mel: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
+    def encode_sound(self, mel: Tensor, weigh: bool, call: Call) -> tuple[Tensor, Tensor | None]:
         left = torch.tensor(mel.shape[1], device=self.norm.weight.device)
         parts = []
         for batch in self.batches(mel, self.batch_frames):
-            parts.append(self.encode_batch(batch, left, weigh))
+            parts.append(call(self.encode_batch, batch, left, weigh))
             left = left - self.batch_frames
         tokens, received = zip(*parts, strict=True)
         count = self.config.token_count(mel.shape[1])

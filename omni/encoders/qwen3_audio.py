@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
 from omni.encoders.received import received_attention
+from omni.layers import Call, directly
 
 CHUNKS_PER_BATCH = 10
 """Ten seconds through the convolutions, whose channels are the most memory of the encoder."""
@@ -40,10 +41,12 @@ class Qwen3AudioEncoder(AudioEncoder):
         self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.output_size)
 
-    def forward(self, mel: Tensor, lengths: Tensor, *, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, mel: Tensor, lengths: Tensor, *, weigh: bool = False, call: Call = directly
+    ) -> tuple[Tensor, Tensor | None]:
         longest = int(lengths.max())
         if longest >= self.config.chunk_frames:
-            return super().forward(mel, lengths, weigh=weigh)
+            return super().forward(mel, lengths, weigh=weigh, call=call)
         # Chunks are as long as the longest of them, and convolutions see where they end: where no sound fills a
         # chunk, padding to a whole one would change the last tokens.
         mel = mel[..., :longest].to(self.norm.weight)
@@ -54,17 +57,17 @@ class Qwen3AudioEncoder(AudioEncoder):
         real = torch.arange(x.shape[1], device=mel.device) < counts[:, None]
         return tokens[real], received[real] if received is not None else None
 
-    def encode_sound(self, mel: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
+    def encode_sound(self, mel: Tensor, weigh: bool, call: Call) -> tuple[Tensor, Tensor | None]:
         count, frames = self.config.token_count(mel.shape[1]), CHUNKS_PER_BATCH * self.config.chunk_frames
         chunks = (rearrange(batch, "m (c f) -> c m f", c=CHUNKS_PER_BATCH) for batch in self.batches(mel, frames))
         # Only the last chunk of a sound can be short, so the real positions are the first ones.
-        x = torch.cat([self.convolve(batch).flatten(0, 1) for batch in chunks])[:count]
+        x = torch.cat([call(self.convolve, batch).flatten(0, 1) for batch in chunks])[:count]
         starts = torch.arange(WINDOWS_PER_BATCH, device=x.device) * self.window_tokens
         parts = []
         for batch in x.split(WINDOWS_PER_BATCH * self.window_tokens):
             padded = F.pad(batch, (0, 0, 0, WINDOWS_PER_BATCH * self.window_tokens - len(batch)))
             windows = rearrange(padded, "(w n) d -> w n d", w=WINDOWS_PER_BATCH)
-            parts.append(self.attend(windows, len(batch) - starts, WEIGHT_WINDOW if weigh else None))
+            parts.append(call(self.attend, windows, len(batch) - starts, WEIGHT_WINDOW if weigh else None))
         tokens, received = zip(*parts, strict=True)
         whole = torch.cat(tokens).flatten(0, 1)[:count]
         return whole, torch.cat(received).flatten()[:count] if weigh else None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from omni.config import VisionConfig
 from omni.encoders.received import received_attention
+from omni.layers import Call, directly
 from omni.rope import rotate
 
 PATCHES_PER_BATCH = 2304
@@ -46,18 +47,20 @@ class VisionEncoder(nn.Module):
     def encode_batch(self, patches: Tensor, layout: Any, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def forward(self, patches: Tensor, grid_thw: Tensor, *, weigh: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, patches: Tensor, grid_thw: Tensor, *, weigh: bool = False, call: Call = directly
+    ) -> tuple[Tensor, Tensor | None]:
         """Encodes pictures or clips, one after another.
 
         patches: (ΣT·H·W, patch_dim), on any device. grid_thw: (n, 3) patches in time, height and width.
         Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device; and, with `weigh`,
         (ΣT·H·W / merge²,) float32, the attention that each token receives in the last block.
         """
-        tokens, received = zip(*self._encode(patches, grid_thw.tolist(), weigh), strict=True)
+        tokens, received = zip(*self._encode(patches, grid_thw.tolist(), weigh, call), strict=True)
         return torch.cat(tokens, dim=1), torch.cat(received) if weigh else None
 
     def _encode(
-        self, patches: Tensor, grids_thw: list[list[int]], weigh: bool
+        self, patches: Tensor, grids_thw: list[list[int]], weigh: bool, call: Call
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         device = self.patch_embedding.device
         start = 0
@@ -71,7 +74,7 @@ class VisionEncoder(nn.Module):
                 real = len(group)
                 group = F.pad(group, (0, 0, 0, 0, 0, batch - real))
                 valid = torch.arange(batch, device=device) < real if weigh else None
-                tokens, received = self.encode_batch(group, layout, valid)
+                tokens, received = call(self.encode_batch, group, layout, valid)
                 yield tokens[:, :real].flatten(1, 2), None if received is None else received[:real].flatten()
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni import stages
 from omni.cache import Cache
@@ -16,9 +15,6 @@ from omni.runtime.sampling import Sampling, pick
 from omni.stages import Request, Staged
 from omni.thinker import Thinker
 from seats.plan import StagePlan
-
-ENCODER_PARTS = ("encode_batch", "convolve", "attend")
-"""Methods of the encoders that see tensors of one shape per frame size, and of one shape of sound."""
 
 
 def step(
@@ -55,16 +51,14 @@ class Compiled:
         device = thinker.embedding.weight.device
         self.prefills = Graphs(_prefill, device)
         self.steps = Graphs(_step, device, captures=False)
-        self.encoders: list[Graphs] = []
-        for encoder in (thinker.vision, thinker.audio):
-            for name in ENCODER_PARTS:
-                if hasattr(encoder, name):
-                    self._compile_method(encoder, name, device)
+        self.device = device
+        self.encoders: dict[str, Graphs] = {}
 
-    def _compile_method(self, module: nn.Module, name: str, device: torch.device) -> None:
-        graphs = Graphs(getattr(type(module), name), device)
-        self.encoders.append(graphs)
-        setattr(module, name, lambda *tensors: graphs.run(shapes(tensors), (module,), *tensors))
+    def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs a method of an encoder, whose arguments are of one shape per frame size, and of one shape of sound."""
+        module, function = method.__self__, method.__func__  # type: ignore[attr-defined]
+        graphs = self.encoders.setdefault(function.__qualname__, Graphs(function, self.device))
+        return graphs.run(shapes(arguments), (module,), *arguments)
 
     def prefill(self, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
         key = (plan, pruned, len(request.x), request.deepstack is None)
@@ -91,7 +85,7 @@ class Compiled:
 
     def clear(self) -> None:
         """Drops all graphs and what they hold."""
-        for graphs in (self.prefills, self.steps, *self.encoders):
+        for graphs in (self.prefills, self.steps, *self.encoders.values()):
             graphs.clear()
         drop_pool()
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from omni.cache import Cache
 from omni.config import DecoderConfig, OmniConfig, read_config
 from omni.decoder import Layer
+from omni.layers import directly
 from omni.model import tensor_names
 from omni.rope import multimodal_rotary
 from omni.stages import fill_pool, prefill, whole_prompt
@@ -105,7 +106,7 @@ def test_prefill_runs_at_full_size(built) -> None:
         thinker = Thinker(config)
         deepstack = torch.empty(levels, 1, 200, hidden) if levels else None
         x = torch.empty(1, 200, hidden)
-        sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False)
+        sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False, directly)
     prompt = whole_prompt(200)
     plan = plan_without_selection(config.decoder.num_layers, prompt.counts((1.0, 1.0)))
     request = fill_pool(plan, prompt, torch.zeros(3, 200, dtype=torch.long), x, deepstack, {})

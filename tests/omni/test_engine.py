@@ -1,0 +1,192 @@
+"""Requests together, from several threads, through compiled graphs: the same answers as one by one and eagerly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from conftest import FAMILIES, Pair, make_request
+from test_golden import STOP, load, read_request
+from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
+
+import omni
+from omni import stages
+from omni.model import Omni
+
+MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
+    return make_pair(request.param, text={"num_hidden_layers": 6})
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Omni]:
+    """A compiled model whose graphs are traced whole but not turned into machine code, which takes half a minute each
+    (`pytest -m slow` does it)."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def compiled(model: Omni, **options: bool) -> Omni:
+        return Omni(model.thinker, model.folder, compile=True, **options)
+
+    return compiled
+
+
+def same_prefill(one: omni.Prefill, other: omni.Prefill, tolerance: float = 1e-4) -> None:
+    assert [kept.tolist() for kept in one.kept] == [kept.tolist() for kept in other.kept]
+    torch.testing.assert_close(one.logits, other.logits, atol=tolerance, rtol=tolerance)
+
+
+@golden
+@pytest.mark.parametrize("path", [path for path in CASES if path.stem == "case_001"], ids=lambda path: path.parent.name)
+def test_recorded_case_through_the_compiled_model(path, traced) -> None:
+    model = traced(load(path.parent))
+    inputs, expected = read_request(path)
+    seats = config_of(path)
+    prefill = model.prefill(inputs, seats=seats)
+    for step, kept in enumerate(prefill.kept):
+        assert kept.tolist() == expected[f"keep_{step}"].tolist()
+    torch.testing.assert_close(prefill.logits, expected["logits"], atol=1e-3, rtol=0)
+    generated = expected["generated"].tolist()
+    answer = model.generate(inputs, seats=seats, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    assert answer.tokens == generated
+
+
+@golden
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recorded_cases_as_machine_code(path) -> None:
+    """With the default compiler, on every recorded case."""
+    eager = load(path.parent)
+    model = omni.load(eager.folder, device="cpu", dtype=torch.float32, compile=True)
+    inputs, expected = read_request(path)
+    seats = config_of(path)
+    prefill = model.prefill(inputs, seats=seats)
+    same_prefill(prefill, eager.prefill(inputs, seats=seats))
+    torch.testing.assert_close(prefill.logits, expected["logits"], atol=1e-3, rtol=0)
+    generated = expected["generated"].tolist()
+    answer = model.generate(inputs, seats=seats, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    assert answer.tokens == generated
+
+
+def random_parts(draw: random.Random) -> list[tuple]:
+    grids = draw.choice([1, 2, 3, 4, 9, 20])
+    return [
+        ("text", draw.randint(2, 200)),
+        ("video", grids, 6, 10, 1.0, *([100 * grids + draw.randint(-40, 40)] if draw.random() < 0.7 else [])),
+        *([("audio", draw.randint(100, 900))] if draw.random() < 0.3 else []),
+        ("text", draw.randint(2, 60)),
+    ]
+
+
+def test_random_requests_over_the_ladder(pair: Pair, traced) -> None:
+    """Compiled and eager keep the same tokens; one graph per plan and no break, whatever the clips show."""
+    model, draw = traced(pair.model), random.Random(0)
+    sizes = [random_parts(draw) for _ in range(4)]
+    for seed in range(12):
+        inputs = make_request(pair, sizes[seed % len(sizes)], seed=seed)
+        same_prefill(model.prefill(inputs, seats=SETTINGS), pair.model.prefill(inputs, seats=SETTINGS))
+    plans = {key[0] for key in model.engine.compiled.prefills.graphs}
+    assert len(plans) == len(model.engine.compiled.prefills.graphs) <= len(sizes)
+    compiled = model.engine.compiled
+    total = sum(len(each.graphs) for each in (compiled.prefills, compiled.steps, *compiled.encoders.values()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == total
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_hundred_random_requests_over_twenty_plans(pair: Pair, traced) -> None:
+    model, draw = traced(pair.model), random.Random(1)
+    for seed in range(100):
+        if seed % 5 == 0:
+            parts = random_parts(draw)
+        inputs = make_request(pair, parts, seed=seed)
+        same_prefill(model.prefill(inputs, seats=SETTINGS), pair.model.prefill(inputs, seats=SETTINGS))
+    compiled = model.engine.compiled
+    total = sum(len(each.graphs) for each in (compiled.prefills, compiled.steps, *compiled.encoders.values()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == total
+
+
+def test_full_prefill_and_decoding_are_compiled_too(pair: Pair, traced) -> None:
+    model = traced(pair.model)
+    inputs = make_request(pair, REQUESTS["several media"])
+    same_prefill(model.prefill(inputs), pair.model.prefill(inputs))
+    for options in ({}, {"temperature": 0.8, "seed": 3}):
+        eager = pair.model.generate(inputs, max_new_tokens=9, stop_token_ids=[], **options)
+        assert model.generate(inputs, max_new_tokens=9, stop_token_ids=[], **options).tokens == eager.tokens
+    steps = len(model.engine.compiled.steps.graphs)
+    model.generate(make_request(pair, REQUESTS["several media"], seed=1), max_new_tokens=9, stop_token_ids=[])
+    assert len(model.engine.compiled.steps.graphs) == steps
+
+
+@pytest.mark.parametrize("options", [MIXED, {**MIXED, "kv": "layerwise"}, {**MIXED, "seats": None}])
+def test_requests_together_answer_as_one_by_one(pair: Pair, options: dict) -> None:
+    """Of one size and of several, down to one without a picture."""
+    names = ["clip with sound", "clip with sound", "several media", "sound", "clip without sound"]
+    requests = [make_request(pair, REQUESTS[name], seed=seed) for seed, name in enumerate(names)]
+    together = pair.model.generate(requests, **options)
+    alone = [pair.model.generate(inputs, **options) for inputs in requests]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    prefills = pair.model.prefill(requests, seats=options["seats"], kv=options.get("kv", "pruned"))
+    for prefill, inputs in zip(prefills, requests, strict=True):
+        same_prefill(prefill, pair.model.prefill(inputs, seats=options["seats"]))
+
+
+def test_a_request_that_stops_first_waits_for_the_others(pair: Pair) -> None:
+    requests = [make_request(pair, REQUESTS["clip with sound"], seed=seed) for seed in range(3)]
+    free = pair.model.generate(requests, **MIXED)
+    stop = free[1].tokens[3]
+    answers = pair.model.generate(requests, **{**MIXED, "stop_token_ids": [stop]})
+    for answer, whole in zip(answers, free, strict=True):
+        cut = whole.tokens.index(stop) + 1 if stop in whole.tokens else len(whole.tokens)
+        assert answer.tokens == whole.tokens[:cut]
+
+
+def test_what_cannot_run_together_is_refused(pair: Pair) -> None:
+    clip, text = make_request(pair, REQUESTS["clip with sound"]), make_request(pair, [("text", 9)])
+    with pytest.raises(ValueError, match="cannot be run together"):
+        pair.model.prefill([clip, text], seats=SETTINGS)
+    with pytest.raises(ValueError, match="no request"):
+        pair.model.prefill([])
+
+
+def test_threads_get_their_own_answers(pair: Pair) -> None:
+    requests = [make_request(pair, REQUESTS[name], seed=seed) for seed, name in enumerate([*REQUESTS, *REQUESTS])]
+    expected = [pair.model.generate(inputs, **MIXED).tokens for inputs in requests]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda inputs: pair.model.generate(inputs, **MIXED).tokens, requests))
+    assert answers == expected
+
+
+def test_out_of_memory_is_one_sentence_and_the_next_request_works(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_request(pair, REQUESTS["sound"])
+    expected = pair.model.prefill(inputs, seats=SETTINGS).logits
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "select_before_decoder", fail)
+        with pytest.raises(MemoryError, match="lower retention, max_frames"):
+            pair.model.prefill(inputs, seats=SETTINGS)
+    assert torch.equal(pair.model.prefill(inputs, seats=SETTINGS).logits, expected)
+
+
+def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:
+    model = traced(pair.model, eager_until_warm=True)
+    inputs = make_request(pair, [("text", 24), ("video", 3, 6, 10, 1.0, 300), ("text", 74)])
+    before = model.prefill(inputs, seats=SETTINGS)
+    assert not model.engine.compiled.prefills.graphs, "a plan that is not warm runs eagerly"
+    model.engine.eager_until_warm = False
+    model.warmup([3.0], seats=SETTINGS, max_new_tokens=9, height=84, width=140)
+    model.engine.eager_until_warm = True
+    made = len(model.engine.compiled.prefills.graphs)
+    same_prefill(model.prefill(inputs, seats=SETTINGS), before)
+    assert len(model.engine.compiled.prefills.graphs) == made == 1
