@@ -4,10 +4,12 @@
     python scripts/bench.py --family qwen3     # about 0.5 B active, of 1.1 B
     python scripts/bench.py prefill decode --repeats 3 --tokens 500
     python scripts/bench.py stages             # token selection against our own full prefill
+    python scripts/bench.py compiled           # compiled against eager, first calls included
 
-Writes benchmarks/results/<machine>-<family>-<date>.json, of `stages` one of its own, and renders benchmarks/README.md
-from all result files. Every row alternates its sides and takes medians; the machine's matrix and memory rates are
-measured in the same run, before and after, so that a figure can be read as a share of what the machine can do.
+Writes benchmarks/results/<machine>-<family>-<date>.json, of `stages` and `compiled` one of their own, and renders
+benchmarks/README.md from all result files. Every row alternates its sides and takes medians; the machine's matrix and
+memory rates are measured in the same run, before and after, so that a figure can be read as a share of what the
+machine can do.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import importlib.metadata
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ import seats
 from omni import stages
 from omni.cache import Cache
 from omni.decoder import Layer
-from omni.processing.prompt import clip_block
+from omni.runtime.blank import blank_clip
 from seats.plan import plan_without_selection
 
 ROOT = Path(__file__).parents[1]
@@ -270,26 +271,12 @@ def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 2
 
 
 RETENTIONS = (0.35, 0.25, 0.15, 0.10)
-GRID_SIDE = 24  # patches: 144 tokens per temporal grid
-VISION_END = 151653
 
 
-def clip_request(model: omni.Omni, tokens: int, text: int = 100) -> omni.Inputs:
-    """About `tokens` tokens: a random clip with sound, one temporal grid a second, and text around it."""
-    config = model.config
-    per_second = GRID_SIDE**2 // config.vision.spatial_merge_size**2 + config.audio.token_count(100)
-    seconds = max(1, (tokens - text) // per_second)
-    grid, frames = [seconds, GRID_SIDE, GRID_SIDE], 100 * seconds
-    block = clip_block(grid, 1.0, config.audio.token_count(frames), config)
-    before, after = torch.arange(1000, 1000 + text // 4).tolist(), torch.arange(2000, 2000 + text - text // 4).tolist()
-    return omni.Inputs(
-        input_ids=torch.tensor([[*before, config.tokens.vision_start, *block, VISION_END, *after]]),
-        pixel_values_videos=torch.randn(seconds * GRID_SIDE**2, config.vision.patch_dim),
-        video_grid_thw=torch.tensor([grid]),
-        video_second_per_grid=torch.tensor([1.0]),
-        input_features=torch.randn(1, 128, frames),
-        feature_attention_mask=torch.ones(1, frames, dtype=torch.long),
-    )
+def clip_request(model: omni.Omni, tokens: int) -> omni.Inputs:
+    """About `tokens` tokens: a clip of noise with sound, a temporal grid of 144 tokens a second, and 100 of text."""
+    per_second = 144 + model.config.audio.token_count(100)
+    return blank_clip(model.config, max(1, (tokens - 100) // per_second))
 
 
 class Clock:
@@ -346,7 +333,7 @@ def bench_stages(model: omni.Omni, tokens: int, repeats: int) -> dict[str, Any]:
     full = model.prefill(inputs)
     clock = Clock(
         [
-            (sys.modules["omni.model"], "fill_pool"),
+            (stages, "fill_pool"),
             (stages, "select_before_decoder"),
             (Layer, "query_and_keys"),
             (stages, "relevance"),
@@ -393,6 +380,71 @@ def bench_stages(model: omni.Omni, tokens: int, repeats: int) -> dict[str, Any]:
     return {"tokens": full.tokens, "rows": rows, "encoders": {"plain_seconds": plain, "weighing_seconds": weighing}}
 
 
+def bench_compiled(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, Any]:
+    """Compiled beside eager and, where it has the same part, transformers: seconds, and those of the first call."""
+    inputs = clip_request(model, tokens)
+    tokens = inputs.input_ids.shape[1]
+    graphs = omni.Omni(model.thinker, model.folder, compile=True)
+    decoder = model.config.decoder
+    x, positions = torch.randn(1, tokens, decoder.hidden_size), torch.arange(tokens).expand(3, 1, -1)
+    grid, mel, length = torch.tensor([[8, 24, 24]]), torch.randn(1, 128, 3000), torch.tensor([3000])
+    patches = torch.randn(8 * 576, model.config.vision.patch_dim)
+    call = graphs.engine.compiled.call
+    rows: dict[str, list[Callable[[], float]]] = {
+        f"prefill at {retention:.0%}": [
+            lambda side=side, seats_config=seats_config: side.prefill(inputs, seats=seats_config).prefill_seconds
+            for side in (graphs, model)
+        ]
+        for retention in (1.0, *RETENTIONS)
+        for seats_config in (None if retention == 1 else seats.preset_for(model.config, retention),)
+    }
+    rows["prefill at 100%"].append(
+        timed(lambda: reference.model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True))
+    )
+    rows["vision"] = [
+        timed(lambda: model.thinker.vision(patches, grid, call=call)),
+        timed(lambda: model.thinker.vision(patches, grid)),
+        timed(lambda: reference.model.visual(patches, grid_thw=grid)),
+    ]
+    rows["audio"] = [
+        timed(lambda: model.thinker.audio(mel, length, call=call)),
+        timed(lambda: model.thinker.audio(mel, length)),
+        timed(lambda: reference.model.audio_tower(mel[0], feature_lens=length)),
+    ]
+    question = blank_clip(model.config, 1.0)
+
+    def decode(side: omni.Omni) -> float:
+        stats = side.generate(question, max_new_tokens=17, stop_token_ids=[]).stats
+        return stats.decode_seconds / (stats.new_tokens - 1)
+
+    rows["decode, per token"] = [lambda: decode(graphs), lambda: decode(model)]
+    lowest = seats.preset_for(model.config, RETENTIONS[-1])
+    rows["first token at 10%"] = [
+        timed(lambda side=side: side.prefill(inputs, seats=lowest)) for side in (graphs, model)
+    ]
+    found = {}
+    for name, sides in rows.items():
+        first = timed(sides[0])()
+        alternate(sides, 1)
+        seconds = alternate(sides, repeats)
+        ratios = sorted(eager / own for own, eager in zip(seconds[0], seconds[1], strict=True))
+        found[name] = {
+            "rounds": repeats,
+            "speedup": statistics.median(ratios),
+            "lowest": ratios[0],
+            "highest": ratios[-1],
+            "first_call_seconds": first,
+            "seconds": statistics.median(seconds[0]),
+            "eager_seconds": statistics.median(seconds[1]),
+        }
+        if len(sides) > 2:
+            found[name]["their_seconds"] = statistics.median(seconds[2])
+            against_theirs = [their / own for own, their in zip(seconds[0], seconds[2], strict=True)]
+            found[name]["of_theirs"] = statistics.median(against_theirs)
+        print_rows({name: found[name]})
+    return {"tokens": model.prefill(inputs, seats=lowest).tokens, "rows": found, "compiled": True}
+
+
 def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
     torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)  # and warms both up
     return against(timed(theirs), timed(ours), repeats)
@@ -415,6 +467,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             title = "token selection against our own full prefill"
             found = bench_stages(model, options.tokens, options.repeats)
             print_rows(found["rows"])
+        elif options.rows == ["compiled"]:
+            title = "compiled against eager"
+            found = bench_compiled(reference, model, options.tokens, options.repeats)
         else:
             title, rows = "thinker against transformers", {}
             for name in options.rows:
@@ -461,7 +516,7 @@ def render(results: list[dict[str, Any]]) -> str:
         "",
         "Rendered by `scripts/bench.py` from `results/`; do not edit. All sides run in turns on one machine with the",
         "same random weights and threads; a speed-up is the median of the rounds' ratios, seconds are medians.",
-        "Repeat with `.venv/bin/python scripts/bench.py` and `.venv/bin/python scripts/bench.py stages`.",
+        "Repeat with `.venv/bin/python scripts/bench.py` and `… stages`, `… compiled`.",
     ]
     for result in sorted(results, key=lambda r: (r["date"], r["bench"]), reverse=True):
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -481,9 +536,31 @@ def render(results: list[dict[str, Any]]) -> str:
             f"{tokens} prompt tokens; {versions}.",
             f"The machine's own rates: matrix product in GFLOP/s {rates[0]}; memory read in GB/s {rates[1]}.",
             "",
-            *(stages_table(result) if "encoders" in result else pair_table(result["rows"])),
+            *table(result),
         ]
     return "\n".join(lines) + "\n"
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    if "encoders" in result:
+        return stages_table(result)
+    return compiled_table(result["rows"]) if "compiled" in result else pair_table(result["rows"])
+
+
+def compiled_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| | compiled / eager speed | lowest to highest | rounds | compiled / transformers | compiled, s | eager, s "
+        "| first call, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        spread = f"{row['lowest']:.2f} to {row['highest']:.2f} | {row['rounds']}"
+        theirs = f"{row['of_theirs']:.2f}" if "of_theirs" in row else ""
+        lines.append(
+            f"| {name} | {row['speedup']:.2f} | {spread} | {theirs} | {row['seconds']:.3g} "
+            f"| {row['eager_seconds']:.3g} | {row['first_call_seconds']:.3g} |"
+        )
+    return lines
 
 
 def pair_table(rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -529,21 +606,25 @@ def stages_table(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=SIZES, default="qwen2.5")
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"some of {', '.join(ROWS)}; or stages alone")
-    parser.add_argument("--tokens", type=int, help="prompt length: 2000 of the prefill row, 3000 of stages")
+    parser.add_argument(
+        "rows", nargs="*", metavar="row", help=f"some of {', '.join(ROWS)}; or stages or compiled alone"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="prompt length: 2000 of the prefill row, 3000 of stages and compiled"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks")
     options = parser.parse_args()
     options.rows = options.rows or list(ROWS)
-    is_stages = options.rows == ["stages"]
-    if not is_stages and (unknown := set(options.rows) - set(ROWS)):
-        parser.error(f"no row {unknown.pop()!r}: choose from {', '.join(ROWS)}, or stages alone.")
-    options.tokens = options.tokens or (3000 if is_stages else 2000)
+    alone = options.rows[0] if options.rows in (["stages"], ["compiled"]) else None
+    if alone is None and (unknown := set(options.rows) - set(ROWS)):
+        parser.error(f"no row {unknown.pop()!r}: choose from {', '.join(ROWS)}, or stages or compiled alone.")
+    options.tokens = options.tokens or (3000 if alone else 2000)
     result = run(options)
     folder = options.results / "results"
     folder.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in result["machine"]).lower()
-    kind = options.family.replace(".", "-") + "-stages" * is_stages
+    kind = options.family.replace(".", "-") + (f"-{alone}" if alone else "")
     (folder / f"{name}-{kind}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     (options.results / "README.md").write_text(render(results))
