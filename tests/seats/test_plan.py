@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seats
 from seats.config import PRESETS
 from seats.cost import prefill_macs
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of, make_plan, window_count
+from seats.plan import AUDIO_WINDOW, Counts, StagePlan, _left, counts_of, make_plan, window_count
+from seats.selection import AUDIO, TEXT, VIDEO, run_starts, select
 
 GRID_TOKENS = 144
 MAX_FRAMES = 768
@@ -137,6 +139,30 @@ def test_rungs_hold_what_they_round(
         assert larger.length >= smaller.length
     assert (rounded.video_windows == 0) == (video == 0)
     assert (rounded.audio_windows == 0) == (audio == 0)
+
+
+@settings(max_examples=1000)
+@given(
+    runs=st.lists(st.tuples(st.sampled_from([TEXT, VIDEO, AUDIO]), st.integers(1, 6)), min_size=1, max_size=24),
+    video=st.floats(0.01, 1),
+    audio=st.floats(0.01, 1),
+    spread=st.sampled_from([1e-3, 1.0, 30.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_segment_holds_whatever_is_kept(
+    runs: list[tuple[int, int]], video: float, audio: float, spread: float, seed: int
+) -> None:
+    """However relevance falls, even on a few windows alone, the next segment has a slot for every survivor."""
+    modality = torch.tensor([kind for kind, length in runs for _ in range(length)], dtype=torch.uint8)
+    scores = spread * torch.rand(len(modality), generator=torch.Generator().manual_seed(seed))
+    starts = run_starts(modality[None])[0]
+    video_runs, audio_runs = (int((starts & (modality == kind)).sum()) for kind in (VIDEO, AUDIO))
+    media = int((modality != TEXT).sum())
+    if not media:
+        return
+    counts = Counts(1, 1 + media, video_runs, 1, audio_runs, video_runs, audio_runs)
+    keep = select(scores[None], modality[None], video, audio, 0.1, max(1, video_runs, audio_runs))[0]
+    assert int((keep & (modality != TEXT)).sum()) <= _left(media, counts, video, audio)
 
 
 def test_a_plan_names_what_it_cannot_hold() -> None:
