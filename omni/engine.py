@@ -189,20 +189,21 @@ class Engine:
             position = torch.tensor([float(prefill.next_position) for prefill in prefills], device=self.device)
             read = read_later(token)
         launch: Callable[[], None] | None = None
-        for produced in range(1, new + 1):
-            for turn in (ahead, not ahead):
-                if not turn:
-                    yield read()
-                elif produced < new:
-                    with self.running():
-                        if launch is None:
-                            launch = self._stepper(sampling, token, position, noise, cache)
-                        if noise is not None:
-                            noise.exponential_(generator=generator)
-                        launch()
-                        following = read_later(token)
-            if produced < new:
-                read = following
+
+        def advance() -> Callable[[], list[int]]:
+            nonlocal launch
+            with self.running():
+                launch = launch or self._stepper(sampling, token, position, noise, cache)
+                if noise is not None:
+                    noise.exponential_(generator=generator)
+                launch()
+                return read_later(token)
+
+        for left in reversed(range(new)):
+            following = advance() if ahead and left else None
+            yield read()
+            if left:
+                read = following or advance()
 
     def _stepper(
         self, sampling: Sampling, token: Tensor, position: Tensor, noise: Tensor | None, cache: Cache

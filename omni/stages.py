@@ -18,9 +18,7 @@ from omni.thinker import Thinker
 from seats.diversity import max_min_keep, window_counts
 from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of
 from seats.relevance import relevance
-from seats.selection import compact, select
-
-TEXT, VIDEO, AUDIO, PADDING = 0, 1, 2, 3
+from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, run_starts, select
 
 
 @dataclass(frozen=True)
@@ -217,9 +215,8 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
     audio_sizes: list[int] = []
     for frames in inputs.mel_lengths.tolist():
         audio_sizes += _windows(config.audio.token_count(frames), AUDIO_WINDOW)
-    video_runs, audio_runs = (
-        int(((kind == medium) & (F.pad(kind, (1, 0))[:-1] != medium)).sum()) for medium in (VIDEO, AUDIO)
-    )
+    starts = run_starts(kind[None])[0]
+    video_runs, audio_runs = (int((starts & (kind == medium)).sum()) for medium in (VIDEO, AUDIO))
     return Prompt(
         text=(kind == TEXT).nonzero().flatten(),
         video=layout.video,

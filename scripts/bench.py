@@ -316,8 +316,8 @@ def prefill_work(model: omni.Omni, segments: list[int], config: seats.SeatsConfi
     if config is not None and config.late_layer is not None:
         ends = [*config.drop_layers, config.late_layer - 1, decoder.num_layers]
     total, start = float(decoder.hidden_size * decoder.vocab_size), 0
+    weights = active_weights(model) / decoder.num_layers
     for tokens, end in zip(segments, ends, strict=True):
-        weights = active_weights(model) / decoder.num_layers
         total += (end - start) * tokens * (weights + tokens * decoder.num_heads * decoder.head_dim)
         start = end
     return total

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
+import torch
+
 from seats.config import SeatsConfig
+from seats.diversity import window_counts
 from seats.schedule import keep_ratios
 
 AUDIO_WINDOW = 50
@@ -96,9 +99,8 @@ def counts_of(
     its windows. runs: of video and of audio.
     """
     left = sum(
-        window_count(size, ratio)
+        int(window_counts(torch.tensor(sizes, dtype=torch.long), ratio).sum())
         for sizes, ratio in zip((video_sizes, audio_sizes), encoder_ratios, strict=True)
-        for size in sizes
     )
     return Counts(
         text=text,
@@ -109,11 +111,6 @@ def counts_of(
         video_runs=runs[0],
         audio_runs=runs[1],
     )
-
-
-def window_count(size: int, ratio: float) -> int:
-    """How many of a window's tokens Stage I keeps. `seats.diversity.window_counts` says it of tensors."""
-    return min(size, max(1, round(ratio * size)))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ def blank_clip(
     fps: float = 2.0,
     max_frames: int = 768,
     text: int = 100,
-    sound: bool = True,
 ) -> Inputs:
     """A clip of noise and as much sound, with `text` tokens around it. height, width: pixels of its frames."""
     vision = config.vision
@@ -28,18 +27,14 @@ def blank_clip(
     grid = [grids, max(1, height // unit) * merge, max(1, width // unit) * merge]
     frames = max(2, int(100 * seconds))
     step = max(vision.temporal_patch_size / fps, seconds / grids)
-    block = clip_block(grid, step, config.audio.token_count(frames) if sound else None, config)
+    block = clip_block(grid, step, config.audio.token_count(frames), config)
     tokens = config.tokens
     generator = torch.Generator().manual_seed(0)
-    fields = {}
-    if sound:
-        fields["input_features"] = torch.randn(1, config.audio.num_mel_bins, frames, generator=generator)
-        fields["feature_attention_mask"] = torch.ones(1, frames, dtype=torch.long)
     return Inputs(
         input_ids=torch.tensor([[0] * (text // 4) + [tokens.vision_start, *block] + [0] * (text - text // 4 - 1)]),
         pixel_values_videos=torch.randn(grids * grid[1] * grid[2], vision.patch_dim, generator=generator),
         video_grid_thw=torch.tensor([grid]),
         video_second_per_grid=torch.tensor([step]),
-        use_audio_in_video=sound,
-        **fields,
+        input_features=torch.randn(1, config.audio.num_mel_bins, frames, generator=generator),
+        feature_attention_mask=torch.ones(1, frames, dtype=torch.long),
     )

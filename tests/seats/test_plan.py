@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import seats
 from seats.config import PRESETS
 from seats.cost import prefill_macs
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, _left, counts_of, make_plan, window_count
+from seats.diversity import window_counts
+from seats.plan import AUDIO_WINDOW, Counts, StagePlan, _left, counts_of, make_plan
 from seats.selection import AUDIO, TEXT, VIDEO, run_starts, select
 
 GRID_TOKENS = 144
@@ -197,7 +198,7 @@ def test_cost_of_the_papers_clip(capsys: pytest.CaptureFixture[str]) -> None:
             for (name, tokens), window, ratio in zip(
                 list(kept.items()), (2 * GRID_TOKENS, AUDIO_WINDOW), config.encoder_ratios, strict=True
             ):
-                kept[name] = sum(window_count(size, ratio) for size in sizes(tokens, window))
+                kept[name] = int(window_counts(torch.tensor(sizes(tokens, window)), ratio).sum())
         first = text + sum(kept.values())
         drops = []
         for step, layer in enumerate(config.drop_layers if not config.keeps_everything else ()):
