@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omni.cache import CHUNK
 from omni.config import DecoderConfig
-from omni.layers import RMSNorm, SwiGLU
+from omni.layers import Linear, RMSNorm, SwiGLU
 from omni.moe import Experts
 from omni.rope import rotate
 
@@ -22,10 +22,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows, bias=not config.qk_norm)
+        self.qkv = Linear(config.hidden_size, rows, bias=not config.qk_norm)
         self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
     def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, S, hidden) → what attention adds to it, and keys and values, (B, kv_heads, S, dim)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -22,7 +23,7 @@ from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
 from seats.config import SeatsConfig
 from seats.cost import prefill_macs
-from seats.plan import StagePlan, make_plan, plan_without_selection
+from seats.plan import make_plan, plan_without_selection
 
 KV = ("pruned", "layerwise")
 
@@ -48,11 +49,11 @@ class Prefill:
 
 
 class Engine:
-    """compiled: the graphs, or None. eager_until_warm: whether a prompt whose graph is not there yet runs without."""
+    """compiled: the graphs, or None. eager_until_warm: what has no graph yet runs without, except inside `warming`."""
 
     def __init__(self, thinker: Thinker, *, compile: bool, eager_until_warm: bool) -> None:
-        self.thinker, self.eager_until_warm = thinker, eager_until_warm
-        self.compiled = Compiled(thinker) if compile else None
+        self.thinker = thinker
+        self.compiled = Compiled(thinker, eager_until_warm=eager_until_warm) if compile else None
         self._lock = Lock()
 
     @property
@@ -66,16 +67,25 @@ class Engine:
             try:
                 yield
                 return
-            except torch.OutOfMemoryError as error:
-                reason = str(error).split(".")[0]
+            except RuntimeError as error:
+                # On a CPU too little memory is a RuntimeError like any other.
+                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
+                asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         # Outside of the handler, whose traceback keeps the tensors of the failed request.
         if self.compiled is not None:
             self.compiled.clear()
         torch.cuda.empty_cache()
         raise MemoryError(
-            f"the device has too little memory for this request ({reason}): lower retention, max_frames, max_pixels "
-            "or max_new_tokens, or send fewer requests at a time."
+            f"the device has too little memory for this request{f' (it asked for {asked[1]})' if asked else ''}: lower "
+            "retention, max_frames, max_pixels or max_new_tokens, or send fewer requests at a time."
         )
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """What runs inside makes graphs, `eager_until_warm` or not."""
+        with nullcontext() if self.compiled is None else self.compiled.warming():
+            yield
 
     def prefill(
         self, requests: Sequence[Inputs], new: int, config: SeatsConfig | None, kv: str
@@ -92,7 +102,7 @@ class Engine:
             config.check(self.thinker.config.decoder.num_layers)
         selects = self._selects(places, config)
         with self.running():
-            return self._prefill(requests, places, new, config if selects else None, kv)
+            return self._prefill(requests, places, new, config if selects else None, pruned=kv == "pruned")
 
     def _selects(self, places: list[Layout], config: SeatsConfig | None) -> bool:
         """Whether there is something to select from. Raises ValueError where that differs between requests."""
@@ -104,7 +114,7 @@ class Engine:
         return answers.pop()
 
     def _prefill(
-        self, requests: Sequence[Inputs], places: list[Layout], new: int, config: SeatsConfig | None, kv: str
+        self, requests: Sequence[Inputs], places: list[Layout], new: int, config: SeatsConfig | None, *, pruned: bool
     ) -> tuple[list[Prefill], Cache]:
         thinker, num_layers = self.thinker, self.thinker.config.decoder.num_layers
         if config is not None:
@@ -120,38 +130,30 @@ class Engine:
         for prompt in prompts[1:]:
             counts = counts.joined(prompt.counts(ratios))
 
-        def plan_of(rounded: bool) -> StagePlan:
-            own = counts.rounded() if rounded else counts
-            return plan_without_selection(num_layers, own) if config is None else make_plan(config, num_layers, own)
-
-        plan = plan_of(rounded=self.compiled is not None)
+        if self.compiled is not None:
+            counts = counts.rounded()
+        plan = plan_without_selection(num_layers, counts) if config is None else make_plan(config, num_layers, counts)
         call = directly if self.compiled is None else self.compiled.call
-        run: Callable[..., stages.Staged] = partial(stages.prefill, thinker)
-        if self.compiled is not None and (not self.eager_until_warm or self.compiled.has_prefill(plan)):
-            run = self.compiled.prefill
-        elif self.compiled is not None:
-            plan = plan_of(rounded=False)
+        run = partial(stages.prefill, thinker) if self.compiled is None else self.compiled.prefill
 
         started = time.perf_counter()
-        filled, encoding = [], 0.0
+        encoded = [thinker.encode(inputs, weigh=config is not None, call=call) for inputs in requests]
+        self._synchronize()
+        encode_seconds = time.perf_counter() - started
+        filled = []
         for inputs, place, prompt in zip(requests, places, prompts, strict=True):
-            begun = time.perf_counter()
-            features, received = thinker.encode(inputs, weigh=config is not None, call=call)
-            self._synchronize()
-            encoding += time.perf_counter() - begun
-            x, deepstack = thinker.embed(inputs, place, features)
-            del features  # of an hour of video: gigabytes
-            filled.append(stages.fill_pool(plan, prompt, place.positions, x, deepstack, received))
-            del x, deepstack
+            features, received = encoded.pop(0)  # of an hour of video: gigabytes, not held twice for longer
+            filled.append(stages.fill_pool(plan, prompt, place, inputs.input_ids, features, received, self.device))
+            del features, received
         request = stages.join(filled)
         del filled
-        staged = run(plan, request, pruned=kv == "pruned")
+        staged = run(plan, request, pruned=pruned)
         del request
         # The one read of what was selected, when all work is under way.
         kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
         cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
         self._synchronize()
-        seconds = time.perf_counter() - started - encoding
+        seconds = time.perf_counter() - started - encode_seconds
         ends = [segment.layers[1] for segment in plan.segments[:-1]]
         prefills = []
         for row, place in enumerate(places):
@@ -168,7 +170,7 @@ class Engine:
                     segments=segments,
                     macs=self._macs(segments[0], drops),
                     full_macs=self._macs(place.positions.shape[1], []),
-                    encode_seconds=encoding,
+                    encode_seconds=encode_seconds,
                     prefill_seconds=seconds,
                 )
             )
@@ -199,11 +201,14 @@ class Engine:
                 launch()
                 return read_later(token)
 
-        for left in reversed(range(new)):
-            following = advance() if ahead and left else None
-            yield read()
-            if left:
-                read = following or advance()
+        try:
+            for left in reversed(range(new)):
+                following = advance() if ahead and left else None
+                yield read()
+                if left:
+                    read = following or advance()
+        finally:
+            self._synchronize()  # a step that nobody waits for may still write to the cache
 
     def _stepper(
         self, sampling: Sampling, token: Tensor, position: Tensor, noise: Tensor | None, cache: Cache

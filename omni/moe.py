@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.config import DecoderConfig
+from omni.layers import matrix_vector, one_row_on_a_cpu
 
 
 class Experts(nn.Module):
@@ -28,6 +29,10 @@ class Experts(nn.Module):
         """(B, S, hidden) → (B, S, hidden)."""
         tokens = x.flatten(0, 1)
         shares, chosen = self.route(tokens)
+        if one_row_on_a_cpu(tokens):
+            gate, up = matrix_vector(self.gate_up[chosen[0]], tokens).chunk(2, dim=-1)
+            results = matrix_vector(self.down[chosen[0]], F.silu(gate) * up)
+            return (shares @ results).view_as(x)
         by_expert, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=x.device), right=True).int()
         rows = tokens.index_select(0, order // self.per_token)

@@ -25,16 +25,19 @@ from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, run_starts, se
 class Request:
     """Prompts of one plan, their tokens in the plan's pool: text, then video by windows, then audio by windows.
 
-    x: (B, P, hidden). positions: (3, B, P). place: (B, P) where each token stands in its prompt; `P` and more in
-    slots that hold none. received: (B, P) attention weights of video and audio tokens. deepstack: (levels, B, P,
-    hidden) or None. video_sizes, audio_sizes: (B, windows) tokens in each window, which come first.
+    ids: (B, P) token ids. positions: (3, B, P). place: (B, P) where each token stands in its prompt; `P` and more in
+    slots that hold none. media: (1 + deepstack levels, B, P, hidden), what the encoders made, in their order and not in
+    that of the pool, or None. source: (B, P) which of these a slot takes, -1 for the embedding of its id. received:
+    (B, P), the attention that each of `media` received. video_sizes, audio_sizes: (B, windows) tokens in each window,
+    which come first.
     """
 
-    x: Tensor
+    ids: Tensor
     positions: Tensor
     place: Tensor
+    media: Tensor | None
+    source: Tensor
     received: Tensor
-    deepstack: Tensor | None
     video_sizes: Tensor
     audio_sizes: Tensor
 
@@ -87,7 +90,7 @@ class Staged:
 
 def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
     """Runs prompts through the stages and layers. Static shapes: nothing here depends on what the prompts hold."""
-    sequence = select_before_decoder(plan, request)
+    sequence = select_before_decoder(plan, request, *thinker.embed(request.ids, request.source, request.media))
     kept = [(sequence.place, sequence.count)]
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -107,10 +110,11 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
             layer = cast(Layer, thinker.layers[segment.layers[1] - 1])
             query, all_keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
             scores = relevance(query, all_keys, sequence.kind != PADDING)
-            keep = select(scores, sequence.kind, segment.video_keep, segment.audio_keep, plan.temperature, plan.windows)
+            chosen, count = choose(plan, scores, sequence.kind, segment.video_keep, segment.audio_keep)
         else:
-            keep = sequence.kind == TEXT
-        sequence = sequence.take(*compact(keep, plan.segments[number + 1].length))
+            chosen, count = compact(sequence.kind == TEXT, sequence.kind.shape[1])
+        length = plan.segments[number + 1].length
+        sequence = sequence.take(chosen[:, :length], count.clamp(max=length))
         kept.append((sequence.place, sequence.count))
     last = _rows(sequence.x, (sequence.count - 1)[:, None])[:, 0]
     lengths = [count for _, count in spans]
@@ -118,6 +122,26 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
         prune(keys, values, spans, sequence)
         lengths = [sequence.count] * len(spans)
     return Staged(thinker.logits(last), kept, keys, values, lengths)
+
+
+def choose(
+    plan: StagePlan, scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float
+) -> tuple[Tensor, Tensor]:
+    """Stage II: index and count of what stays of a sequence with these scores, (B, S), as `compact` gives them.
+
+    Every selection of a plan is brought to one shape, with ratios as tensors, so that they are compiled once.
+    """
+    padding = plan.segments[0].length - scores.shape[1]
+    ratios = (torch.full((), ratio, dtype=torch.float64, device=scores.device) for ratio in (video_keep, audio_keep))
+    scores, kind = F.pad(scores, (0, padding)), F.pad(kind, (0, padding), value=PADDING)
+    return _choose(scores, kind, *ratios, plan.temperature, plan.windows)
+
+
+@torch.compiler.nested_compile_region
+def _choose(
+    scores: Tensor, kind: Tensor, video_keep: Tensor, audio_keep: Tensor, temperature: float, windows: int
+) -> tuple[Tensor, Tensor]:
+    return compact(select(scores, kind, video_keep, audio_keep, temperature, windows), kind.shape[1])
 
 
 def prune(keys: list[Tensor], values: list[Tensor], spans: list[tuple[Tensor, Tensor]], survivors: Sequence) -> None:
@@ -133,27 +157,31 @@ def prune(keys: list[Tensor], values: list[Tensor], spans: list[tuple[Tensor, Te
             )
 
 
-def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:
-    """Stage I: the most diverse tokens of every window, with all of the text, in the order of the prompt."""
-    batch, slots, _ = request.x.shape
+def select_before_decoder(plan: StagePlan, request: Request, x: Tensor, deepstack: Tensor | None) -> Sequence:
+    """Stage I: the most diverse tokens of every window, with all of the text, in the order of the prompt.
+
+    x: (B, P, hidden), deepstack: (levels, B, P, hidden) or None, in the order of the pool.
+    """
+    batch, slots, _ = x.shape
     counts = plan.counts
     keep = [request.place[:, : counts.text] < slots]
     parts = (
         (counts.video_windows, counts.video_window, plan.video_ratio, request.video_sizes),
         (counts.audio_windows, AUDIO_WINDOW, plan.audio_ratio, request.audio_sizes),
     )
+    received = request.received.gather(1, request.source.clamp(min=0))
     start = counts.text
     for windows, size, ratio, sizes in parts:
         end = start + windows * size
         if windows:
-            features = rearrange(request.x[:, start:end], "b (w n) d -> (b w) n d", w=windows)
-            weights = rearrange(request.received[:, start:end], "b (w n) -> (b w) n", w=windows)
+            features = rearrange(x[:, start:end], "b (w n) d -> (b w) n d", w=windows)
+            weights = rearrange(received[:, start:end], "b (w n) -> (b w) n", w=windows)
             picked = max_min_keep(features, weights, sizes.flatten(), window_counts(sizes.flatten(), ratio))
             keep.append(rearrange(picked, "(b w) n -> b (w n)", b=batch))
         start = end
     kind = torch.cat(
         [
-            torch.full((length,), kind, dtype=torch.uint8, device=request.x.device)
+            torch.full((length,), kind, dtype=torch.uint8, device=x.device)
             for kind, length in (
                 (TEXT, counts.text),
                 (VIDEO, parts[0][0] * parts[0][1]),
@@ -163,11 +191,11 @@ def select_before_decoder(plan: StagePlan, request: Request) -> Sequence:
     )
     kept = torch.cat(keep, dim=1)
     everything = Sequence(
-        x=request.x,
+        x=x,
         positions=request.positions,
         place=request.place,
         kind=kind.expand(batch, -1),
-        deepstack=request.deepstack,
+        deepstack=deepstack,
         count=kept.sum(dim=1),
     )
     if slots == counts.text:  # text alone, in order already: an hour of video is not copied
@@ -242,22 +270,20 @@ def _windows(tokens: int, size: int) -> list[int]:
 def fill_pool(
     plan: StagePlan,
     prompt: Prompt,
-    positions: Tensor,
-    x: Tensor,
-    deepstack: Tensor | None,
+    layout: Layout,
+    ids: Tensor,
+    features: dict[str, Tensor],
     received: dict[str, Tensor],
+    device: torch.device,
 ) -> Request:
-    """The tensors of one prompt in the slots of its plan.
+    """The tensors of one prompt in the slots of its plan, on `device`.
 
-    positions: (3, S). x: (1, S, hidden). deepstack: (levels, 1, S, hidden) or None. received: by modality, (n,).
-    Raises ValueError where the plan does not hold the prompt.
+    ids: (1, S). features, received: `Thinker.encode`. Raises ValueError where the plan does not hold the prompt.
     """
     plan.check_holds(prompt.counts(plan.encoder_ratios))
-    device = x.device
     counts = plan.counts
     place = torch.full((counts.pool,), counts.pool)
     place[: len(prompt.text)] = prompt.text
-    weights = torch.zeros(counts.pool, device=device)
     start, sizes = counts.text, []
     for name, windows, width in (
         ("video", counts.video_windows, counts.video_window),
@@ -266,44 +292,59 @@ def fill_pool(
         tokens, filled = getattr(prompt, name), torch.tensor(getattr(prompt, f"{name}_sizes"), dtype=torch.long)
         window = torch.arange(len(filled)).repeat_interleave(filled)
         inside = torch.arange(len(tokens)) - (filled.cumsum(0) - filled).repeat_interleave(filled)
-        slots = start + window * width + inside
-        place[slots] = tokens
-        if len(tokens):
-            weights[slots.to(device)] = received[name].to(device)
-        sizes.append(F.pad(filled, (0, windows - len(filled))).to(device)[None])
+        place[start + window * width + inside] = tokens
+        sizes.append(F.pad(filled, (0, windows - len(filled)))[None].to(device))
         start += windows * width
-    if counts.pool != x.shape[1] or counts.pool != counts.text:  # else an hour of video would be copied as it stands
-        source = torch.where(place < counts.pool, place, 0).to(device)
-        x = x.index_select(1, source)
-        positions = positions.to(device).index_select(1, source)
-        deepstack = None if deepstack is None else deepstack.index_select(2, source)
+
+    source = torch.full((ids.shape[1],), -1)
+    weights = torch.zeros(counts.pool, device=device)
+    media = None
+    if features:
+        levels, like = max(map(len, features.values())), next(iter(features.values()))
+        media = like.new_zeros(levels, 1, counts.pool, like.shape[-1], device=device)
+    first = 0
+    for name, tokens in features.items():
+        assert media is not None
+        end = first + tokens.shape[1]
+        media[: len(tokens), 0, first:end] = tokens
+        source[getattr(layout, name)] = torch.arange(first, end)
+        if name in received:
+            weights[first:end] = received[name]
+        first = end
+    there = place < counts.pool
+    at = torch.where(there, place, 0)
     return Request(
-        x=x,
-        positions=positions.to(device)[:, None],
-        place=place.to(device)[None],
+        ids=ids[:, at.to(ids.device)].to(device),
+        positions=layout.positions[:, None, at].to(device),
+        place=place[None].to(device),
+        media=media,
+        source=torch.where(there, source[at], -1)[None].to(device),
         received=weights[None],
-        deepstack=deepstack,
         video_sizes=sizes[0],
         audio_sizes=sizes[1],
     )
 
 
 def join(requests: list[Request]) -> Request:
-    """Requests of one plan, one after another in one batch. A prompt without pictures adds zeros by deepstack."""
+    """Requests of one plan, one after another in one batch."""
     if len(requests) == 1:
         return requests[0]
-    levels = next((request.deepstack for request in requests if request.deepstack is not None), None)
-    deepstack = None
-    if levels is not None:
-        deepstack = torch.cat(
-            [torch.zeros_like(levels) if request.deepstack is None else request.deepstack for request in requests], 1
-        )
+    some = [request.media for request in requests if request.media is not None]
+    media = None
+    if some:
+        levels = max(map(len, some))
+        # Prompts without pictures have no deepstack, those without any media nothing: their part stays zero.
+        media = some[0].new_zeros(levels, len(requests), *some[0].shape[2:])
+        for row, request in enumerate(requests):
+            if request.media is not None:
+                media[: len(request.media), row] = request.media[:, 0]
     return Request(
-        x=torch.cat([request.x for request in requests]),
+        ids=torch.cat([request.ids for request in requests]),
         positions=torch.cat([request.positions for request in requests], dim=1),
         place=torch.cat([request.place for request in requests]),
+        media=media,
+        source=torch.cat([request.source for request in requests]),
         received=torch.cat([request.received for request in requests]),
-        deepstack=deepstack,
         video_sizes=torch.cat([request.video_sizes for request in requests]),
         audio_sizes=torch.cat([request.audio_sizes for request in requests]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from omni.cache import Cache
@@ -16,8 +16,7 @@ from omni.encoders.qwen2_5_vision import Qwen25VisionEncoder
 from omni.encoders.qwen3_audio import Qwen3AudioEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
 from omni.inputs import Inputs
-from omni.layers import Call, RMSNorm, directly
-from omni.processing.positions import Layout
+from omni.layers import Call, Linear, RMSNorm, directly, linear
 from omni.rope import multimodal_rotary
 
 ENCODERS = {QWEN2_5: (Qwen25VisionEncoder, Qwen25AudioEncoder), QWEN3: (Qwen3VisionEncoder, Qwen3AudioEncoder)}
@@ -33,9 +32,7 @@ class Thinker(nn.Module):
         self.embedding = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
         self.layers = nn.ModuleList(Layer(decoder, index) for index in range(decoder.num_layers))
         self.norm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps)
-        self.head = (
-            None if decoder.tie_word_embeddings else nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
-        )
+        self.head = None if decoder.tie_word_embeddings else Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
 
     def encode(
         self, inputs: Inputs, *, weigh: bool = False, call: Call = directly
@@ -58,22 +55,21 @@ class Thinker(nn.Module):
             features["audio"] = tokens.unsqueeze(0)
         return features, received if weigh else {}
 
-    def embed(self, inputs: Inputs, layout: Layout, features: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Text embeddings with the media tokens in the places of their placeholders, (1, S, hidden).
+    def embed(self, ids: Tensor, source: Tensor, media: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of ids, or in their place what the encoders made, (B, S, hidden).
 
-        And, where there are pictures and the family has it, deepstack: (levels, 1, S, hidden), zero elsewhere.
+        ids: (B, S). media: (1 + deepstack levels, B, n, hidden) or None. source: (B, S) which of them, -1 for the id.
+        And, where there are pictures and the family has it, deepstack: (levels, B, S, hidden), zero elsewhere.
         """
-        device = self.embedding.weight.device
-        x = self.embedding(inputs.input_ids.to(device))
-        deepstack = None
-        if levels := max((len(tokens) - 1 for tokens in features.values()), default=0):
-            deepstack = x.new_zeros(levels, *x.shape)
-        for modality, tokens in features.items():
-            places, tokens = getattr(layout, modality).to(device), tokens.to(x.dtype)
-            x[0].index_copy_(0, places, tokens[0])
-            if deepstack is not None and len(tokens) > 1:
-                deepstack[:, 0].index_copy_(1, places, tokens[1:])
-        return x, deepstack
+        x = self.embedding(ids)
+        if media is None:
+            return x, None
+        is_media, source = (source >= 0)[..., None], source.clamp(min=0)
+        index = source[..., None].expand(-1, -1, x.shape[-1])
+        x = torch.where(is_media, media[0].gather(1, index), x)
+        if len(media) == 1:
+            return x, None
+        return x, torch.stack([torch.where(is_media, level.gather(1, index), 0) for level in media[1:]])
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: (3, B, S) → the decoder's cos and sin, (B, 1, S, head_dim / 2), the same for every head."""
@@ -95,4 +91,4 @@ class Thinker(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(B, hidden) of the last layer → (B, vocab) float32."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), weight).float()
+        return linear(self.norm(x), weight).float()

@@ -39,15 +39,15 @@ def select_by_relevance(
 def select(
     scores: Tensor,
     modality: Tensor,
-    video_keep_ratio: float,
-    audio_keep_ratio: float,
+    video_keep_ratio: float | Tensor,
+    audio_keep_ratio: float | Tensor,
     temperature: float,
     max_windows: int,
 ) -> Tensor:
     """Which tokens a selection keeps: (B, S) bool, with static shapes and no host read.
 
     scores: (B, S) float32 relevance. modality: (B, S) uint8: 0 text, all kept; 1 video; 2 audio; 3 padding, at the
-    end, none kept.
+    end, none kept. Ratios may be tensors, () float64.
 
     A run is adjacent tokens of one modality; the i-th video and the i-th audio run form window i. Windows share
     K = K_v + K_a tokens by the softmax of their mean relevance over `temperature`, where K_v is `video_keep_ratio` of

@@ -47,12 +47,14 @@ def fill(
     dtype: torch.dtype,
     prefix: str = "thinker.",
     ignored: Collection[str] = (),
+    transposed: bool = False,
     progress: bool = False,
 ) -> None:
     """Replaces a module's parameters, made on `meta`, by ones on `device` in `dtype`, filled from a checkpoint.
 
     destinations: public tensor name → where it goes; together they cover every parameter exactly once.
     ignored: names under `prefix` that the checkpoint may hold and nobody needs. progress: a bar on stderr.
+    transposed: the longer side of a matrix is contiguous, of a square one the outputs.
     Host memory besides the parameters: PIECE_BYTES, or a row where that is more. Buffers stay as they are.
     Raises CheckpointError, before anything is allocated, for a damaged checkpoint (`read_index`) and for
     tensors missing, unexpected or misshapen.
@@ -64,7 +66,7 @@ def fill(
     _check(Path(folder), stored, meta, destinations, ignored)
     for name, parameter in meta.items():
         owner, _, leaf = name.rpartition(".")
-        empty = _allocate(parameter.shape, dtype, torch.device(device))
+        empty = _allocate(parameter.shape, dtype, torch.device(device), transposed)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(empty, parameter.requires_grad))
     parameters = dict(module.named_parameters())
 
@@ -131,14 +133,8 @@ def _breaks(spans: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, 
         place = max(place, end)
 
 
-def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Storage of a parameter. In a CPU's memory the longer side of a matrix is contiguous, the outputs of a square one.
-
-    Decoding is matrix-vector products, bound by the memory. PyTorch's CPU product reads such a matrix at the full
-    memory rate, and one that lies the other way round at about two thirds of it (`scripts/bench.py`, row decode).
-    Products of many rows take both alike, but for a square matrix: contiguous outputs, 9 % faster at 500 rows of 640.
-    """
-    if device.type == "cpu" and len(shape) == 2 and shape[0] >= shape[1]:
+def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device, transposed: bool) -> Tensor:
+    if transposed and len(shape) == 2 and shape[0] >= shape[1]:
         return torch.empty(shape[1], shape[0], dtype=dtype, device=device).t()
     return torch.empty(shape, dtype=dtype, device=device)
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCORES_AT_A_TIME = {"cpu": 2**20, "cuda": 2**26}
-"""On a CPU what stays in its cache; on a GPU one head of any window of public sizes."""
+SCORES_AT_A_TIME = 2**20
+"""What stays in the cache of a CPU."""
 
 
 def received_attention(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
     """softmax(q·kᵀ / √dim) inside each window, averaged over heads and summed over queries (arXiv 2605.20035, Stage I).
 
     q, k: (windows, heads, n, dim). valid: (windows, n), positions that ask and are asked; None: all.
-    Returns (windows, n) float32. At most one head's attention of one window is in memory at a time.
+    Returns (windows, n) float32. At most one head's attention of one window is in memory at a time, on a GPU none.
     """
     if valid is None:
         valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
     return _received(q, k, valid)
 
 
-@torch.library.custom_op("omni::received_attention", mutates_args=())
+@torch.library.custom_op("omni::received_attention", mutates_args=(), device_types="cpu")
 def _received(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
     """An operator of its own: window by window and head by head it would unroll into a graph."""
     windows, heads, positions, dim = q.shape
-    step = max(1, SCORES_AT_A_TIME.get(q.device.type, 2**20) // positions)
+    step = max(1, SCORES_AT_A_TIME // positions)
     received = q.new_zeros(windows, positions, dtype=torch.float32)
     for window in range(windows):
         for head in range(heads):
@@ -34,6 +34,13 @@ def _received(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
                 scores = (asking.float() @ keys).masked_fill_(~valid[window], torch.finfo(torch.float32).min)
                 received[window] += counts.float() @ scores.softmax(dim=-1)
     return received / heads
+
+
+@_received.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+    from omni.encoders.kernels import received_on_device
+
+    return received_on_device(q, k, valid)
 
 
 @_received.register_fake

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from omni import stages
 from omni.cache import Cache
-from omni.runtime.graphs import Graphs, capture, drop_pool
+from omni.runtime.graphs import Graphs, capture, drop_pool, warm_up
 from omni.runtime.sampling import Sampling, pick
 from omni.stages import Request, Staged
 from omni.thinker import Thinker
@@ -44,44 +46,61 @@ def _prefill(thinker: Thinker, plan: StagePlan, pruned: bool, request: Request) 
 
 
 class Compiled:
-    """Graphs of one thinker: a prefill for every plan, encoders for every frame size, steps for every cache size."""
+    """Graphs of one thinker: a prefill for every plan, encoders for every frame size, steps for every cache size.
 
-    def __init__(self, thinker: Thinker) -> None:
-        self.thinker = thinker
-        device = thinker.embedding.weight.device
-        self.prefills = Graphs(_prefill, device)
-        self.steps = Graphs(_step, device, captures=False)
-        self.device = device
+    eager_until_warm: graphs are made inside of `warming` alone; what has none runs without.
+    """
+
+    def __init__(self, thinker: Thinker, *, eager_until_warm: bool = False) -> None:
+        self.thinker, self.makes = thinker, not eager_until_warm
+        weight, decoder = thinker.embedding.weight, thinker.config.decoder
+        self.on_gpu = weight.device.type == "cuda"
+        # Otherwise PyTorch multiplies experts with a host read, which a CUDA graph cannot hold.
+        self.captures = self.on_gpu and (
+            not any(map(decoder.is_sparse, range(decoder.num_layers)))
+            or (weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (9, 0))
+        )
+        self.prefills = Graphs(_prefill, captures=self.captures)
+        self.steps = Graphs(_step, captures=False)  # `stepper` captures
         self.encoders: dict[str, Graphs] = {}
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        before, self.makes = self.makes, True
+        try:
+            yield
+        finally:
+            self.makes = before
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a method of an encoder, whose arguments are of one shape per frame size, and of one shape of sound."""
         module, function = method.__self__, method.__func__  # type: ignore[attr-defined]
-        graphs = self.encoders.setdefault(function.__qualname__, Graphs(function, self.device))
-        return graphs.run(shapes(arguments), (module,), *arguments)
+        graphs = self.encoders.setdefault(function.__qualname__, Graphs(function, captures=self.on_gpu))
+        return graphs.run(shapes(arguments), (module,), *arguments, makes=self.makes)
 
     def prefill(self, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
-        key = (plan, pruned, len(request.x), request.deepstack is None)
-        return self.prefills.run(key, (self.thinker, plan, pruned), request)
-
-    def has_prefill(self, plan: StagePlan) -> bool:
-        """Whether a prefill of this plan has run."""
-        return any(key[0] == plan for key in self.prefills.graphs)
+        key = (plan, pruned, shapes(request))
+        return self.prefills.run(key, (self.thinker, plan, pruned), request, makes=self.makes)
 
     def stepper(
         self, sampling: Sampling, token: Tensor, position: Tensor, noise: Tensor | None, cache: Cache
     ) -> Callable[[], None]:
-        """What runs `step` on these tensors, in place; on a GPU captured for them, since they stay where they are."""
+        """What runs `step` on these tensors, in place.
+
+        On a GPU captured for these very tensors: the cache stays where the prefill wrote it, and a later answer, whose
+        cache lies elsewhere, captures the same compiled code anew.
+        """
         state = (token, position, noise, cache.keys, cache.values, cache.lengths)
         key = (sampling, *(shapes(value) for value in state))
-        run = partial(self.steps.run, key, (self.thinker, sampling), *state)
-        if token.device.type != "cuda":
+        run = partial(self.steps.run, key, (self.thinker, sampling), *state, makes=self.makes)
+        if not self.captures or not (self.makes or key in self.steps.graphs):
             return run
-        before = [tensor.clone() for tensor in (token, position, cache.lengths)]
-        graph = capture(run)
-        for tensor, value in zip((token, position, cache.lengths), before, strict=True):
-            tensor.copy_(value)
-        return graph.replay
+        if key not in self.steps.graphs:
+            before = [tensor.clone() for tensor in (token, position, cache.lengths)]
+            warm_up(run)
+            for tensor, value in zip((token, position, cache.lengths), before, strict=True):
+                tensor.copy_(value)
+        return capture(run).replay
 
     def clear(self) -> None:
         """Drops all graphs and what they hold."""

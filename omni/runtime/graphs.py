@@ -21,17 +21,22 @@ GRAPH_BYTES = 8 * 2**30
 class Graphs:
     """One function, compiled anew for every key: whole, of static shape, without a break.
 
-    On a GPU, with `captures`, each is then captured in a CUDA graph and replayed: inputs are copied in and outputs
-    out. Not safe for several threads at once.
+    With `captures` each is then captured in a CUDA graph and replayed: inputs are copied in and outputs out. Not safe
+    for several threads at once.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device, *, captures: bool = True) -> None:
-        self.function, self.captures = function, captures and device.type == "cuda"
+    def __init__(self, function: Callable[..., Any], *, captures: bool) -> None:
+        self.function, self.captures = function, captures
         self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
-    def run(self, key: Hashable, fixed: tuple[Any, ...], *tensors: Any) -> Any:
-        """function(*fixed, *tensors). fixed: what a key stands for; tensors: nests of tensors and dataclasses."""
+    def run(self, key: Hashable, fixed: tuple[Any, ...], *tensors: Any, makes: bool = True) -> Any:
+        """function(*fixed, *tensors). fixed: what a key stands for; tensors: nests of tensors and dataclasses.
+
+        A key that has no graph gets one, unless `makes` is False: then the function runs as it is.
+        """
         if key not in self.graphs:
+            if not makes:
+                return self.function(*fixed, *tensors)
             compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
             run = partial(compiled, *fixed)
             self.graphs[key] = Captured(run, tensors) if self.captures else run
@@ -73,6 +78,7 @@ class Captured:
         def run() -> None:
             self.outputs = function(*arguments)
 
+        warm_up(run)
         self.graph = capture(run)
 
     def __call__(self, *tensors: Any) -> Any:
@@ -93,18 +99,22 @@ class Captured:
 _pools: list[Any] = []
 
 
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `run`, which is called a few times beforehand. All graphs share one pool of memory."""
-    if not _pools:
-        _pools.append(torch.cuda.graph_pool_handle())
+def warm_up(run: Callable[[], None]) -> None:
+    """Calls `run` before it is captured for the first time: it compiles, and libraries allocate what they need."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and lets libraries allocate what they need
+        for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run`. All graphs share one pool of memory; other threads may use the device meanwhile."""
+    if not _pools:
+        _pools.append(torch.cuda.graph_pool_handle())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pools[0]):
+    with torch.cuda.graph(graph, pool=_pools[0], capture_error_mode="thread_local"):
         run()
     return graph
 

@@ -184,9 +184,8 @@ def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:
     inputs = make_request(pair, [("text", 24), ("video", 3, 6, 10, 1.0, 300), ("text", 74)])
     before = model.prefill(inputs, seats=SETTINGS)
     assert not model.engine.compiled.prefills.graphs, "a plan that is not warm runs eagerly"
-    model.engine.eager_until_warm = False
+    assert not any(graphs.graphs for graphs in model.engine.compiled.encoders.values())
     model.warmup([3.0], seats=SETTINGS, max_new_tokens=9, height=84, width=140)
-    model.engine.eager_until_warm = True
     made = len(model.engine.compiled.prefills.graphs)
     same_prefill(model.prefill(inputs, seats=SETTINGS), before)
     assert len(model.engine.compiled.prefills.graphs) == made == 1

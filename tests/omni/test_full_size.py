@@ -16,6 +16,7 @@ from omni.config import DecoderConfig, OmniConfig, read_config
 from omni.decoder import Layer
 from omni.layers import directly
 from omni.model import tensor_names
+from omni.processing.positions import Layout
 from omni.rope import multimodal_rotary
 from omni.stages import fill_pool, prefill, whole_prompt
 from omni.thinker import Thinker
@@ -104,12 +105,14 @@ def test_prefill_runs_at_full_size(built) -> None:
     hidden, levels = config.decoder.hidden_size, len(config.vision.deepstack_blocks)
     with torch.device("meta"):
         thinker = Thinker(config)
-        deepstack = torch.empty(levels, 1, 200, hidden) if levels else None
-        x = torch.empty(1, 200, hidden)
+        features = {"video": torch.empty(1 + levels, 144, hidden)}
         sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False, directly)
     prompt = whole_prompt(200)
     plan = plan_without_selection(config.decoder.num_layers, prompt.counts((1.0, 1.0)))
-    request = fill_pool(plan, prompt, torch.zeros(3, 200, dtype=torch.long), x, deepstack, {})
+    none = torch.empty(0, dtype=torch.long)
+    places = Layout(torch.zeros(3, 200, dtype=torch.long), 200, none, torch.arange(9, 153), none)
+    ids = torch.zeros(1, 200, dtype=torch.long)
+    request = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
     staged = prefill(thinker, plan, request, pruned=True)
     cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, 100)
     token, position = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, device="meta")

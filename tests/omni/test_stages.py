@@ -24,7 +24,7 @@ from omni.inputs import InputError
 from omni.processing.positions import layout
 from omni.rope import multimodal_rotary, rotate
 from seats.config import SeatsConfig
-from seats.plan import StagePlan, make_plan
+from seats.plan import StagePlan, make_plan, plan_without_selection
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data beside this checkout")
 CASES = [path for family in FAMILIES for path in sorted((GOLDEN / family).glob("case_*.safetensors"))]
@@ -107,16 +107,19 @@ def prepared(
     counts = prompt.counts(seats.encoder_ratios)
     plan = make_plan(seats, model.config.decoder.num_layers, counts.rounded() if rounded else counts)
     features, received = model.thinker.encode(inputs, weigh=True)
-    x, deepstack = model.thinker.embed(inputs, places, features)
-    return plan, stages.fill_pool(plan, prompt, places.positions, x, deepstack, received)
+    return plan, stages.fill_pool(plan, prompt, places, inputs.input_ids, features, received, model.device)
 
 
 def reference_logits(model: omni.Omni, inputs: omni.Inputs, kept: list[Tensor], new: list[int], kv: str) -> Tensor:
     """Logits after `new` tokens, all recomputed with masks over the whole prompt; `kept` after each step."""
     thinker, decoder = model.thinker, model.config.decoder
     places = layout(inputs, model.config)
-    x, deepstack = thinker.embed(inputs, places, thinker.encode(inputs)[0])
-    length = x.shape[1]
+    length = inputs.input_ids.shape[1]
+    whole = stages.whole_prompt(length)
+    plan = plan_without_selection(LAYERS, whole.counts((1.0, 1.0)))
+    features, _ = thinker.encode(inputs)
+    request = stages.fill_pool(plan, whole, places, inputs.input_ids, features, {}, model.device)
+    x, deepstack = thinker.embed(request.ids, request.source, request.media)
     x = torch.cat([x, thinker.embedding(torch.tensor([new], dtype=torch.long))], dim=1)
     after = places.next_position + torch.arange(len(new)).expand(3, -1)
     positions = torch.cat([places.positions, after.to(places.positions.dtype)], dim=1)[:, None]
@@ -227,7 +230,9 @@ def test_a_plan_too_small_is_refused(pair: Pair) -> None:
     prompt = stages.read_prompt(places, inputs, pair.model.config)
     fewer = replace(prompt.counts(SETTINGS.encoder_ratios), audio_windows=1)
     with pytest.raises(ValueError, match=r"has \d+ of audio_windows and its plan holds 1"):
-        stages.fill_pool(make_plan(SETTINGS, LAYERS, fewer), prompt, places.positions, torch.empty(0), None, {})
+        stages.fill_pool(
+            make_plan(SETTINGS, LAYERS, fewer), prompt, places, inputs.input_ids, {}, {}, pair.model.device
+        )
 
 
 def test_one_graph_for_all_clips_of_a_plan(pair: Pair) -> None:
@@ -271,13 +276,8 @@ def test_batches_equal_one_by_one(pair: Pair) -> None:
         prepared(pair.model, make_request(pair, REQUESTS["clip with sound"], seed=seed))[1] for seed in range(3)
     ]
     plan, _ = prepared(pair.model, make_request(pair, REQUESTS["clip with sound"]))
-    joined = {}
-    for name, axis in (("x", 0), ("positions", 1), ("place", 0), ("received", 0), ("deepstack", 1)):
-        values = [getattr(request, name) for request in requests]
-        joined[name] = None if values[0] is None else torch.cat(values, dim=axis)
-    sizes = {name: torch.cat([getattr(r, name) for r in requests]) for name in ("video_sizes", "audio_sizes")}
     with torch.inference_mode():
-        together = stages.prefill(pair.model.thinker, plan, stages.Request(**joined, **sizes), pruned=True)
+        together = stages.prefill(pair.model.thinker, plan, stages.join(requests), pruned=True)
         for row, request in enumerate(requests):
             alone = stages.prefill(pair.model.thinker, plan, request, pruned=True)
             for (place, count), (one_place, one_count) in zip(together.kept, alone.kept, strict=True):

@@ -172,12 +172,15 @@ def test_on_the_gpu(tmp_path, monkeypatch, wanted) -> None:
         assert torch.equal(filled.cpu(), tensors[name].to(wanted)), name
 
 
-def test_longer_side_of_a_cpu_matrix_is_contiguous(tmp_path) -> None:
-    """Matrix-vector products read at the memory rate; values and shapes do not depend on it."""
+def test_longer_side_of_a_matrix_is_contiguous(tmp_path) -> None:
+    """Where asked for; values and shapes do not depend on it."""
     tensors = random_tensors(torch.float32)
     save_sharded(tensors, tmp_path, max_shard_bytes=1 << 20)
     module = on_meta()
     fill(module, tmp_path, DESTINATIONS, device="cpu", dtype=torch.float32)
+    assert module.whole.is_contiguous()
+    module = on_meta()
+    fill(module, tmp_path, DESTINATIONS, device="cpu", dtype=torch.float32, transposed=True)
     assert module.whole.shape == (5, 3)
     assert module.whole.stride() == (1, 5)
     assert module.stacked.is_contiguous()
