@@ -30,7 +30,8 @@ QUESTION ?= What happens here?
 
 demo: $(VENV)/installed $(DEMO)/random/config.json $(DEMO)/clip.mp4
 	$(BIN)/python -m omni.generate --model $(CHECKPOINT) --max-new-tokens 32 $(DEMO)/clip.mp4 "$(QUESTION)"
-	@echo "(The random checkpoint knows nothing: its answer is noise. CHECKPOINT=... takes a real one.)"
+	@echo "(The random checkpoint knows nothing: its answer is noise. CHECKPOINT=... takes a real one."
+	@echo " It ran without compiling, the fastest way for a single question: to compile takes longer than to answer it.)"
 
 $(DEMO)/random/config.json: scripts/make_checkpoint.py $(VENV)/installed
 	$(BIN)/python scripts/make_checkpoint.py $(DEMO)/random

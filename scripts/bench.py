@@ -1,15 +1,14 @@
-"""Prefill, encoders and decode beside transformers (SDPA), same random weights, same threads, in one run.
+"""Measures prefill, encoders, decoding and selection: compiled, eager and transformers side by side, in turns.
 
-    python scripts/bench.py                    # about 0.5 B parameters, float32, on the CPU
-    python scripts/bench.py --family qwen3     # about 0.5 B active, of 1.1 B
-    python scripts/bench.py prefill decode --repeats 3 --tokens 500
-    python scripts/bench.py stages             # token selection against our own full prefill
-    python scripts/bench.py compiled           # compiled against eager, first calls included
+    python scripts/bench.py                         # both families, 0.5 B parameters on a CPU, full size on a GPU
+    python scripts/bench.py --families qwen3 --dtypes bfloat16 --rows prefill decode
+    python scripts/bench.py --size small --results /tmp/small     # see that all of it runs; measures nothing
+    python scripts/bench.py --render                # benchmarks/README.md from the result files alone
 
-Writes benchmarks/results/<machine>-<family>-<date>.json, of `stages` and `compiled` one of their own, and renders
-benchmarks/README.md from all result files. Every row alternates its sides and takes medians; the machine's matrix and
-memory rates are measured in the same run, before and after, so that a figure can be read as a share of what the
-machine can do.
+Weights are random, made on the device; both sides read the same memory. A row is written to
+benchmarks/results/<machine>-<date>.json when it is done, and benchmarks/README.md is rendered from all such files. Rows
+that are there already are not measured again, so a run that was stopped goes on (`--again` measures anew). A product
+of large matrices and a large copy run in turn with the rows: what the machine can do.
 """
 
 from __future__ import annotations
@@ -18,163 +17,216 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_check import check
+from bench_models import SIZES, as_loaded_for_eager, make_reference, random_thinker, share_weights
+from bench_report import render
 from torch import Tensor
 
 import omni
 import seats
-from omni import stages
-from omni.cache import Cache
+from omni.config import DTYPES
 from omni.decoder import Layer
+from omni.processing.frames import patchify, vision_sizes
+from omni.processing.mel import SAMPLE_RATE, log_mel
 from omni.runtime.blank import blank_clip
-from seats.plan import plan_without_selection
 
 ROOT = Path(__file__).parents[1]
-ROWS = ("prefill", "experts", "vision", "vision ragged", "audio", "decode")
-
-DECODER = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "rope_scaling": {"mrope_section": [8, 12, 12], "rope_type": "default", "type": "default"},
-    "tie_word_embeddings": True,
-}
-VISION = {
-    "depth": 8,
-    "hidden_size": 640,
-    "intermediate_size": 1728,
-    "num_heads": 8,
-}
-AUDIO = {
-    "d_model": 640,
-    "encoder_layers": 8,
-    "encoder_attention_heads": 10,
-    "encoder_ffn_dim": 2560,
-}
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "qwen2.5": {
-        "text_config": DECODER,
-        "vision_config": {**VISION, "fullatt_block_indexes": [3, 7], "out_hidden_size": 896},
-        "audio_config": {**AUDIO, "n_window": 100, "output_dim": 896},
-    },
-    "qwen3": {
-        "text_config": {
-            **DECODER,
-            "hidden_size": 1024,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "head_dim": 64,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 704,
-            "rope_scaling": {"mrope_section": [12, 10, 10], "mrope_interleaved": True, "rope_type": "default"},
-        },
-        "vision_config": {**VISION, "deepstack_visual_indexes": [1, 3, 5], "out_hidden_size": 1024},
-        "audio_config": {**AUDIO, "downsample_hidden_size": 240, "output_dim": 1024},
-    },
-}
+RETENTIONS = (1.0, 0.35, 0.25, 0.15, 0.10)
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+Seconds = Callable[[], float]
 
 
-def build_pair(family: str) -> tuple[Any, omni.Omni]:
-    """transformers' thinker and ours with the same random weights, ours read from the other's files."""
-    import transformers
+@dataclass
+class Bench:
+    """One family at one size: both sides, made when a row first needs them."""
 
-    transformers.logging.set_verbosity_error()
-    thinker = {**SIZES[family], "tie_word_embeddings": True, "vision_start_token_id": 151652}
-    if family == "qwen3":
-        thinker |= {"audio_end_token_id": 151670, "audio_start_token_id": 151669, "position_id_per_seconds": 13}
-        config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
-        kind = transformers.Qwen3OmniMoeForConditionalGeneration
-    else:
-        config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
-        kind = transformers.Qwen2_5OmniForConditionalGeneration
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    reference = kind(config).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        reference.save_pretrained(folder)
-        return reference.thinker, omni.load(folder, device="cpu", dtype=torch.float32)
+    family: str
+    size: str
+    dtype: torch.dtype
+    device: torch.device
+    repeats: int
 
+    @cached_property
+    def _sides(self) -> tuple[Any, omni.Omni, omni.Omni]:
+        reference, config = make_reference(self.family, self.size)
+        thinker = random_thinker(config, self.device, self.dtype)
+        share_weights(reference, thinker)
+        nowhere = Path(os.devnull)
+        return (
+            reference.thinker,
+            omni.Omni(thinker, nowhere, compile=True),
+            omni.Omni(as_loaded_for_eager(thinker), nowhere),
+        )
 
-def alternate(sides: list[Callable[[], float]], repeats: int) -> list[list[float]]:
-    """Seconds of each side in each round; the sides take turns, so that a slow minute slows both."""
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, seconds in zip(sides, times, strict=True):
-            seconds.append(side())
-    return times
+    @property
+    def reference(self) -> Any:
+        return self._sides[0]
 
+    @property
+    def compiled(self) -> omni.Omni:
+        return self._sides[1]
 
-def against(theirs: Callable[[], float], ours: Callable[[], float], repeats: int) -> dict[str, float]:
-    """Medians of both sides, and the median of the rounds' ratios, with the lowest and the highest."""
-    their_seconds, our_seconds = alternate([theirs, ours], repeats)
-    ratios = sorted(their / our for their, our in zip(their_seconds, our_seconds, strict=True))
-    return {
-        "rounds": repeats,
-        "speedup": statistics.median(ratios),
-        "lowest": ratios[0],
-        "highest": ratios[-1],
-        "their_seconds": statistics.median(their_seconds),
-        "our_seconds": statistics.median(our_seconds),
-    }
+    @property
+    def eager(self) -> omni.Omni:
+        return self._sides[2]
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    def run() -> float:
+    def clip(self, seconds: float) -> omni.Inputs:
+        """A clip with sound, a temporal grid of 144 tokens and 25 or 13 of sound a second, 100 of text."""
+        vision = self.compiled.config.vision
+        side = 12 * vision.patch_size * vision.spatial_merge_size
+        return blank_clip(self.compiled.config, seconds, height=side, width=side, max_frames=10_000)
+
+    def preset(self, retention: float) -> seats.SeatsConfig | None:
+        return None if retention == 1 else seats.preset_for(self.compiled.config, retention)
+
+    def once(self, work: Callable[[], object]) -> float:
+        """Seconds of one call, the device idle before and after."""
+        self.wait()
         started = time.perf_counter()
         work()
+        self.wait()
         return time.perf_counter() - started
 
-    return run
+    def timed(self, work: Callable[[], object]) -> Seconds:
+        """A side that calls `work`, on a GPU often enough to fill a twentieth of a second."""
+        calls = 1
+
+        def run() -> float:
+            nonlocal calls
+            seconds = self.once(lambda: [work() for _ in range(calls)]) / calls
+            if self.on_gpu:
+                calls = min(100, max(1, math.ceil(0.05 / seconds)))
+            return seconds
+
+        return run
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    @cached_property
+    def matrix(self) -> tuple[float, Seconds]:
+        """Operations of a product of two large matrices, and a side that multiplies them."""
+        n = 8192 if self.on_gpu else 3072
+        a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+        return 2.0 * n**3, self.timed(lambda: a @ b)
+
+    @cached_property
+    def copy(self) -> tuple[float, Seconds]:
+        """Bytes that a large copy reads and writes, and a side that copies."""
+        source = torch.randn((4 if self.on_gpu else 1) * 2**27, device=self.device)
+        target = torch.empty_like(source)
+        return 2.0 * source.nbytes, self.timed(lambda: target.copy_(source))
+
+    def measure(self, sides: dict[str, Seconds], *, repeats: int | None = None) -> dict[str, Any]:
+        """Sides in turns, so that a slow minute slows all; the first is ours, and how many times as fast as each other.
+
+        A side for which the device has too little memory is left out, and named.
+        """
+        first, failed = {}, []
+        for name, side in list(sides.items()):
+            try:
+                first[name] = side()
+                side()
+            except OUT_OF_MEMORY:
+                torch.cuda.empty_cache()
+                failed.append(name)
+                del sides[name]
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        rounds = repeats or self.repeats
+        for _ in range(rounds):
+            for name, side in sides.items():
+                times[name].append(side())
+        ours, *others = sides
+        row: dict[str, Any] = {
+            "rounds": rounds,
+            "seconds": {name: statistics.median(times[name]) for name in sides},
+            "first_call_seconds": first[ours],
+            "times_as_fast": {
+                other: spread([theirs / own for own, theirs in zip(times[ours], times[other], strict=True)])
+                for other in others
+                if other not in ("matrix", "copy")
+            },
+        }
+        if failed:
+            row["out_of_memory"] = failed
+        for ceiling in {"matrix", "copy"} & set(sides):
+            row[f"of_{ceiling}"] = [theirs / own for own, theirs in zip(times[ours], times[ceiling], strict=True)]
+        return row
+
+    def profile(self, work: Callable[[], object]) -> dict[str, float]:
+        """The operations that take most of the time, and their shares."""
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CUDA if self.on_gpu else activity.CPU]) as profiler:
+            self.once(work)
+        attribute = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        events: dict[str, float] = {}
+        for event in profiler.key_averages():
+            # On a CPU the compiler's own kernels have no names.
+            key = "compiled kernels" if event.key.startswith("## Call CompiledFxGraph") else event.key
+            events[key] = events.get(key, 0.0) + float(getattr(event, attribute))
+        total = sum(events.values()) or 1.0
+        largest = sorted(events, key=lambda key: -events[key])[:6]
+        return {key[:80]: round(events[key] / total, 4) for key in largest}
 
 
-def measure_ceilings(repeats: int) -> dict[str, float]:
-    """Matrix rate (float32, 2048³) and read rate (one matrix-vector product over 1 GiB) of this machine."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    big, x = torch.randn(65536, 4096), torch.randn(65536)
-    work = [timed(lambda: a @ b), timed(lambda: x @ big)]
-    alternate(work, 1)
-    product, read = map(statistics.median, alternate(work, max(5, repeats)))
-    return {"matrix_gflops": 2 * 2048**3 / product / 1e9, "read_gb_per_s": big.nbytes / read / 1e9}
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def bench_prefill(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, float]:
-    """A prompt through the decoder to the logits of its last position, cache written."""
-    decoder = model.config.decoder
-    x = torch.randn(1, tokens, decoder.hidden_size)
-    positions = torch.arange(tokens).expand(3, 1, -1)
-
-    def theirs() -> Tensor:
-        hidden = reference.model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True)
-        return reference.lm_head(hidden.last_hidden_state[:, -1])
-
-    def ours() -> Tensor:
-        return whole_prefill(model, x, positions).logits
-
-    row = compare(theirs, ours, repeats)
-    return {**row, "our_gflops": 2 * prefill_work(model, [tokens], None) / row["our_seconds"] / 1e9}
+def target(what: str, measured: float, at_least: float) -> dict[str, Any]:
+    return {"what": what, "measured": measured, "at_least": at_least}
 
 
-def whole_prefill(model: omni.Omni, x: Tensor, positions: Tensor) -> stages.Staged:
-    """Every token of a prompt, (1, S, hidden) at (3, 1, S), through the decoder."""
-    prompt = stages.whole_prompt(x.shape[1])
-    plan = plan_without_selection(model.config.decoder.num_layers, prompt.counts((1.0, 1.0)))
-    return stages.prefill(
-        model.thinker, plan, stages.fill_pool(plan, prompt, positions[:, 0], x, None, {}), pruned=True
-    )
+@contextmanager
+def encoded(bench: Bench, inputs: omni.Inputs) -> Iterator[None]:
+    """Inside, encoders give what they once made of `inputs`: rows of the prefill leave them out."""
+    thinkers = (bench.compiled.thinker, bench.eager.thinker)
+    with torch.inference_mode():
+        made = {weigh: thinkers[0].encode(inputs, weigh=weigh) for weigh in (False, True)}
+    for thinker in thinkers:
+        thinker.encode = lambda *_, weigh, call: made[weigh]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for thinker in thinkers:
+            del thinker.encode
+
+
+@contextmanager
+def without_layers() -> Iterator[None]:
+    """Inside, decoder layers pass on what they get: what is left of a prefill is embedding, selection and head."""
+    prefill = Layer.prefill
+
+    def nothing(self: Layer, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        empty = x.new_zeros(len(x), self.attention.kv_heads, x.shape[1], self.attention.head_dim)
+        return x, empty, empty.clone()
+
+    Layer.prefill = nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Layer.prefill = prefill  # type: ignore[method-assign]
 
 
 def active_weights(model: omni.Omni) -> float:
@@ -189,127 +241,11 @@ def active_weights(model: omni.Omni) -> float:
     return total
 
 
-def bench_experts(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, float]:
-    """One layer of experts, beside transformers' and beside one dense product of as many multiplications."""
-    decoder = model.config.decoder
-    x = torch.randn(1, tokens, decoder.hidden_size)
-    dense = torch.nn.Linear(decoder.hidden_size, 3 * decoder.experts_per_token * decoder.expert_size, bias=False)
-    theirs, ours = reference.model.language_model.layers[0].mlp, model.thinker.layers[0].mlp
-    row = compare(lambda: theirs(x), lambda: ours(x), repeats)
-    alternate([timed(lambda: dense(x))], 1)
-    dense_row = against(timed(lambda: dense(x)), timed(lambda: ours(x)), repeats)
-    flops = 2 * tokens * dense.weight.numel()
-    return {**row, "our_gflops": flops / row["our_seconds"] / 1e9, "of_dense": dense_row["speedup"]}
-
-
-def bench_vision(reference: Any, model: omni.Omni, side: int, repeats: int) -> dict[str, float]:
-    """Eight temporal grids of side × side patches."""
-    grid = torch.tensor([[8, side, side]])
-    patches = torch.randn(8 * side * side, model.config.vision.patch_dim)
-    return compare(
-        lambda: reference.model.visual(patches, grid_thw=grid).pooler_output,
-        lambda: model.thinker.vision(patches, grid)[0][0],
-        repeats,
-    )
-
-
-def bench_audio(reference: Any, model: omni.Omni, repeats: int) -> dict[str, float]:
-    """Thirty seconds of sound."""
-    mel, length = torch.randn(1, 128, 3000), torch.tensor([3000])
-    return compare(
-        lambda: reference.model.audio_tower(mel[0], feature_lens=length).last_hidden_state,
-        lambda: model.thinker.audio(mel, length)[0],
-        repeats,
-    )
-
-
-def bench_decode(reference: Any, model: omni.Omni, repeats: int, prompt: int = 256, new: int = 16) -> dict[str, float]:
-    """Seconds per new token, greedy, after a prompt; both sides feed on their own picks."""
-    decoder = model.config.decoder
-    x = torch.randn(1, prompt, decoder.hidden_size)
-    positions = torch.arange(prompt).expand(3, 1, -1)
-    steps = [torch.full((3, 1, 1), prompt + step) for step in range(new)]
-    picks: dict[str, list[int]] = {}
-
-    def theirs() -> float:
-        language = reference.model.language_model
-        out = language(inputs_embeds=x, position_ids=positions, use_cache=True)
-        logits, tokens = reference.lm_head(out.last_hidden_state[:, -1]), []
-        started = time.perf_counter()
-        for step in steps:
-            tokens.append(logits.argmax(-1))
-            out = language(
-                input_ids=tokens[-1][:, None],
-                position_ids=step,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-            logits = reference.lm_head(out.last_hidden_state[:, -1])
-        seconds = time.perf_counter() - started
-        picks["theirs"] = torch.cat(tokens).tolist()
-        return seconds / new
-
-    def ours() -> float:
-        staged = whole_prefill(model, x, positions)
-        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
-        logits, tokens = staged.logits, []
-        started = time.perf_counter()
-        for step in steps:
-            tokens.append(logits.argmax(-1))
-            logits = model.thinker.decode(tokens[-1], step[0, :, 0], cache)
-        seconds = time.perf_counter() - started
-        picks["ours"] = torch.cat(tokens).tolist()
-        return seconds / new
-
-    alternate([theirs, ours], 1)
-    if picks["theirs"] != picks["ours"]:
-        raise SystemExit("the two sides do not pick the same tokens: nothing to compare.")
-    row = against(theirs, ours, repeats)
-    read = 4 * active_weights(model) + model.thinker.embedding.weight.nbytes  # the tied head
-    rates = {f"{side}_read_gb_per_s": read / row[f"{side}_seconds"] / 1e9 for side in ("our", "their")}
-    return {**row, **rates}
-
-
-RETENTIONS = (0.35, 0.25, 0.15, 0.10)
-
-
-def clip_request(model: omni.Omni, tokens: int) -> omni.Inputs:
-    """About `tokens` tokens: a clip of noise with sound, a temporal grid of 144 tokens a second, and 100 of text."""
-    per_second = 144 + model.config.audio.token_count(100)
-    return blank_clip(model.config, max(1, (tokens - 100) // per_second))
-
-
-class Clock:
-    """Adds up the seconds spent inside some functions, which it wraps in place; inside one another they count once."""
-
-    def __init__(self, places: list[tuple[Any, str]]) -> None:
-        self.seconds: dict[str, float] = {}
-        self.inside = False
-        for owner, name in places:
-            setattr(owner, name, self._clocked(name, getattr(owner, name)))
-
-    def _clocked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if self.inside:
-                return function(*args, **kwargs)
-            started, self.inside = time.perf_counter(), True
-            result = function(*args, **kwargs)
-            self.inside = False
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            return result
-
-        return run
-
-    def read(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-
 def prefill_work(model: omni.Omni, segments: list[int], config: seats.SeatsConfig | None) -> float:
     """Multiply-accumulates that are really done: attention below the diagonal, the head on the last token alone.
 
     The paper counts the whole square and the head on every token (`seats.prefill_macs`): of a small model with a large
-    vocabulary, much that neither side does.
+    vocabulary, much that no side does.
     """
     decoder = model.config.decoder
     ends = [decoder.num_layers]
@@ -323,188 +259,318 @@ def prefill_work(model: omni.Omni, segments: list[int], config: seats.SeatsConfi
     return total
 
 
-def bench_stages(model: omni.Omni, tokens: int, repeats: int) -> dict[str, Any]:
-    """Prefill after the encoders, at every retention and with every token; and the encoders, with and without weights.
+def prefill_row(bench: Bench, seconds: float, retention: float) -> dict[str, Any]:
+    """From what the encoders made to the logits of the next token, cache written, all stages included."""
+    inputs, config = bench.clip(seconds), bench.preset(retention)
+    with encoded(bench, inputs):
 
-    Selection is everything that a full prefill does not do: Stage I, relevance, budgets, gathering of what is left.
-    """
-    inputs = clip_request(model, tokens)
-    configs = [None, *(seats.preset_for(model.config, retention) for retention in RETENTIONS)]
-    full = model.prefill(inputs)
-    clock = Clock(
-        [
-            (stages, "fill_pool"),
-            (stages, "select_before_decoder"),
-            (Layer, "query_and_keys"),
-            (stages, "relevance"),
-            (stages, "select"),
-            (stages, "compact"),
-            (stages.Sequence, "take"),
-            (stages, "prune"),
-        ]
-    )
-    seconds: list[list[float]] = [[] for _ in configs]
-    parts: list[list[dict[str, float]]] = [[] for _ in configs]
-    prefills = [model.prefill(inputs, seats=config) for config in configs]
-    clock.read()
-    for _ in range(repeats):
-        for side, config in enumerate(configs):
-            seconds[side].append(model.prefill(inputs, seats=config).prefill_seconds)
-            parts[side].append(clock.read())
-    rows, median_seconds = {}, [statistics.median(own) for own in seconds]
-    for side, retention in enumerate((1.0, *RETENTIONS)):
-        ratios = sorted(whole / own for whole, own in zip(seconds[0], seconds[side], strict=True))
-        shares = [sum(part.values()) / own for part, own in zip(parts[side], seconds[side], strict=True)]
-        macs = prefills[side].full_macs / prefills[side].macs
-        work = prefill_work(model, full.segments, None) / prefill_work(model, prefills[side].segments, configs[side])
-        rows[f"{retention:.0%}"] = {
-            "rounds": repeats,
-            "macs_ratio": macs,
-            "speedup": statistics.median(ratios),
-            "lowest": ratios[0],
-            "highest": ratios[-1],
-            "of_macs_ratio": statistics.median(ratios) / macs,
-            "work_ratio": work,
-            "of_work_ratio": statistics.median(ratios) / work,
-            "gflops": 2 * prefill_work(model, prefills[side].segments, configs[side]) / median_seconds[side] / 1e9,
-            "selection_share": statistics.median(shares),
-            "seconds": median_seconds[side],
-            "selection_seconds": {
-                name: statistics.median(part[name] for part in parts[side]) for name in parts[side][0]
-            },
-            "segments": prefills[side].segments,
-        }
-    encode = [timed(lambda weigh=weigh: model.thinker.encode(inputs, weigh=weigh)) for weigh in (False, True)]
-    alternate(encode, 1)
-    plain, weighing = map(statistics.median, alternate(encode, repeats))
-    return {"tokens": full.tokens, "rows": rows, "encoders": {"plain_seconds": plain, "weighing_seconds": weighing}}
+        def side(model: omni.Omni, config: seats.SeatsConfig | None = config) -> float:
+            return model.prefill(inputs, seats=config).prefill_seconds
 
-
-def bench_compiled(reference: Any, model: omni.Omni, tokens: int, repeats: int) -> dict[str, Any]:
-    """Compiled beside eager and, where it has the same part, transformers: seconds, and those of the first call."""
-    inputs = clip_request(model, tokens)
-    tokens = inputs.input_ids.shape[1]
-    graphs = omni.Omni(model.thinker, model.folder, compile=True)
-    decoder = model.config.decoder
-    x, positions = torch.randn(1, tokens, decoder.hidden_size), torch.arange(tokens).expand(3, 1, -1)
-    grid, mel, length = torch.tensor([[8, 24, 24]]), torch.randn(1, 128, 3000), torch.tensor([3000])
-    patches = torch.randn(8 * 576, model.config.vision.patch_dim)
-    call = graphs.engine.compiled.call
-    rows: dict[str, list[Callable[[], float]]] = {
-        f"prefill at {retention:.0%}": [
-            lambda side=side, seats_config=seats_config: side.prefill(inputs, seats=seats_config).prefill_seconds
-            for side in (graphs, model)
-        ]
-        for retention in (1.0, *RETENTIONS)
-        for seats_config in (None if retention == 1 else seats.preset_for(model.config, retention),)
-    }
-    rows["prefill at 100%"].append(
-        timed(lambda: reference.model.language_model(inputs_embeds=x, position_ids=positions, use_cache=True))
-    )
-    rows["vision"] = [
-        timed(lambda: model.thinker.vision(patches, grid, call=call)),
-        timed(lambda: model.thinker.vision(patches, grid)),
-        timed(lambda: reference.model.visual(patches, grid_thw=grid)),
-    ]
-    rows["audio"] = [
-        timed(lambda: model.thinker.audio(mel, length, call=call)),
-        timed(lambda: model.thinker.audio(mel, length)),
-        timed(lambda: reference.model.audio_tower(mel[0], feature_lens=length)),
-    ]
-    question = blank_clip(model.config, 1.0)
-
-    def decode(side: omni.Omni) -> float:
-        stats = side.generate(question, max_new_tokens=17, stop_token_ids=[]).stats
-        return stats.decode_seconds / (stats.new_tokens - 1)
-
-    rows["decode, per token"] = [lambda: decode(graphs), lambda: decode(model)]
-    lowest = seats.preset_for(model.config, RETENTIONS[-1])
-    rows["first token at 10%"] = [
-        timed(lambda side=side: side.prefill(inputs, seats=lowest)) for side in (graphs, model)
-    ]
-    encoded = {weigh: model.thinker.encode(inputs, weigh=weigh) for weigh in (False, True)}
-    encode, found = model.thinker.encode, {}
-    for name, sides in rows.items():
-        # Rows of the prefill leave the encoders out: they have rows of their own.
-        only_prefill = name.startswith("prefill")
-        model.thinker.encode = (lambda *_, weigh, call: encoded[weigh]) if only_prefill else encode
-        first = timed(sides[0])()
-        alternate(sides, 1)
-        seconds = alternate(sides, repeats)
-        ratios = sorted(eager / own for own, eager in zip(seconds[0], seconds[1], strict=True))
-        found[name] = {
-            "rounds": repeats,
-            "speedup": statistics.median(ratios),
-            "lowest": ratios[0],
-            "highest": ratios[-1],
-            "first_call_seconds": first,
-            "seconds": statistics.median(seconds[0]),
-            "eager_seconds": statistics.median(seconds[1]),
-        }
-        if len(sides) > 2:
-            found[name]["their_seconds"] = statistics.median(seconds[2])
-            against_theirs = [their / own for own, their in zip(seconds[0], seconds[2], strict=True)]
-            found[name]["of_theirs"] = statistics.median(against_theirs)
-        print_rows({name: found[name]})
-    return {"tokens": model.prefill(inputs, seats=lowest).tokens, "rows": found, "compiled": True}
-
-
-def compare(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], repeats: int) -> dict[str, float]:
-    torch.testing.assert_close(ours(), theirs(), atol=1e-3, rtol=1e-3)  # and warms both up
-    return against(timed(theirs), timed(ours), repeats)
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    reference, model = build_pair(options.family)
-    benches: dict[str, Callable[[], dict[str, float]]] = {
-        "prefill": lambda: bench_prefill(reference, model, options.tokens, options.repeats),
-        "experts": lambda: bench_experts(reference, model, options.tokens, 3 * options.repeats),
-        # Near parity, where noise would decide: more rounds.
-        "vision": lambda: bench_vision(reference, model, 24, 2 * options.repeats),
-        "vision ragged": lambda: bench_vision(reference, model, 20, 3 * options.repeats),
-        "audio": lambda: bench_audio(reference, model, 5 * options.repeats),
-        "decode": lambda: bench_decode(reference, model, options.repeats),
-    }
-    with torch.inference_mode():
-        before = measure_ceilings(options.repeats)
-        if options.rows == ["stages"]:
-            title = "token selection against our own full prefill"
-            found = bench_stages(model, options.tokens, options.repeats)
-            print_rows(found["rows"])
-        elif options.rows == ["compiled"]:
-            title = "compiled against eager"
-            found = bench_compiled(reference, model, options.tokens, options.repeats)
+        sides: dict[str, Seconds] = {"compiled": partial(side, bench.compiled), "eager": partial(side, bench.eager)}
+        if config is None:
+            sides["transformers"] = their_prefill(bench, inputs.input_ids.shape[1])
         else:
-            title, rows = "thinker against transformers", {}
-            for name in options.rows:
-                if name == ("experts" if options.family == "qwen2.5" else "vision ragged"):
-                    continue  # no experts here, no windows there
-                rows[name] = benches[name]()
-                print_rows({name: rows[name]})
-            found = {"tokens": options.tokens, "rows": rows}
-        after = measure_ceilings(options.repeats)
-    return {
-        "bench": f"{title}, {options.family}-omni layout",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "dtype": "float32",
-        "parameters": sum(parameter.numel() for parameter in model.thinker.parameters()),
-        "repeats": options.repeats,
-        "ceilings": {"before": before, "after": after},
-        **found,
+            sides["every token"] = partial(side, bench.compiled, None)
+        row = bench.measure({**sides, "matrix": bench.matrix[1]})
+        if bench.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        prefill = bench.compiled.prefill(inputs, seats=config)
+        if bench.on_gpu:
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        work = prefill_work(bench.compiled, prefill.segments, config)
+        full = bench.compiled.prefill(inputs).segments if config is not None else prefill.segments
+        row |= {
+            "tokens": prefill.tokens,
+            "segments": prefill.segments,
+            "gflops": 2 * work / row["seconds"]["compiled"] / 1e9,
+            "of_matrix_rate": spread([2 * work / bench.matrix[0] * ratio for ratio in row.pop("of_matrix")]),
+            "macs_ratio": prefill.full_macs / prefill.macs,
+            "work_ratio": prefill_work(bench.compiled, full, None) / work,
+            "profile": bench.profile(lambda: bench.compiled.prefill(inputs, seats=config)),
+        }
+        if retention == RETENTIONS[-1]:
+            row["selection_share"] = selection_seconds(bench, inputs, config) / row["seconds"]["compiled"]
+    faster = {name: ratio["median"] for name, ratio in row["times_as_fast"].items()}
+    row["targets"] = []
+    if config is None:
+        limit = 0.6 if bench.on_gpu else 0.95
+        row["targets"] += [target("of the matrix rate", row["of_matrix_rate"]["median"], limit)]
+        if "transformers" in faster and not bench.on_gpu:
+            row["targets"] += [target("times as fast as transformers", faster["transformers"], 1.0)]
+    elif bench.on_gpu and retention == RETENTIONS[-1]:
+        row["targets"] += [
+            target("times as fast as with every token", faster["every token"], 8.0),
+            target("of the prefill is not selection", 1 - row["selection_share"], 0.95),
+        ]
+    elif not bench.on_gpu:
+        of_work, of_macs = (faster["every token"] / row[ratio] for ratio in ("work_ratio", "macs_ratio"))
+        row["targets"] += [
+            target("speed-up over every token / ratio of multiply-accumulates done", of_work, 0.9),
+            target("speed-up over every token / ratio by the paper's count", of_macs, 0.9),
+        ]
+    return row
+
+
+def their_prefill(bench: Bench, tokens: int) -> Seconds:
+    model, head = bench.reference.model.language_model, bench.reference.lm_head
+    x = torch.randn(1, tokens, bench.compiled.config.decoder.hidden_size, device=bench.device).to(bench.dtype)
+    positions = torch.arange(tokens, device=bench.device).expand(3, 1, -1)
+
+    def run() -> Tensor:
+        return head(model(inputs_embeds=x, position_ids=positions, use_cache=True).last_hidden_state[:, -1])
+
+    return bench.timed(torch.inference_mode()(run))
+
+
+def selection_seconds(bench: Bench, inputs: omni.Inputs, config: seats.SeatsConfig | None) -> float:
+    """What a prefill without its layers takes longer for selecting; compiled on a GPU, where launches would decide."""
+    with without_layers():
+        model = omni.Omni(bench.compiled.thinker, bench.compiled.folder, compile=bench.on_gpu)
+        sides = {
+            name: (lambda seats_config=seats_config: model.prefill(inputs, seats=seats_config).prefill_seconds)
+            for name, seats_config in (("selecting", config), ("not", None))
+        }
+        seconds = bench.measure(sides, repeats=5)["seconds"]
+    return max(0.0, seconds["selecting"] - seconds["not"])
+
+
+def vision_row(bench: Bench, grids: int, side: int) -> dict[str, Any]:
+    """So many temporal grids of side × side patches."""
+    grid = torch.tensor([[grids, side, side]])
+    patches = torch.randn(grids * side * side, bench.compiled.config.vision.patch_dim)
+    theirs = patches.to(bench.device, bench.dtype)
+    device_grid = grid.to(bench.device)
+    return encoder_row(
+        bench,
+        lambda model, call: model.thinker.vision(patches, grid, **call),
+        lambda: bench.reference.model.visual(theirs, grid_thw=device_grid),
+    )
+
+
+def audio_row(bench: Bench, seconds: int) -> dict[str, Any]:
+    """So many seconds of sound."""
+    mel, length = torch.randn(1, 128, 100 * seconds), torch.tensor([100 * seconds])
+    theirs, device_length = mel[0].to(bench.device, bench.dtype), length.to(bench.device)
+    return encoder_row(
+        bench,
+        lambda model, call: model.thinker.audio(mel, length, **call),
+        lambda: bench.reference.model.audio_tower(theirs, feature_lens=device_length),
+    )
+
+
+def encoder_row(
+    bench: Bench, ours: Callable[[omni.Omni, dict[str, Any]], object], theirs: Callable[[], object]
+) -> dict[str, Any]:
+    call = {"call": bench.compiled.engine.compiled.call}  # type: ignore[union-attr]
+    with torch.inference_mode():
+        sides = {
+            "compiled": bench.timed(lambda: ours(bench.compiled, call)),
+            "eager": bench.timed(lambda: ours(bench.eager, {})),
+            "transformers": bench.timed(theirs),
+        }
+        row = bench.measure(sides, repeats=3 * bench.repeats)
+        row["profile"] = bench.profile(lambda: ours(bench.compiled, call))
+    if not bench.on_gpu:
+        against = row["times_as_fast"]["transformers"]["median"]
+        row["targets"] = [target("times as fast as transformers", against, 1.5)]
+    return row
+
+
+def experts_row(bench: Bench, tokens: int) -> dict[str, Any]:
+    """One layer of experts, beside transformers' and beside one dense product of as many multiplications."""
+    decoder = bench.compiled.config.decoder
+    x = torch.randn(1, tokens, decoder.hidden_size, device=bench.device).to(bench.dtype)
+    width = 3 * decoder.experts_per_token * decoder.expert_size
+    dense = torch.randn(width, decoder.hidden_size, device=bench.device).to(bench.dtype)
+    ours, theirs = bench.eager.thinker.layers[0].mlp, bench.reference.model.language_model.layers[0].mlp
+    with torch.inference_mode():
+        sides = {
+            "eager": bench.timed(lambda: ours(x)),
+            "transformers": bench.timed(lambda: theirs(x)),
+            "one dense product": bench.timed(lambda: x @ dense.T),
+        }
+        return bench.measure(sides, repeats=3 * bench.repeats)
+
+
+def decode_row(bench: Bench, seconds: float, retention: float, new: int) -> dict[str, Any]:
+    """Seconds per token, greedy, after a clip and its question; every side feeds on its own picks."""
+    inputs, config = bench.clip(seconds), bench.preset(retention)
+    with encoded(bench, inputs):
+        starts: list[float] = []
+
+        def ours(model: omni.Omni) -> float:
+            steps = model._tokens([inputs], max_new_tokens=new, stop_token_ids=[], seats=config)
+            next(steps)
+            begun = time.perf_counter()
+            next(steps)
+            started = time.perf_counter()
+            for _ in steps:
+                ended = time.perf_counter()
+            if model is bench.compiled:
+                starts.append(started - begun)
+            return (ended - started) / (new - 2)
+
+        language, head = bench.reference.model.language_model, bench.reference.lm_head
+        prompt = bench.compiled.prefill(inputs, seats=config).cache.lengths[:, 0].tolist()
+        ids = torch.zeros(1, max(prompt), dtype=torch.long, device=bench.device)
+
+        @torch.inference_mode()
+        def theirs() -> float:
+            out = language(input_ids=ids, use_cache=True)
+            token = head(out.last_hidden_state[:, -1]).argmax(-1)
+            for step in range(new):
+                if step == 1:
+                    bench.wait()
+                    started = time.perf_counter()
+                out = language(input_ids=token[:, None], past_key_values=out.past_key_values, use_cache=True)
+                token = head(out.last_hidden_state[:, -1]).argmax(-1)
+                token.tolist()
+            return (time.perf_counter() - started) / (new - 1)
+
+        sides = {
+            "compiled": partial(ours, bench.compiled),
+            "eager": partial(ours, bench.eager),
+            "transformers": theirs,
+            "copy": bench.copy[1],
+        }
+        row = bench.measure(sides)
+        row["profile"] = bench.profile(lambda: ours(bench.compiled))
+    decoder, size = bench.compiled.config.decoder, bench.dtype.itemsize
+    cache = 2 * decoder.num_kv_heads * decoder.head_dim * sum(length + new // 2 for length in prompt)
+    read = size * (active_weights(bench.compiled) + decoder.vocab_size * decoder.hidden_size + cache)
+    row |= {
+        "cached_tokens": max(prompt),
+        "gb_per_second": read / row["seconds"]["compiled"] / 1e9,
+        "of_copy_rate": spread([read / bench.copy[0] * ratio for ratio in row.pop("of_copy")]),
+        # On a GPU a step is captured for each answer.
+        "second_token_seconds": statistics.median(starts[2:]),
     }
+    if bench.on_gpu:
+        row["targets"] = [target("of the copy rate", row["of_copy_rate"]["median"], 0.8)]
+    else:
+        against = row["times_as_fast"]["transformers"]["median"]
+        row["targets"] = [target("times as fast as transformers", against, 2.0)]
+    return row
 
 
-def print_rows(rows: dict[str, dict[str, Any]]) -> None:
-    for name, row in rows.items():
-        figures = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        print(f"{name}: {row['speedup']:.2f}x", figures, flush=True)
+def first_token_row(bench: Bench, seconds: int) -> dict[str, Any]:
+    """From decoded frames and samples: patches, log-mel, encoders, prefill at 10 %; transformers keeps every token."""
+    blank, config = bench.clip(seconds), bench.preset(RETENTIONS[-1])
+    model = bench.compiled
+    sizes = vision_sizes(Path(os.devnull), model.config)
+    pixels = 12 * sizes.factor
+    frames = torch.randint(0, 256, (2 * seconds, 3, pixels, pixels), dtype=torch.uint8)
+    sound = torch.randn(seconds * SAMPLE_RATE) / 10
+
+    def prepared() -> omni.Inputs:
+        patches, _ = patchify(frames, sizes)
+        return replace(blank, pixel_values_videos=patches, input_features=log_mel(sound)[None])
+
+    language = their_prefill(bench, blank.input_ids.shape[1])
+    grid, length = blank.video_grid_thw, blank.mel_lengths
+    assert grid is not None
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        inputs = prepared()
+        assert inputs.pixel_values_videos is not None and inputs.input_features is not None
+        bench.reference.model.visual(
+            inputs.pixel_values_videos.to(bench.device, bench.dtype), grid_thw=grid.to(bench.device)
+        )
+        mel = inputs.input_features[0].to(bench.device, bench.dtype)
+        bench.reference.model.audio_tower(mel, feature_lens=length.to(bench.device))
+        language()
+
+    return bench.measure(
+        {
+            "compiled": partial(bench.once, lambda: bench.compiled.prefill(prepared(), seats=config)),
+            "eager": partial(bench.once, lambda: bench.eager.prefill(prepared(), seats=config)),
+            "transformers": partial(bench.once, theirs),
+        }
+    )
 
 
-def machine() -> str:
-    """The processor's name, as short as a file name."""
+def start_row(bench: Bench, seconds: float) -> dict[str, Any]:
+    """The first prefill at 10 % in a new process, with an empty compiler's cache on disk and with a full one."""
+    command = [sys.executable, __file__, "--first-prefill", str(seconds), "--families", bench.family]
+    command += [
+        "--size",
+        bench.size,
+        "--dtypes",
+        str(bench.dtype).removeprefix("torch."),
+        "--device",
+        str(bench.device),
+    ]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        runs = [
+            json.loads(
+                subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+                .stdout.strip()
+                .splitlines()[-1]
+            )
+            for _ in range(2)
+        ]
+    return {"rounds": 1, "seconds": {"empty cache": runs[0]["first"], "full cache": runs[1]["first"]}, **runs[1]}
+
+
+def first_prefill(bench: Bench, seconds: float) -> dict[str, float]:
+    inputs, config = bench.clip(seconds), bench.preset(RETENTIONS[-1])
+    with encoded(bench, inputs):
+        first, second = (bench.once(lambda: bench.compiled.prefill(inputs, seats=config)) for _ in range(2))
+        other = bench.once(lambda: bench.compiled.prefill(inputs, seats=bench.preset(RETENTIONS[-2])))
+    return {"first": first, "again": second, "first_of_a_later_plan": other}
+
+
+def rows_of(bench: Bench, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name → what measures it, the most wanted first."""
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+    if bench.size == "full":
+        # The paper's clip, then ten minutes.
+        clips = {"64 s": (64, RETENTIONS), "10 min": (600, (1.0, RETENTIONS[-1]))}
+        ragged, new = 64, 128
+    elif bench.size == "small":
+        clips = {"4 s": (4, (1.0, RETENTIONS[-1])), "9 s": (9, (1.0, RETENTIONS[-1]))}
+        ragged, new = 8, 17
+    else:
+        seconds = max(1, (tokens - 100) // (144 + (25 if bench.family == "qwen2.5" else 13)))
+        clips = {f"{seconds} s": (seconds, RETENTIONS)}
+        ragged, new = 8, 17
+    first_clip = next(iter(clips.values()))[0]
+    rows["start"] = lambda: start_row(bench, first_clip)
+    for clip, (length, retentions) in clips.items():
+        for retention in (retentions[0], retentions[-1], *retentions[1:-1]):
+            rows[f"prefill of {clip} at {retention:.0%}"] = partial(prefill_row, bench, length, retention)
+    decodes = {clip: length for clip, (length, _) in clips.items()} if bench.on_gpu else {"1 s": 1}
+    for clip, length in decodes.items():
+        rows[f"decode after {clip}"] = partial(decode_row, bench, length, 1.0, new)
+    rows[f"decode after {next(iter(decodes))} at 10%"] = partial(
+        decode_row, bench, next(iter(decodes.values())), RETENTIONS[-1], new
+    )
+    rows["vision"] = partial(vision_row, bench, ragged, 24)
+    if bench.family == "qwen2.5":
+        rows["vision, windows not full"] = partial(vision_row, bench, ragged, 20)
+    rows["audio"] = partial(audio_row, bench, 64 if bench.on_gpu else 30)
+    rows["first token"] = partial(first_token_row, bench, first_clip)
+    if bench.family == "qwen3":
+        rows["experts"] = partial(experts_row, bench, tokens)
+    return rows
+
+
+def ceilings(bench: Bench) -> dict[str, float]:
+    """Matrix and copy rate now."""
+    found = {}
+    for name, (amount, side) in (("matrix_gflops", bench.matrix), ("copy_gb_per_second", bench.copy)):
+        side()
+        found[name] = amount / statistics.median(side() for _ in range(5)) / 1e9
+    return found
+
+
+def machine(device: torch.device) -> str:
+    """The GPU's or processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -513,125 +579,76 @@ def machine() -> str:
     return name
 
 
-def render(results: list[dict[str, Any]]) -> str:
-    """benchmarks/README.md from all result files, newest first."""
-    lines = [
-        "# Benchmarks",
-        "",
-        "Rendered by `scripts/bench.py` from `results/`; do not edit. All sides run in turns on one machine with the",
-        "same random weights and threads; a speed-up is the median of the rounds' ratios, seconds are medians.",
-        "Repeat with `.venv/bin/python scripts/bench.py` and `… stages`, `… compiled`.",
-    ]
-    for result in sorted(results, key=lambda r: (r["date"], r["bench"]), reverse=True):
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        ceilings = result["ceilings"]
-        rates = [
-            f"{ceilings['before'][key]:.0f} before, {ceilings['after'][key]:.0f} after"
-            for key in ("matrix_gflops", "read_gb_per_s")
-        ]
-        tokens = result["tokens"]
-        if isinstance(tokens, dict):
-            tokens = ", ".join(f"{count} {name}" for name, count in tokens.items() if count)
-        lines += [
-            "",
-            f"## {result['bench']}: {result['machine']}, {result['date']}",
-            "",
-            f"{result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {result['threads']} threads, "
-            f"{tokens} prompt tokens; {versions}.",
-            f"The machine's own rates: matrix product in GFLOP/s {rates[0]}; memory read in GB/s {rates[1]}.",
-            "",
-            *table(result),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    if "encoders" in result:
-        return stages_table(result)
-    return compiled_table(result["rows"]) if "compiled" in result else pair_table(result["rows"])
-
-
-def compiled_table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "| | compiled / eager speed | lowest to highest | rounds | compiled / transformers | compiled, s | eager, s "
-        "| first call, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in rows.items():
-        spread = f"{row['lowest']:.2f} to {row['highest']:.2f} | {row['rounds']}"
-        theirs = f"{row['of_theirs']:.2f}" if "of_theirs" in row else ""
-        lines.append(
-            f"| {name} | {row['speedup']:.2f} | {spread} | {theirs} | {row['seconds']:.3g} "
-            f"| {row['eager_seconds']:.3g} | {row['first_call_seconds']:.3g} |"
-        )
-    return lines
-
-
-def pair_table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "| | speed-up | lowest to highest | rounds | transformers, s | ours, s | ours in rates |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in rows.items():
-        rate = f"{row['our_gflops']:.0f} GFLOP/s" if "our_gflops" in row else ""
-        rate += f", {row['of_dense']:.2f} of one dense product" if "of_dense" in row else ""
-        rate += f"{row['our_read_gb_per_s']:.1f} GB/s" if "our_read_gb_per_s" in row else ""
-        spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-        seconds = f"{row['their_seconds']:.4g} | {row['our_seconds']:.4g}"
-        lines.append(f"| {name} | {row['speedup']:.2f} | {spread} | {row['rounds']} | {seconds} | {rate} |")
-    return lines
-
-
-def stages_table(result: dict[str, Any]) -> list[str]:
-    encoders = result["encoders"]
-    lines = [
-        "Prefill from embeddings to logits, all stages included. The encoders before it take "
-        f"{encoders['plain_seconds']:.3g} s, and {encoders['weighing_seconds']:.3g} s where they also weigh attention "
-        "for Stage I.",
-        "",
-        "Work is counted as both sides do it (attention below the diagonal, the head on the last token) and as the",
-        "paper counts it (the whole square of attention, the head on every token that is left).",
-        "",
-        "| retention | tokens by segment | speed-up | lowest to highest | rounds | fewer multiply-accumulates, done "
-        "| speed-up / that | by the paper's count | speed-up / that | selection's share | prefill, s | GFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in result["rows"].items():
-        segments = " > ".join(map(str, row["segments"]))
-        spread = f"{row['lowest']:.2f} to {row['highest']:.2f} | {row['rounds']}"
-        lines.append(
-            f"| {name} | {segments} | {row['speedup']:.2f} | {spread} | {row['work_ratio']:.2f} "
-            f"| {row['of_work_ratio']:.2f} | {row['macs_ratio']:.2f} | {row['of_macs_ratio']:.2f} "
-            f"| {row['selection_share']:.1%} | {row['seconds']:.3g} | {row['gflops']:.0f} |"
-        )
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=SIZES, default="qwen2.5")
-    parser.add_argument(
-        "rows", nargs="*", metavar="row", help=f"some of {', '.join(ROWS)}; or stages or compiled alone"
-    )
-    parser.add_argument(
-        "--tokens", type=int, help="prompt length: 2000 of the prefill row, 3000 of stages and compiled"
-    )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--families", nargs="+", choices=SIZES["small"], default=list(SIZES["small"]))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: bfloat16, on a CPU float32 before it")
+    parser.add_argument("--size", choices=SIZES, help="default: full on a GPU, else 0.5B")
+    parser.add_argument("--rows", nargs="+", default=[""], help="rows whose names begin so (default: all)")
+    parser.add_argument("--tokens", type=int, default=3000, help="of the clip's prompt at 0.5B (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of a row (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--render", action="store_true", help="only write README.md from the result files")
+    parser.add_argument("--first-prefill", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.rows = options.rows or list(ROWS)
-    alone = options.rows[0] if options.rows in (["stages"], ["compiled"]) else None
-    if alone is None and (unknown := set(options.rows) - set(ROWS)):
-        parser.error(f"no row {unknown.pop()!r}: choose from {', '.join(ROWS)}, or stages or compiled alone.")
-    options.tokens = options.tokens or (3000 if alone else 2000)
-    result = run(options)
+    device = torch.device(options.device)
+    size = options.size or ("full" if device.type == "cuda" else "0.5B")
+    dtypes = options.dtypes or (["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"])
+    if options.first_prefill:
+        bench = Bench(options.families[0], size, DTYPES[dtypes[0]], device, 1)
+        print(json.dumps(first_prefill(bench, options.first_prefill)))
+        return
     folder = options.results / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() else "-" for c in result["machine"]).lower()
-    kind = options.family.replace(".", "-") + (f"-{alone}" if alone else "")
-    (folder / f"{name}-{kind}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not options.render:
+        measure_all(options, device, size, dtypes, folder)
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     (options.results / "README.md").write_text(render(results))
+
+
+def measure_all(options: argparse.Namespace, device: torch.device, size: str, dtypes: list[str], folder: Path) -> None:
+    today, name = datetime.date.today().isoformat(), machine(device)
+    short = "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
+    path = folder / f"{short}-{today}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"sections": {}}
+    result |= {
+        "machine": name,
+        "device": device.type,
+        "date": today,
+        "threads": torch.get_num_threads(),
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+    }
+
+    def save() -> None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    if "checked" not in result or options.again:
+        result["checked"] = check(device)
+        print("checked:", result["checked"], flush=True)
+        save()
+    for family in options.families:
+        for dtype in dtypes:
+            bench = Bench(family, size, DTYPES[dtype], device, options.repeats)
+            section = result["sections"].setdefault(f"{family} {size} {dtype}", {"rows": {}})
+            for row_name, measure in rows_of(bench, options.tokens).items():
+                if not row_name.startswith(tuple(options.rows)) or (row_name in section["rows"] and not options.again):
+                    continue
+                before = ceilings(bench)
+                row = measure()
+                section["parameters"] = sum(p.numel() for p in bench.compiled.thinker.parameters())
+                section["rows"][row_name] = {**row, "ceilings": {"before": before, "after": ceilings(bench)}}
+                save()
+                print(f"{family} {dtype}, {row_name}: {json.dumps(short_row(row))}", flush=True)
+
+
+def short_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as one line."""
+    times = {name: round(ratio["median"], 2) for name, ratio in row.get("times_as_fast", {}).items()}
+    seconds = {name: float(f"{value:.3g}") for name, value in row["seconds"].items()}
+    targets = [f"{t['what']}: {t['measured']:.2f} of {t['at_least']}" for t in row.get("targets", [])]
+    return {"seconds": seconds, "times as fast as": times, "targets": targets}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from test_golden import STOP, load, read_request
 from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
 import omni
-from omni import stages
+from omni import layers, moe, stages
 from omni.model import Omni
 
 MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
@@ -189,3 +190,37 @@ def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:
     made = len(model.engine.compiled.prefills.graphs)
     same_prefill(model.prefill(inputs, seats=SETTINGS), before)
     assert len(model.engine.compiled.prefills.graphs) == made == 1
+
+
+def test_an_answer_cut_short_leaves_the_model_as_it_was(pair: Pair) -> None:
+    """A reader that goes away after three tokens; another request in between."""
+    inputs, other = (make_request(pair, REQUESTS[name]) for name in ("clip with sound", "sound"))
+    expected = [pair.model.generate(each, **MIXED).tokens for each in (inputs, other)]
+    steps = pair.model._tokens([inputs], **MIXED)
+    begun = [next(steps)[0] for _ in range(3)]
+    assert pair.model.generate(other, **MIXED).tokens == expected[1]
+    steps.close()
+    assert begun == expected[0][:3]
+    assert pair.model.generate(inputs, **MIXED).tokens == expected[0]
+
+
+def test_one_row_on_a_cpu_is_a_sum_of_products(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiled decoding multiplies with, also experts and sums in parts: the same answers."""
+    inputs = make_request(pair, REQUESTS["clip with sound"])
+    expected = pair.model.generate(inputs, **MIXED).tokens
+    thinker = copy.deepcopy(pair.model.thinker)
+    for parameter in thinker.parameters():
+        parameter.data = parameter.data.contiguous()
+    monkeypatch.setattr(layers, "LONGEST_SUM", 40)
+    products: list[torch.Size] = []
+    by_sum = layers.matrix_vector
+
+    def counted(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        products.append(weight.shape)
+        return by_sum(weight, x)
+
+    for module in (layers, moe):
+        monkeypatch.setattr(module, "matrix_vector", counted)
+        monkeypatch.setattr(module, "one_row_on_a_cpu", lambda x: x.shape[:-1].numel() == 1, raising=False)
+    assert Omni(thinker, pair.model.folder).generate(inputs, **MIXED).tokens == expected
+    assert len(products) >= 11 * 4 * thinker.config.decoder.num_layers

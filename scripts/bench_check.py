@@ -1,0 +1,93 @@
+"""Whether what `bench.py` is about to measure computes the right thing."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_models import make_reference, random_thinker
+
+import omni
+import seats
+from omni.encoders.received import received_attention
+from omni.runtime.blank import blank_clip
+from seats.diversity import begin, pick, window_counts
+
+SHAPES = 100
+
+
+def check(device: torch.device) -> dict[str, Any]:
+    """Small models compiled (and captured) against eager float32; kernels against PyTorch on random shapes.
+
+    Raises AssertionError where something differs.
+    """
+    return {"models": {family: _model(family, device) for family in ("qwen2.5", "qwen3")}, "kernels": _kernels(device)}
+
+
+def _model(family: str, device: torch.device) -> dict[str, Any]:
+    _, config = make_reference(family, "small")
+    nowhere, selecting = Path(os.devnull), seats.preset_for(config, 0.35)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        exactly = dtype == torch.float32
+        # Large weights, so that attention is far from even and no selection hangs on the last bit; in bfloat16 it would
+        # all the same, and every token is kept.
+        exact = random_thinker(config, device, torch.float32, std=0.1 if exactly else 0.02)
+        thinker = exact
+        if not exactly:
+            thinker = random_thinker(config, device, dtype)
+            thinker.load_state_dict(exact.state_dict())
+        model, eager = omni.Omni(thinker, nowhere, compile=True), omni.Omni(exact, nowhere)
+        worst, limit = 0.0, 1e-4 if exactly else 5e-2
+        for seed in range(3):
+            inputs = blank_clip(config, 3.0)
+            assert inputs.pixel_values_videos is not None and inputs.input_features is not None
+            torch.manual_seed(seed)
+            inputs.pixel_values_videos.normal_()
+            inputs.input_features.normal_()
+            for settings in (None, selecting) if exactly else (None,):
+                ours, expected = (side.prefill(inputs, seats=settings) for side in (model, eager))
+                for kept, wanted in zip(ours.kept, expected.kept, strict=True):
+                    assert torch.equal(kept, wanted), f"{family}: other tokens are kept when compiled"
+                worst = max(worst, ((ours.logits - expected.logits).norm() / expected.logits.norm()).item())
+            if exactly:
+                answers = [
+                    side.generate(inputs, seats=selecting, max_new_tokens=9, stop_token_ids=[]).tokens
+                    for side in (model, eager)
+                ]
+                assert answers[0] == answers[1], f"{family}: another answer when compiled"
+        assert worst < limit, f"{family} in {dtype}: logits differ by {worst:.1e} of their norm"
+        found[str(dtype)] = {"largest_relative_difference_of_logits": worst, "limit": limit}
+    return found
+
+
+def _kernels(device: torch.device) -> dict[str, Any] | str:
+    if device.type != "cuda":
+        return "need a GPU; `make test` runs them in Triton's interpreter"
+    from seats.kernels import pick_on_device
+
+    draw, worst = random.Random(0), 0.0
+    for seed in range(SHAPES):
+        torch.manual_seed(seed)
+        windows, tokens, channels = draw.randint(1, 40), draw.randint(1, 700), draw.choice((32, 80, 512))
+        sizes = torch.randint(0, tokens + 1, (windows,), device=device)
+        counts = window_counts(sizes, draw.random() or 1.0)
+        features = torch.randn(windows, tokens, channels, device=device)
+        begun = begin(features, torch.rand(windows, tokens, device=device), sizes)
+        keep = torch.zeros(windows, tokens, dtype=torch.bool, device=device)
+        pick_on_device(*begun, sizes, counts, keep)
+        cpu = [tensor.cpu() for tensor in (*begun, sizes, counts)]
+        assert torch.equal(keep.cpu(), pick(*cpu)), f"picks differ at {windows} windows of {tokens}"
+        heads, dim = draw.randint(1, 8), draw.choice((16, 64, 80))
+        dtype = draw.choice((torch.float32, torch.bfloat16))
+        q, k = torch.randn(2, min(4, windows), heads, tokens, dim, device=device).to(dtype).unbind()
+        valid = torch.arange(tokens, device=device) < sizes[: len(q), None]
+        weights = received_attention(q, k, valid)
+        expected = received_attention(q.cpu(), k.cpu(), valid.cpu())
+        error = (weights.cpu() - expected).abs().max().item()
+        assert error < 1e-3, f"attention weights differ by {error:.1e} at {tuple(q.shape)}"
+        worst = max(worst, error)
+    return {"shapes": SHAPES, "picks": "equal", "largest_difference_of_weights": worst}
