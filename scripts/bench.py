@@ -201,9 +201,9 @@ def target(what: str, measured: float, at_least: float) -> dict[str, Any]:
 @contextmanager
 def encoded(bench: Bench, inputs: omni.Inputs) -> Iterator[None]:
     """Inside, encoders give what they once made of `inputs`: rows of the prefill leave them out."""
-    thinkers = (bench.compiled.thinker, bench.eager.thinker)
+    thinkers = {bench.compiled.thinker, bench.eager.thinker}  # one where both lie alike
     with torch.inference_mode():
-        made = {weigh: thinkers[0].encode(inputs, weigh=weigh) for weigh in (False, True)}
+        made = {weigh: bench.eager.thinker.encode(inputs, weigh=weigh) for weigh in (False, True)}
     for thinker in thinkers:
         thinker.encode = lambda *_, weigh, call: made[weigh]  # type: ignore[assignment]
     try:

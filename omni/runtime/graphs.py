@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -101,22 +102,40 @@ _pools: list[Any] = []
 
 def warm_up(run: Callable[[], None]) -> None:
     """Calls `run` before it is captured for the first time: it compiles, and libraries allocate what they need."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with beside():
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `run`. All graphs share one pool of memory; other threads may use the device meanwhile."""
+    """A CUDA graph of `run`. All graphs share one pool of memory; other threads may use the device meanwhile.
+
+    Not by `torch.cuda.graph`, which first gives all cached memory back to the device: steps are captured for each
+    answer.
+    """
     if not _pools:
         _pools.append(torch.cuda.graph_pool_handle())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pools[0], capture_error_mode="thread_local"):
-        run()
+    with beside():
+        graph.capture_begin(pool=_pools[0], capture_error_mode="thread_local")
+        try:
+            run()
+        except BaseException:
+            with suppress(RuntimeError):  # the capture is spoilt: what spoilt it is the error to show
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """A stream of its own inside, in order with the current one before and after."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def drop_pool() -> None:

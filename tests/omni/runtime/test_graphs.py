@@ -1,0 +1,75 @@
+"""The cache of compiled functions: one graph to a key, the least recently used goes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omni.runtime import graphs
+from omni.runtime.graphs import Graphs
+
+
+def scaled(factor: int, x: Tensor) -> Tensor:
+    return factor * x
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What was asked of the compiler, which does nothing here."""
+    asked: list[dict[str, Any]] = []
+
+    def compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return asked
+
+
+def test_a_key_is_compiled_once(compilations: list[dict[str, Any]]) -> None:
+    """Whole, and of static shape."""
+    cache = Graphs(scaled, captures=False)
+    for value in (1.0, 2.0, 3.0):
+        assert cache.run(2, (2,), torch.tensor([value])).item() == 2 * value
+    assert compilations == [{"fullgraph": True, "dynamic": False}]
+
+
+def test_the_least_recently_used_graph_goes(
+    compilations: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    cache = Graphs(scaled, captures=False)
+    for key in (1, 2, 1, 3):
+        assert cache.run(key, (key,), torch.ones(1)).item() == key
+    assert list(cache.graphs) == [1, 3]
+    assert cache.run(2, (2,), torch.ones(1)).item() == 2
+    assert list(cache.graphs) == [3, 2]
+    assert len(compilations) == 4
+
+
+def test_a_key_without_a_graph_runs_as_it_is_where_none_may_be_made(compilations: list[dict[str, Any]]) -> None:
+    cache = Graphs(scaled, captures=False)
+    assert cache.run(5, (5,), torch.ones(1), makes=False).item() == 5
+    assert not cache.graphs and not compilations
+    cache.run(5, (5,), torch.ones(1))
+    assert cache.run(5, (5,), torch.ones(1), makes=False).item() == 5
+    assert len(compilations) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_graphs_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays answer from what is copied in, and graphs whose tensors take too much go."""
+    cache = Graphs(scaled, captures=True)
+    x = torch.rand(1000, device="cuda")
+    for key in (2, 3):
+        for _ in range(2):
+            x.uniform_()
+            assert torch.equal(cache.run(key, (key,), x), key * x)
+    assert cache.nbytes == 2 * 2 * x.nbytes
+    monkeypatch.setattr(graphs, "GRAPH_BYTES", 3 * x.nbytes)
+    assert torch.equal(cache.run(4, (4,), x), 4 * x)
+    assert list(cache.graphs) == [4]
