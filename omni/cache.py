@@ -34,22 +34,24 @@ class Cache:
                 padded.append(F.pad(layer, (0, 0, 0, new + -(layer.shape[2] + new) % CHUNK)))
         return cls(stored[0], stored[1], torch.stack(lengths))
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys and values of a layer and which of their positions are written, (batch, capacity)."""
-        places = torch.arange(self.keys[layer].shape[2], device=self.lengths.device)
-        return self.keys[layer], self.values[layer], places < self.lengths[layer][:, None]
+    def written(self) -> list[Tensor]:
+        """Per layer, (batch, capacity): which positions are there."""
+        sizes = [keys.shape[2] for keys in self.keys]
+        there = {
+            size: torch.arange(size, device=self.lengths.device) < self.lengths[..., None]
+            for size in dict.fromkeys(sizes)
+        }
+        return [there[size][layer] for layer, size in enumerate(sizes)]
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Puts one position (batch, kv_heads, 1, head_dim) after those of a layer, in place.
+    def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Puts one position more into every layer, in place. keys, values: per layer, (batch, kv_heads, 1, head_dim).
 
-        `advance` follows when all layers have written.
+        All layers at once, which the compiler makes few kernels of.
         """
-        length = self.lengths[layer]
-        rows = torch.arange(len(length), device=length.device)
-        self.keys[layer][rows, :, length] = keys[:, :, 0]
-        self.values[layer][rows, :, length] = values[:, :, 0]
-
-    def advance(self) -> None:
+        rows = torch.arange(self.lengths.shape[1], device=self.lengths.device)
+        for layer, length in enumerate(self.lengths):
+            self.keys[layer][rows, :, length] = keys[layer][:, :, 0]
+            self.values[layer][rows, :, length] = values[layer][:, :, 0]
         self.lengths += 1
 
     def row(self, row: int) -> Cache:

@@ -82,10 +82,12 @@ class Thinker(nn.Module):
         """One decoding step: (B,) token ids at (B,) positions → (B, vocab) float32 logits of the next."""
         x = self.embedding(tokens[:, None])
         rotary = self.rotary(positions.expand(3, -1).unsqueeze(-1))
-        for index, layer in enumerate(self.layers):
-            x, key, value = cast(Layer, layer).decode(x, rotary, *cache.read(index))
-            cache.write(index, key, value)
-        cache.advance()
+        keys, values = [], []
+        for layer, *stored in zip(self.layers, cache.keys, cache.values, cache.written(), strict=True):
+            x, key, value = cast(Layer, layer).decode(x, rotary, *stored)
+            keys.append(key)
+            values.append(value)
+        cache.append(keys, values)
         return self.logits(x[:, -1])
 
     def logits(self, x: Tensor) -> Tensor:

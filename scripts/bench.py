@@ -53,6 +53,36 @@ Seconds = Callable[[], float]
 
 
 @dataclass
+class Measured:
+    """Seconds of sides in rounds. first: of the first call. failed: sides for which there was too little memory."""
+
+    first: dict[str, float]
+    times: dict[str, list[float]]
+    failed: list[str]
+
+    def ratios(self, ours: str, other: str) -> list[float]:
+        """How many times as fast as the other side, round by round."""
+        return [theirs / own for own, theirs in zip(self.times[ours], self.times[other], strict=True)]
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.times[side])
+
+    def row(self, sides: dict[str, str]) -> dict[str, Any]:
+        """sides: name in the row → side; the first is ours."""
+        there = {name: side for name, side in sides.items() if side not in self.failed}
+        (_, side), *others = there.items()
+        row = {
+            "rounds": len(self.times[side]),
+            "seconds": {name: self.median(side) for name, side in there.items()},
+            "first_call_seconds": self.first[side],
+            "times_as_fast": {name: spread(self.ratios(side, other)) for name, other in others},
+        }
+        if self.failed:
+            row["out_of_memory"] = [name for name in sides if name not in there]
+        return row
+
+
+@dataclass
 class Bench:
     """One family at one size: both sides, made when a row first needs them."""
 
@@ -138,8 +168,8 @@ class Bench:
         target = torch.empty_like(source)
         return 2.0 * source.nbytes, self.timed(lambda: target.copy_(source))
 
-    def measure(self, sides: dict[str, Seconds], *, repeats: int | None = None) -> dict[str, Any]:
-        """Sides in turns, so that a slow minute slows all; the first is ours, and how many times as fast as each other.
+    def measure(self, sides: dict[str, Seconds], *, repeats: int | None = None) -> Measured:
+        """Sides in turns, so that a slow minute slows all.
 
         A side for which the device has too little memory is left out, and named.
         """
@@ -147,32 +177,17 @@ class Bench:
         for name, side in list(sides.items()):
             try:
                 first[name] = side()
-                side()
+                if first[name] < 1:  # what takes seconds is warm by then
+                    side()
             except OUT_OF_MEMORY:
                 torch.cuda.empty_cache()
                 failed.append(name)
                 del sides[name]
         times: dict[str, list[float]] = {name: [] for name in sides}
-        rounds = repeats or self.repeats
-        for _ in range(rounds):
+        for _ in range(repeats or self.repeats):
             for name, side in sides.items():
                 times[name].append(side())
-        ours, *others = sides
-        row: dict[str, Any] = {
-            "rounds": rounds,
-            "seconds": {name: statistics.median(times[name]) for name in sides},
-            "first_call_seconds": first[ours],
-            "times_as_fast": {
-                other: spread([theirs / own for own, theirs in zip(times[ours], times[other], strict=True)])
-                for other in others
-                if other not in ("matrix", "copy")
-            },
-        }
-        if failed:
-            row["out_of_memory"] = failed
-        for ceiling in {"matrix", "copy"} & set(sides):
-            row[f"of_{ceiling}"] = [theirs / own for own, theirs in zip(times[ours], times[ceiling], strict=True)]
-        return row
+        return Measured(first, times, failed)
 
     def profile(self, work: Callable[[], object]) -> dict[str, float]:
         """The operations that take most of the time, and their shares."""
@@ -259,38 +274,46 @@ def prefill_work(model: omni.Omni, segments: list[int], config: seats.SeatsConfi
     return total
 
 
-def prefill_row(bench: Bench, seconds: float, retention: float) -> dict[str, Any]:
+def prefill_rows(bench: Bench, seconds: float, retentions: tuple[float, ...]) -> list[dict[str, Any]]:
     """From what the encoders made to the logits of the next token, cache written, all stages included."""
-    inputs, config = bench.clip(seconds), bench.preset(retention)
+    inputs = bench.clip(seconds)
     with encoded(bench, inputs):
 
-        def side(model: omni.Omni, config: seats.SeatsConfig | None = config) -> float:
-            return model.prefill(inputs, seats=config).prefill_seconds
+        def side(model: omni.Omni, retention: float) -> float:
+            return model.prefill(inputs, seats=bench.preset(retention)).prefill_seconds
 
-        sides: dict[str, Seconds] = {"compiled": partial(side, bench.compiled), "eager": partial(side, bench.eager)}
-        if config is None:
+        sides: dict[str, Seconds] = {}
+        for retention in dict.fromkeys((1.0, *retentions)):
+            sides[f"compiled {retention}"] = partial(side, bench.compiled, retention)
+            if retention in retentions:
+                sides[f"eager {retention}"] = partial(side, bench.eager, retention)
+        if 1.0 in retentions:
             sides["transformers"] = their_prefill(bench, inputs.input_ids.shape[1])
-        else:
-            sides["every token"] = partial(side, bench.compiled, None)
-        row = bench.measure({**sides, "matrix": bench.matrix[1]})
-        if bench.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        prefill = bench.compiled.prefill(inputs, seats=config)
-        if bench.on_gpu:
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        work = prefill_work(bench.compiled, prefill.segments, config)
-        full = bench.compiled.prefill(inputs).segments if config is not None else prefill.segments
-        row |= {
-            "tokens": prefill.tokens,
-            "segments": prefill.segments,
-            "gflops": 2 * work / row["seconds"]["compiled"] / 1e9,
-            "of_matrix_rate": spread([2 * work / bench.matrix[0] * ratio for ratio in row.pop("of_matrix")]),
-            "macs_ratio": prefill.full_macs / prefill.macs,
-            "work_ratio": prefill_work(bench.compiled, full, None) / work,
-            "profile": bench.profile(lambda: bench.compiled.prefill(inputs, seats=config)),
-        }
-        if retention == RETENTIONS[-1]:
-            row["selection_share"] = selection_seconds(bench, inputs, config) / row["seconds"]["compiled"]
+        measured = bench.measure({**sides, "matrix": bench.matrix[1]})
+        return [prefill_row(bench, inputs, retention, measured) for retention in retentions]
+
+
+def prefill_row(bench: Bench, inputs: omni.Inputs, retention: float, measured: Measured) -> dict[str, Any]:
+    config, ours = bench.preset(retention), f"compiled {retention}"
+    other = {"transformers": "transformers"} if config is None else {"every token": "compiled 1.0"}
+    row = measured.row({"compiled": ours, "eager": f"eager {retention}", **other})
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    prefill = bench.compiled.prefill(inputs, seats=config)
+    if bench.on_gpu:
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    work = prefill_work(bench.compiled, prefill.segments, config)
+    row |= {
+        "tokens": prefill.tokens,
+        "segments": prefill.segments,
+        "gflops": 2 * work / row["seconds"]["compiled"] / 1e9,
+        "of_matrix_rate": spread([2 * work / bench.matrix[0] * ratio for ratio in measured.ratios(ours, "matrix")]),
+        "macs_ratio": prefill.full_macs / prefill.macs,
+        "work_ratio": prefill_work(bench.compiled, [inputs.input_ids.shape[1]], None) / work,
+        "profile": bench.profile(lambda: bench.compiled.prefill(inputs, seats=config)),
+    }
+    if retention == RETENTIONS[-1]:
+        row["selection_share"] = selection_seconds(bench, inputs, config) / row["seconds"]["compiled"]
     faster = {name: ratio["median"] for name, ratio in row["times_as_fast"].items()}
     row["targets"] = []
     if config is None:
@@ -331,8 +354,8 @@ def selection_seconds(bench: Bench, inputs: omni.Inputs, config: seats.SeatsConf
             name: (lambda seats_config=seats_config: model.prefill(inputs, seats=seats_config).prefill_seconds)
             for name, seats_config in (("selecting", config), ("not", None))
         }
-        seconds = bench.measure(sides, repeats=5)["seconds"]
-    return max(0.0, seconds["selecting"] - seconds["not"])
+        measured = bench.measure(sides, repeats=5)
+    return max(0.0, measured.median("selecting") - measured.median("not"))
 
 
 def vision_row(bench: Bench, grids: int, side: int) -> dict[str, Any]:
@@ -369,7 +392,7 @@ def encoder_row(
             "eager": bench.timed(lambda: ours(bench.eager, {})),
             "transformers": bench.timed(theirs),
         }
-        row = bench.measure(sides, repeats=3 * bench.repeats)
+        row = bench.measure(sides, repeats=2 * bench.repeats).row({name: name for name in sides})
         row["profile"] = bench.profile(lambda: ours(bench.compiled, call))
     if not bench.on_gpu:
         against = row["times_as_fast"]["transformers"]["median"]
@@ -390,7 +413,7 @@ def experts_row(bench: Bench, tokens: int) -> dict[str, Any]:
             "transformers": bench.timed(lambda: theirs(x)),
             "one dense product": bench.timed(lambda: x @ dense.T),
         }
-        return bench.measure(sides, repeats=3 * bench.repeats)
+        return bench.measure(sides, repeats=3 * bench.repeats).row({name: name for name in sides})
 
 
 def decode_row(bench: Bench, seconds: float, retention: float, new: int) -> dict[str, Any]:
@@ -434,7 +457,9 @@ def decode_row(bench: Bench, seconds: float, retention: float, new: int) -> dict
             "transformers": theirs,
             "copy": bench.copy[1],
         }
-        row = bench.measure(sides)
+        # After a long clip a round is all prefill, and a step as steady as any.
+        measured = bench.measure(sides, repeats=1 if seconds > 100 else None)
+        row = measured.row({name: name for name in sides if name != "copy"})
         row["profile"] = bench.profile(lambda: ours(bench.compiled))
     decoder, size = bench.compiled.config.decoder, bench.dtype.itemsize
     cache = 2 * decoder.num_kv_heads * decoder.head_dim * sum(length + new // 2 for length in prompt)
@@ -442,9 +467,9 @@ def decode_row(bench: Bench, seconds: float, retention: float, new: int) -> dict
     row |= {
         "cached_tokens": max(prompt),
         "gb_per_second": read / row["seconds"]["compiled"] / 1e9,
-        "of_copy_rate": spread([read / bench.copy[0] * ratio for ratio in row.pop("of_copy")]),
+        "of_copy_rate": spread([read / bench.copy[0] * ratio for ratio in measured.ratios("compiled", "copy")]),
         # On a GPU a step is captured for each answer.
-        "second_token_seconds": statistics.median(starts[2:]),
+        "second_token_seconds": statistics.median(starts[1:]),
     }
     if bench.on_gpu:
         row["targets"] = [target("of the copy rate", row["of_copy_rate"]["median"], 0.8)]
@@ -482,13 +507,12 @@ def first_token_row(bench: Bench, seconds: int) -> dict[str, Any]:
         bench.reference.model.audio_tower(mel, feature_lens=length.to(bench.device))
         language()
 
-    return bench.measure(
-        {
-            "compiled": partial(bench.once, lambda: bench.compiled.prefill(prepared(), seats=config)),
-            "eager": partial(bench.once, lambda: bench.eager.prefill(prepared(), seats=config)),
-            "transformers": partial(bench.once, theirs),
-        }
-    )
+    sides = {
+        "compiled": partial(bench.once, lambda: bench.compiled.prefill(prepared(), seats=config)),
+        "eager": partial(bench.once, lambda: bench.eager.prefill(prepared(), seats=config)),
+        "transformers": partial(bench.once, theirs),
+    }
+    return bench.measure(sides).row({name: name for name in sides})
 
 
 def start_row(bench: Bench, seconds: float) -> dict[str, Any]:
@@ -523,38 +547,44 @@ def first_prefill(bench: Bench, seconds: float) -> dict[str, float]:
     return {"first": first, "again": second, "first_of_a_later_plan": other}
 
 
-def rows_of(bench: Bench, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Name → what measures it, the most wanted first."""
-    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+def rows_of(bench: Bench, tokens: int) -> dict[tuple[str, ...], Callable[[], list[dict[str, Any]]]]:
+    """Names of rows that are measured together → what measures them, the most wanted first."""
     if bench.size == "full":
         # The paper's clip, then ten minutes.
         clips = {"64 s": (64, RETENTIONS), "10 min": (600, (1.0, RETENTIONS[-1]))}
-        ragged, new = 64, 128
+        grids, new = 64, 128
     elif bench.size == "small":
         clips = {"4 s": (4, (1.0, RETENTIONS[-1])), "9 s": (9, (1.0, RETENTIONS[-1]))}
-        ragged, new = 8, 17
+        grids, new = 8, 17
     else:
         seconds = max(1, (tokens - 100) // (144 + (25 if bench.family == "qwen2.5" else 13)))
         clips = {f"{seconds} s": (seconds, RETENTIONS)}
-        ragged, new = 8, 17
-    first_clip = next(iter(clips.values()))[0]
-    rows["start"] = lambda: start_row(bench, first_clip)
+        grids, new = 8, 17
+    (first_clip, (first_length, _)), *_ = clips.items()
+    rows: dict[tuple[str, ...], Callable[[], list[dict[str, Any]]]] = {}
+
+    def add(name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        rows[(name,)] = lambda: [measure(bench, *arguments)]
+
+    if bench.family == "qwen2.5" or not bench.on_gpu:
+        add("start", start_row, first_length)
     for clip, (length, retentions) in clips.items():
-        for retention in (retentions[0], retentions[-1], *retentions[1:-1]):
-            rows[f"prefill of {clip} at {retention:.0%}"] = partial(prefill_row, bench, length, retention)
+        # On a CPU, whose speed changes by the minute, in the same rounds; on a GPU each for itself.
+        parts = [(retention,) for retention in (1.0, *reversed(retentions[1:]))] if bench.on_gpu else [retentions]
+        for part in parts:
+            names = tuple(f"prefill of {clip} at {retention:.0%}" for retention in part)
+            rows[names] = partial(prefill_rows, bench, length, part)
     decodes = {clip: length for clip, (length, _) in clips.items()} if bench.on_gpu else {"1 s": 1}
     for clip, length in decodes.items():
-        rows[f"decode after {clip}"] = partial(decode_row, bench, length, 1.0, new)
-    rows[f"decode after {next(iter(decodes))} at 10%"] = partial(
-        decode_row, bench, next(iter(decodes.values())), RETENTIONS[-1], new
-    )
-    rows["vision"] = partial(vision_row, bench, ragged, 24)
+        add(f"decode after {clip}", decode_row, length, 1.0, new)
+    add(f"decode after {next(iter(decodes))} at 10%", decode_row, next(iter(decodes.values())), RETENTIONS[-1], new)
+    add("vision", vision_row, grids, 24)
     if bench.family == "qwen2.5":
-        rows["vision, windows not full"] = partial(vision_row, bench, ragged, 20)
-    rows["audio"] = partial(audio_row, bench, 64 if bench.on_gpu else 30)
-    rows["first token"] = partial(first_token_row, bench, first_clip)
+        add("vision, windows not full", vision_row, grids, 20)
+    add("audio", audio_row, 64 if bench.on_gpu else 30)
+    add(f"first token of {first_clip}", first_token_row, first_length)
     if bench.family == "qwen3":
-        rows["experts"] = partial(experts_row, bench, tokens)
+        add("experts", experts_row, tokens)
     return rows
 
 
@@ -585,7 +615,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: bfloat16, on a CPU float32 before it")
     parser.add_argument("--size", choices=SIZES, help="default: full on a GPU, else 0.5B")
-    parser.add_argument("--rows", nargs="+", default=[""], help="rows whose names begin so (default: all)")
+    parser.add_argument("--rows", nargs="+", default=[""], help="those whose names begin so (default: all)")
     parser.add_argument("--tokens", type=int, default=3000, help="of the clip's prompt at 0.5B (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of a row (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks")
@@ -632,15 +662,18 @@ def measure_all(options: argparse.Namespace, device: torch.device, size: str, dt
         for dtype in dtypes:
             bench = Bench(family, size, DTYPES[dtype], device, options.repeats)
             section = result["sections"].setdefault(f"{family} {size} {dtype}", {"rows": {}})
-            for row_name, measure in rows_of(bench, options.tokens).items():
-                if not row_name.startswith(tuple(options.rows)) or (row_name in section["rows"] and not options.again):
+            for names, measure in rows_of(bench, options.tokens).items():
+                wanted = any(name.startswith(tuple(options.rows)) for name in names)
+                if not wanted or (section["rows"].keys() >= set(names) and not options.again):
                     continue
                 before = ceilings(bench)
-                row = measure()
+                rows = dict(zip(names, measure(), strict=True))
+                machine_rates = {"before": before, "after": ceilings(bench)}
                 section["parameters"] = sum(p.numel() for p in bench.compiled.thinker.parameters())
-                section["rows"][row_name] = {**row, "ceilings": {"before": before, "after": ceilings(bench)}}
+                for row_name, row in rows.items():
+                    section["rows"][row_name] = {**row, "ceilings": machine_rates}
+                    print(f"{family} {dtype}, {row_name}: {json.dumps(short_row(row))}", flush=True)
                 save()
-                print(f"{family} {dtype}, {row_name}: {json.dumps(short_row(row))}", flush=True)
 
 
 def short_row(row: dict[str, Any]) -> dict[str, Any]:

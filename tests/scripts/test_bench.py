@@ -56,13 +56,13 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     measured: list[str] = []
 
     def rows_of(bench: object, tokens: int) -> dict[str, Any]:
-        def one(name: str) -> dict[str, Any]:
+        def one(name: str) -> list[dict[str, Any]]:
             if name == "stops" and len(measured) == 1:
                 raise KeyboardInterrupt
             measured.append(name)
-            return row(0.5)
+            return [row(0.5)]
 
-        return {name: lambda name=name: one(name) for name in ("vision", "stops")}
+        return {(name,): lambda name=name: one(name) for name in ("vision", "stops")}
 
     rates = {"matrix_gflops": 100.0, "copy_gb_per_second": 10.0}
     monkeypatch.setattr(bench, "rows_of", rows_of)
