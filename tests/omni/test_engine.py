@@ -224,3 +224,18 @@ def test_one_row_on_a_cpu_is_a_sum_of_products(pair: Pair, monkeypatch: pytest.M
         monkeypatch.setattr(module, "one_row_on_a_cpu", lambda x: x.shape[:-1].numel() == 1, raising=False)
     assert Omni(thinker, pair.model.folder).generate(inputs, **MIXED).tokens == expected
     assert len(products) >= 11 * 4 * thinker.config.decoder.num_layers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_graphs_answer_as_the_cpu_does(pair: Pair) -> None:
+    """With machine code, on a GPU: three clips through one prefill, several threads, a step ahead of the host."""
+    model = Omni(copy.deepcopy(pair.model.thinker).cuda(), pair.model.folder, compile=True)
+    requests = [make_request(pair, REQUESTS["clip with sound"], seed=seed) for seed in range(3)]
+    expected = [pair.model.generate(inputs, **MIXED).tokens for inputs in requests]
+    for inputs in requests:
+        ours, theirs = model.prefill(inputs, seats=SETTINGS), pair.model.prefill(inputs, seats=SETTINGS)
+        assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in theirs.kept]
+        torch.testing.assert_close(ours.logits.cpu(), theirs.logits, atol=1e-3, rtol=1e-3)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda inputs: model.generate(inputs, **MIXED).tokens, requests)) == expected
+    assert len(model.engine.compiled.prefills.graphs) == 1

@@ -168,6 +168,20 @@ def test_kernel_picks_the_same_under_tritons_interpreter() -> None:
     assert done.stdout == "same picks\n", done.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
+    """For Hopper, at a window of two grids of 144 tokens: the interpreter does not check types."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from seats.kernels import pick_kernel
+
+    arguments = {"cosines": "*fp32", "weights": "*fp32", "first": "*i64", "sizes": "*i64", "counts": "*i64"}
+    arguments |= {"keep": "*u8", "tokens": "i32", "BLOCK": "constexpr"}
+    made = compile(ASTSource(pick_kernel, arguments, {"BLOCK": 512}), target=GPUTarget("cuda", 90, 32))
+    assert made.asm["cubin"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_keeps_the_same_as_the_cpu() -> None:
     features, weights, _ = windows(4, [288, 288, 144, 1], channels=64)

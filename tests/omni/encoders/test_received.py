@@ -59,6 +59,24 @@ def test_kernel_weighs_the_same_under_tritons_interpreter() -> None:
     assert done.stdout == "same weights\n", done.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_kernels_compile_for_a_gpu_that_is_not_there(kind: str) -> None:
+    """For Hopper, at the vision encoder's head size: the interpreter does not check types, shapes and memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from omni.encoders import kernels
+
+    inputs = {"q": f"*{kind}", "k": f"*{kind}", "valid": "*u8", "scales": "*fp32"}
+    sizes = {"positions": "i32", "dim": "i32", "factor": "fp32", "BLOCK": "constexpr", "DIM": "constexpr"}
+    for kernel, outputs in ((kernels.scale_kernel, {}), (kernels.received_kernel, {"received": "*fp32"})):
+        source = ASTSource(kernel, {**inputs, **outputs, **sizes}, {"BLOCK": 64, "DIM": 128})
+        made = compile(source, target=GPUTarget("cuda", 90, 32))
+        assert made.asm["cubin"]
+        assert made.metadata.shared <= 227 * 1024
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_weighs_the_same_as_the_cpu(dtype: torch.dtype) -> None:
