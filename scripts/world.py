@@ -55,6 +55,10 @@ class Sight:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def with_article(self) -> str:
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.name}"
+
 
 @dataclass(frozen=True)
 class Sound:
@@ -146,7 +150,7 @@ def questions(scene: Scene, split: str, number: int) -> list[Question]:
     """One of every kind that the scene has, options in random order."""
     draw = np.random.default_rng([SPLITS.index(split), number, 1])
     sights, sounds = scene.sights, scene.sounds
-    names, heard = [f"a {sight.name}" for sight in sights], [sound.name for sound in sounds]
+    names, heard = [sight.with_article for sight in sights], [sound.name for sound in sounds]
 
     def choice(kind: str, needs: str, text: str, options: list[str], answer: str) -> Question:
         return Question(kind, needs, text, tuple(options[i] for i in draw.permutation(4)), answer)

@@ -69,7 +69,7 @@ def test_answers_are_spread_evenly() -> None:
     for number in range(600):
         scene = world.make_scene("train", number)
         there = {*(sight.colour for sight in scene.sights), *(sight.shape for sight in scene.sights)}
-        there |= {f"a {sight.name}" for sight in scene.sights} | {sound.name for sound in scene.sounds}
+        there |= {sight.with_article for sight in scene.sights} | {sound.name for sound in scene.sounds}
         for question in world.questions(scene, "train", number):
             if question.options:
                 letters.setdefault(question.kind, Counter())[question.letter] += 1
