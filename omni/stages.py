@@ -94,14 +94,14 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     kept = [(sequence.place, sequence.count)]
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    spans: list[tuple[Tensor, Tensor]] = []  # places and counts that each layer saw
+    seen: list[tuple[Tensor, Tensor]] = []  # places and counts in each segment
     for number, segment in enumerate(plan.segments):
         rotary = thinker.rotary(sequence.positions)
+        seen.append((sequence.place, sequence.count))
         for index in range(*segment.layers):
             sequence.x, layer_keys, layer_values = cast(Layer, thinker.layers[index]).prefill(sequence.x, rotary)
             keys.append(layer_keys)
             values.append(layer_values)
-            spans.append((sequence.place, sequence.count))
             if sequence.deepstack is not None and index < len(sequence.deepstack):
                 sequence.x = sequence.x + sequence.deepstack[index]
         if number + 1 == len(plan.segments):
@@ -117,10 +117,10 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
         sequence = sequence.take(chosen[:, :length], count.clamp(max=length))
         kept.append((sequence.place, sequence.count))
     last = _rows(sequence.x, (sequence.count - 1)[:, None])[:, 0]
-    lengths = [count for _, count in spans]
+    lengths = [count for segment, (_, count) in zip(plan.segments, seen, strict=True) for _ in range(*segment.layers)]
     if pruned and len(plan.segments) > 1:
-        prune(keys, values, spans, sequence)
-        lengths = [sequence.count] * len(spans)
+        prune(keys, values, plan, seen, sequence)
+        lengths = [sequence.count] * len(lengths)
     return Staged(thinker.logits(last), kept, keys, values, lengths)
 
 
@@ -129,32 +129,62 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Stage II: index and count of what stays of a sequence with these scores, (B, S), as `compact` gives them.
 
-    Every selection of a plan is brought to one shape, with ratios as tensors, so that they are compiled once.
+    For the compiler, which would spend half of its time on these few small tensors: on a CPU one operator, elsewhere
+    compiled once for all selections of a plan, which are brought to one shape, with ratios as tensors.
     """
+    if scores.device.type == "cpu":
+        return _choose_on_a_cpu(scores, kind, video_keep, audio_keep, plan.temperature, plan.windows)
     padding = plan.segments[0].length - scores.shape[1]
     ratios = (torch.full((), ratio, dtype=torch.float64, device=scores.device) for ratio in (video_keep, audio_keep))
     scores, kind = F.pad(scores, (0, padding)), F.pad(kind, (0, padding), value=PADDING)
     return _choose(scores, kind, *ratios, plan.temperature, plan.windows)
 
 
-@torch.compiler.nested_compile_region
-def _choose(
-    scores: Tensor, kind: Tensor, video_keep: Tensor, audio_keep: Tensor, temperature: float, windows: int
+def _select(
+    scores: Tensor,
+    kind: Tensor,
+    video_keep: float | Tensor,
+    audio_keep: float | Tensor,
+    temperature: float,
+    windows: int,
 ) -> tuple[Tensor, Tensor]:
     return compact(select(scores, kind, video_keep, audio_keep, temperature, windows), kind.shape[1])
 
 
-def prune(keys: list[Tensor], values: list[Tensor], spans: list[tuple[Tensor, Tensor]], survivors: Sequence) -> None:
-    """Cuts the keys and values of every layer, which saw the places and counts of `spans`, to the survivors."""
-    for index, (place, count) in enumerate(spans):
+_choose = torch.compiler.nested_compile_region(_select)
+
+
+@torch.library.custom_op("seats::choose", mutates_args=(), device_types="cpu")
+def _choose_on_a_cpu(
+    scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int
+) -> tuple[Tensor, Tensor]:
+    return _select(scores, kind, video_keep, audio_keep, temperature, windows)
+
+
+@_choose_on_a_cpu.register_fake
+def _(
+    scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(kind, dtype=torch.int64), scores.new_empty(len(scores), dtype=torch.int64)
+
+
+def prune(
+    keys: list[Tensor],
+    values: list[Tensor],
+    plan: StagePlan,
+    seen: list[tuple[Tensor, Tensor]],
+    survivors: Sequence,
+) -> None:
+    """Cuts the keys and values of every layer to the survivors; `seen` are the places and counts in each segment."""
+    for segment, (place, count) in zip(plan.segments, seen, strict=True):
         # Survivors are in order in both, so each is found by search; what lies beyond `count` is never looked at.
         real = torch.arange(place.shape[1], device=place.device) < count[:, None]
         sought = torch.where(real, place, torch.iinfo(place.dtype).max)
         found = torch.searchsorted(sought, survivors.place).clamp(max=place.shape[1] - 1)
         for stored in (keys, values):
-            stored[index] = stored[index].gather(
-                2, found[:, None, :, None].expand(-1, stored[index].shape[1], -1, stored[index].shape[3])
-            )
+            for index in range(*segment.layers):
+                whole = stored[index]
+                stored[index] = whole.gather(2, found[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
 
 
 def select_before_decoder(plan: StagePlan, request: Request, x: Tensor, deepstack: Tensor | None) -> Sequence:
