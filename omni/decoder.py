@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, S, hidden) → what attention adds to it, and keys and values, (B, kv_heads, S, dim)."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = self.project(x, rotary)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
@@ -37,11 +37,12 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One position, (B, 1, hidden), after those in a cache (`attend`) → as `prefill`."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = self.project(x, rotary)
         mixed = attend(rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads), k, v, keys, values, written)
         return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)")), k, v
 
-    def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and turned, and values, (B, heads, S, dim) each."""
         qkv = rearrange(self.qkv(x), "b s (h d) -> b h s d", h=self.heads + 2 * self.kv_heads)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self._normed(q, self.query_norm), *rotary), rotate(self._normed(k, self.key_norm), *rotary)

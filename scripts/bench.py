@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from bench_check import check
 from bench_models import SIZES, as_loaded_for_eager, make_reference, random_thinker, share_weights
-from bench_report import render
+from bench_report import write_readme
 from torch import Tensor
 
 import omni
@@ -645,8 +645,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not options.render:
         measure_all(options, device, size, dtypes, folder)
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    (options.results / "README.md").write_text(render(results))
+    write_readme(options.results)
 
 
 def measure_all(options: argparse.Namespace, device: torch.device, size: str, dtypes: list[str], folder: Path) -> None:

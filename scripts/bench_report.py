@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from accuracy_report import accuracy_part
 
 HEAD = """# Benchmarks
 
@@ -30,6 +34,12 @@ No GPU has been at hand. There the same script measures Qwen2.5-Omni-7B and Qwen
 | decode after both, and after the paper's clip at 10 % | not measured |
 | vision, audio, first token, experts, start of a second process | not measured |
 """
+
+
+def write_readme(folder: Path) -> None:
+    """folder/README.md from all result files in it."""
+    results = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
+    (folder / "README.md").write_text(render(results) + accuracy_part(folder), encoding="utf-8")
 
 
 def render(results: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,25 +57,36 @@ def byte_characters() -> list[str]:
 
 
 def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
-    """Byte-pair merges of an ASCII text, most frequent first."""
-    words = [["Ġ", *word] for word in text.split()]
-    merges = []
-    for _ in range(count):
-        pairs = Counter(pair for word in words for pair in pairwise(word))
+    """Byte-pair merges of an ASCII text, most frequent first, within words and the space before them."""
+    found = re.findall(r"( ?)([A-Za-z]+|[0-9]|[^\sA-Za-z0-9]+)", text)
+    words = Counter(("Ġ" * len(space), *word) for space, word in found)
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, times in words.items():
+            for pair in pairwise([piece for piece in word if piece]):
+                pairs[pair] += times
         if not pairs:
             break
-        pair = max(pairs, key=lambda p: (pairs[p], p))
-        merges.append(pair)
-        for word in words:
-            for place in range(len(word) - 2, -1, -1):
-                if (word[place], word[place + 1]) == pair:
-                    word[place : place + 2] = ["".join(pair)]
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = Counter({_merged(word, merges[-1]): times for word, times in words.items()})
     return merges
 
 
-def write_tokenizer(folder: Path, family: Family) -> dict[str, int]:
-    """vocab.json, merges.txt, tokenizer_config.json, chat_template.json; returns the ids of the added tokens."""
-    merges = learn_merges(SAMPLE, 200)
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    pieces = [piece for piece in word if piece]
+    for place in range(len(pieces) - 2, -1, -1):
+        if (pieces[place], pieces[place + 1]) == pair:
+            pieces[place : place + 2] = ["".join(pair)]
+    return tuple(pieces)
+
+
+def write_tokenizer(folder: Path, family: Family, sample: str = SAMPLE, count: int = 200) -> dict[str, int]:
+    """vocab.json, merges.txt, tokenizer_config.json, chat_template.json; returns the ids of the added tokens.
+
+    sample: what `count` merges are learnt from.
+    """
+    merges = learn_merges(sample, count)
     pieces = [*byte_characters(), *dict.fromkeys("".join(pair) for pair in merges)]
     added = {token: len(pieces) + index for index, token in enumerate((*family.special, *family.ordinary))}
     write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(pieces)})

@@ -5,7 +5,7 @@
 Four shapes come and go one after another over a textured, noisy background, each with a sound of its own at some moment
 of its stay. Every question is about what one cannot know from its words: of four options all are in the clip, so that
 whoever sees or hears nothing is right one time in four. Scenes are drawn from a seed alone; splits share no seed and no
-pairing of colour and shape.
+combination of colour, shape and sound.
 """
 
 from __future__ import annotations
@@ -104,51 +104,53 @@ class Question:
         return "\n".join([self.text, *lines, "Answer with the letter."])
 
 
-def pairings(split: str) -> list[tuple[str, str]]:
-    """Colours and shapes that go together in a split: no pairing is in two, every colour and shape in all."""
+def belongs(split: str, colour: str, shape: str, sound: str) -> bool:
+    """Whether these three come together in a split.
+
+    No combination is in two splits, but in training every colour comes with every shape, and both with every sound:
+    none of them can be told from another.
+    """
     kept = {"test": (0,), "validation": (1,), "train": (2, 3, 4, 5)}[split]
-    return [
-        (colour, shape)
-        for row, colour in enumerate(COLOURS)
-        for column, shape in enumerate(SHAPES)
-        if (row + column) % len(SHAPES) in kept
-    ]
+    return (list(COLOURS).index(colour) + SHAPES.index(shape) + SOUNDS.index(sound)) % len(SHAPES) in kept
 
 
-def make_scene(split: str, number: int) -> Scene:
-    """The scene of that number of a split; the same whenever it is asked for."""
+def make_scene(split: str, number: int, longest: int = LONGEST) -> Scene:
+    """The scene of that number of a split, of so many seconds at most; the same whenever it is asked for."""
     draw = np.random.default_rng([SPLITS.index(split), number])
-    seconds = int(draw.integers(SHORTEST, LONGEST + 1))
+    seconds = int(draw.integers(SHORTEST, longest + 1))
     # Four stays of two seconds at least, and what is left shared out at random between and around them.
     rest = draw.dirichlet(np.full(9, 0.6)) * (seconds - 8)
     edges = np.cumsum(rest + np.array([0, 2, 0, 2, 0, 2, 0, 2, 0]))
+    while True:
+        colours, shapes, names = (draw.permutation(list(all_of))[:4] for all_of in (COLOURS, SHAPES, SOUNDS))
+        if all(belongs(split, *three) for three in zip(colours, shapes, names, strict=True)):
+            break
     sights: list[Sight] = []
-    for start, end in zip(edges[0:8:2], edges[1:8:2], strict=True):
-        left = [
-            pair
-            for pair in pairings(split)
-            if all(pair[0] != sight.colour and pair[1] != sight.shape for sight in sights)
-        ]
-        colour, shape = left[int(draw.integers(len(left)))]
-        radius = float(draw.uniform(14, 24))
-        way = tuple(tuple(map(float, draw.uniform(radius, SIDE - radius, 2))) for _ in range(2))
-        sights.append(Sight(float(start), float(end), colour, shape, radius, way))  # type: ignore[arg-type]
     sounds: list[Sound] = []
-    for sight, name in zip(sights, draw.permutation(SOUNDS)[:4], strict=True):
-        beeps = int(draw.integers(2, 6)) if name == "beeps" else 0
-        length = 0.3 * beeps if beeps else float(draw.uniform(0.8, 1.4))
-        start = float(draw.uniform(sight.start + 0.2, sight.end - length - 0.2))
-        low = name in ("a low tone", "a rising sweep")
-        hertz = float(draw.uniform(180, 320) if low else draw.uniform(1400, 2400))
-        if name == "beeps":
-            hertz = float(draw.uniform(600, 900))
-        sounds.append(Sound(start, length, str(name), hertz, beeps))
+    for event in range(4):
+        start, end = float(edges[2 * event]), float(edges[2 * event + 1])
+        sights.append(draw_sight(draw, start, end, str(colours[event]), str(shapes[event])))
+        sounds.append(draw_sound(draw, str(names[event]), start + 0.2, end - 0.2))
     return Scene(seconds, tuple(sights), tuple(sounds), int(draw.integers(2**31)))
 
 
-def questions(scene: Scene, split: str, number: int) -> list[Question]:
-    """One of every kind that the scene has, options in random order."""
-    draw = np.random.default_rng([SPLITS.index(split), number, 1])
+def draw_sight(draw: np.random.Generator, start: float, end: float, colour: str, shape: str) -> Sight:
+    radius = float(draw.uniform(18, 28))
+    (x0, y0), (x1, y1) = (map(float, draw.uniform(radius, SIDE - radius, 2)) for _ in range(2))
+    return Sight(start, end, colour, shape, radius, ((x0, y0), (x1, y1)))
+
+
+def draw_sound(draw: np.random.Generator, name: str, earliest: float, end: float) -> Sound:
+    """A sound of that name between two times, 1.6 s apart or more."""
+    beeps = int(draw.integers(2, 6)) if name == "beeps" else 0
+    length = 0.3 * beeps if beeps else float(draw.uniform(0.8, 1.4))
+    low, high = {"beeps": (600, 900), "a low tone": (180, 320), "a rising sweep": (180, 320)}.get(name, (1400, 2400))
+    return Sound(float(draw.uniform(earliest, end - length)), length, name, float(draw.uniform(low, high)), beeps)
+
+
+def questions(scene: Scene, split: str, number: int, draft: int = 0) -> list[Question]:
+    """One of every kind that the scene has, options in random order; other drafts ask about other things."""
+    draw = np.random.default_rng([SPLITS.index(split), number, 1 + draft])
     sights, sounds = scene.sights, scene.sounds
     names, heard = [sight.with_article for sight in sights], [sound.name for sound in sounds]
 
@@ -220,26 +222,33 @@ def questions(scene: Scene, split: str, number: int) -> list[Question]:
     return made
 
 
-def frames(scene: Scene) -> NDArray[np.uint8]:
-    """(seconds · FPS, SIDE, SIDE, 3)."""
+def frames(scene: Scene, fps: int = FPS) -> NDArray[np.uint8]:
+    """(seconds · fps, SIDE, SIDE, 3)."""
     draw = np.random.default_rng(scene.seed)
     background = texture(draw)
-    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
-    pictures = np.empty((scene.seconds * FPS, SIDE, SIDE, 3), np.uint8)
+    pictures = np.empty((scene.seconds * fps, SIDE, SIDE, 3), np.uint8)
     for number in range(len(pictures)):
-        now = number / FPS
-        picture = background
+        picture = background + draw.normal(0, 6, (SIDE, SIDE, 1)).astype(np.float32)
         for sight in scene.sights:
-            if sight.start <= now < sight.end:
-                part = (now - sight.start) / (sight.end - sight.start)
-                (x0, y0), (x1, y1) = sight.way
-                across = (x - x0 - part * (x1 - x0)) / sight.radius
-                down = (y - y0 - part * (y1 - y0)) / sight.radius
-                cover = np.clip((1 - outline(sight.shape, across, down)) * sight.radius + 0.5, 0, 1)[..., None]
-                picture = picture * (1 - cover) + np.array(COLOURS[sight.colour], np.float32) * cover
-        noise = draw.normal(0, 6, (SIDE, SIDE, 1))
-        pictures[number] = np.clip(picture + noise, 0, 255)
+            if sight.start <= number / fps < sight.end:
+                rows, columns, cover = silhouette(sight, number / fps)
+                part, colour = picture[rows, columns], np.array(COLOURS[sight.colour], np.float32)
+                part += (colour - background[rows, columns]) * cover[..., None]
+        pictures[number] = np.clip(picture, 0, 255)
     return pictures
+
+
+def silhouette(sight: Sight, now: float) -> tuple[slice, slice, NDArray[np.float32]]:
+    """Rows and columns that a shape touches at a time of its stay, and how much of each of their pixels it covers."""
+    part = (now - sight.start) / (sight.end - sight.start)
+    (x0, y0), (x1, y1) = sight.way
+    centre = y0 + part * (y1 - y0), x0 + part * (x1 - x0)
+    rows, columns = (
+        slice(max(0, int(middle - sight.radius) - 2), min(SIDE, int(middle + sight.radius) + 3)) for middle in centre
+    )
+    y, x = np.mgrid[rows, columns].astype(np.float32)
+    distance = outline(sight.shape, (x - centre[1]) / sight.radius, (y - centre[0]) / sight.radius)
+    return rows, columns, np.clip((1 - distance) * sight.radius + 0.5, 0, 1)
 
 
 def outline(shape: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:

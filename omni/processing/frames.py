@@ -88,7 +88,9 @@ def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
     """The family's numbers, patches of the config's size, and what the checkpoint's preprocessor_config.json says.
 
     That file, where there is one, has a say in the bounds of pictures and, for pictures and clips, in mean and
-    standard deviation, as with transformers' processors. Raises ConfigError for one that is damaged.
+    standard deviation, as with transformers' processors. Those have the bounds of clips in their code; for a model of
+    small clips the file may state video_min_pixels and video_max_pixels, which they do not read (their `videos_kwargs`
+    takes a size). Raises ConfigError for a file that is damaged.
     """
     sizes = replace(
         QWEN3_OMNI_SIZES if config.family == QWEN3 else VisionSizes(),
@@ -106,8 +108,12 @@ def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path} must be a JSON object, not {type(settings).__name__}.")
     sizes = replace(sizes, **_stated(settings, path))
-    if sizes.image_min_pixels > sizes.image_max_pixels:
-        raise ConfigError(f"{path}: min_pixels must not exceed max_pixels.")
+    for least, most, name in (
+        (sizes.image_min_pixels, sizes.image_max_pixels, "min_pixels"),
+        (sizes.video_min_pixels, sizes.video_max_pixels, "video_min_pixels"),
+    ):
+        if least > most:
+            raise ConfigError(f"{path}: {name} must not exceed {name.replace('min', 'max')}.")
     return sizes
 
 
@@ -123,15 +129,20 @@ def _stated(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         stated[key] = tuple(map(float, value))
     # Released files say min_pixels, files saved by later transformers size.shortest_edge; the former goes first.
     size = settings.get("size")
-    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+    for key, field, edge in (
+        ("min_pixels", "image_min_pixels", "shortest_edge"),
+        ("max_pixels", "image_max_pixels", "longest_edge"),
+        ("video_min_pixels", "video_min_pixels", None),
+        ("video_max_pixels", "video_max_pixels", None),
+    ):
         value = settings.get(key)
-        if value is None and isinstance(size, Mapping):
+        if value is None and edge is not None and isinstance(size, Mapping):
             value = size.get(edge)
         if value is None:
             continue
         if type(value) is not int or value < 1:
             raise ConfigError(f"{path}: {key} must be a positive integer, not {value!r:.80}.")
-        stated[f"image_{key}"] = value
+        stated[field] = value
     return stated
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +30,18 @@ def test_a_scene_is_what_its_number_says() -> None:
     assert world.waveform(scene).shape == (scene.seconds * world.RATE,)
 
 
-def test_splits_share_no_pairing_of_colour_and_shape() -> None:
+def test_splits_share_no_combination() -> None:
+    """Of colour, shape and sound; any two of them come together in every split."""
     import world
 
-    by_split = {split: set(world.pairings(split)) for split in world.SPLITS}
+    names = (list(world.COLOURS), list(world.SHAPES), list(world.SOUNDS))
+    by_split = {split: {three for three in product(*names) if world.belongs(split, *three)} for split in world.SPLITS}
     for one, other in combinations(world.SPLITS, 2):
         assert not by_split[one] & by_split[other]
-    assert sum(map(len, by_split.values())) == len(world.COLOURS) * len(world.SHAPES)
-    for pairs in by_split.values():
-        assert {colour for colour, _ in pairs} == set(world.COLOURS)
-        assert {shape for _, shape in pairs} == set(world.SHAPES)
+    assert sum(map(len, by_split.values())) == len(list(product(*names)))
+    for threes in by_split.values():
+        assert {three[1:] for three in threes} == set(product(*names[1:]))
+    assert {three[:2] for three in by_split["train"]} == set(product(*names[:2]))
 
 
 def test_scenes_hold_what_questions_rely_on() -> None:
@@ -57,7 +59,7 @@ def test_scenes_hold_what_questions_rely_on() -> None:
             assert edges == sorted(edges) and edges[0] >= 0 and edges[-1] <= scene.seconds + 1e-6
             for sight, sound in zip(scene.sights, scene.sounds, strict=True):
                 assert sight.start <= sound.start and sound.start + sound.seconds <= sight.end
-                assert (sight.colour, sight.shape) in world.pairings(split)
+                assert world.belongs(split, sight.colour, sight.shape, sound.name)
     assert min(seen) == world.SHORTEST and max(seen) == world.LONGEST
 
 

@@ -282,6 +282,10 @@ def test_the_file_of_a_checkpoint_has_its_say(tmp_path: Path) -> None:
     assert vision_sizes(tmp_path, config) == expected
     file.write_text('{"image_std": null, "min_pixels": 5000, "size": {"shortest_edge": 4096}}')
     assert vision_sizes(tmp_path, _config(QWEN3)) == dataclasses.replace(QWEN3_OMNI_SIZES, image_min_pixels=5000)
+    file.write_text('{"video_min_pixels": 3136, "video_max_pixels": 50176}')
+    sizes = vision_sizes(tmp_path, _config(QWEN2_5))
+    assert sizes == dataclasses.replace(VisionSizes(), video_min_pixels=3136, video_max_pixels=50176)
+    assert sizes.clip_size(64, 112, 112) == (112, 112)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +299,8 @@ def test_the_file_of_a_checkpoint_has_its_say(tmp_path: Path) -> None:
         ('{"min_pixels": "3136"}', "min_pixels must be a positive integer, not '3136'"),
         ('{"size": {"longest_edge": 0}}', "max_pixels must be a positive integer, not 0"),
         ('{"min_pixels": 9000, "max_pixels": 8000}', "min_pixels must not exceed max_pixels"),
+        ('{"video_max_pixels": 100.5}', "video_max_pixels must be a positive integer, not 100.5"),
+        ('{"video_min_pixels": 9000, "video_max_pixels": 8000}', "video_min_pixels must not exceed video_max_pixels"),
     ],
 )
 def test_damaged_files_are_named(text: str, message: str, tmp_path: Path) -> None:

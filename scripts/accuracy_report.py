@@ -1,0 +1,136 @@
+"""The part of benchmarks/README.md about accuracy, and its figures, from the results of `evaluate.py` and
+`analyze_layers.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """
+# Accuracy
+
+Rendered from `accuracy/`; do not edit. Accuracy with its 95 % interval, from clips drawn anew. Repeat with
+
+```sh
+.venv/bin/python scripts/world.py .world/test --split test --count 160
+.venv/bin/python scripts/evaluate.py .world/test
+.venv/bin/python scripts/world.py .world/validation --split validation --count 40
+.venv/bin/python scripts/analyze_layers.py .world/validation
+```
+"""
+
+
+def accuracy_part(folder: Path) -> str:
+    """Of every model evaluated; empty where there is none."""
+    found = [json.loads(path.read_text()) for path in sorted((folder / "accuracy").glob("*.json"))]
+    evaluated = [each for each in found if "rows" in each]
+    layers = {each["model"]: each for each in found if "removed" in each}
+    if not evaluated:
+        return ""
+    return "".join([HEAD, *(model_part(each, layers.get(each["model"])) for each in evaluated)])
+
+
+def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
+    name, rows = result["model"], result["rows"]
+    full = rows[0]
+    lines = [
+        "",
+        f"## {name}, {result['date']}",
+        "",
+        f"{result['questions']} questions about {result['clips']} clips; {result['machine']}, "
+        f"torch {result['versions']['torch']}. Of four answers, 25 % is chance.",
+        "",
+        f"![Accuracy against prefill time](figures/{name}-accuracy.svg)",
+        "",
+        "| | four answers | of every token's | free answers | above random | multiply-accumulates, times fewer "
+        "| prefill, ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        kept = row["choice"]["mean"] / full["choice"]["mean"]
+        cells = [
+            row["name"],
+            share(row["choice"]),
+            f"{kept:.1%}",
+            share(row["free"]),
+            share(row.get("above_random"), sign="+"),
+            f"{row['full_macs'] / row['macs']:.1f}",
+            f"{1000 * row['prefill_seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    kinds = list(full["kinds"])
+    lines += ["", f"| by kind | {' | '.join(kinds)} |", f"| --- |{' --- |' * len(kinds)}"]
+    for row in rows:
+        shares = (row["kinds"][kind]["mean"] for kind in kinds)
+        lines.append(f"| {row['name']} | {' | '.join(f'{each:.1%}' for each in shares)} |")
+    if layers is not None:
+        lines += [
+            "",
+            f"![Accuracy by the layer after which media are removed](figures/{name}-layers.svg)",
+            "",
+            f"Video, sound or both removed after layer n, {layers['questions']} validation questions about "
+            f"{layers['clips']} clips. Layers 1 to {layers['shallow']} are shallow, those from {layers['late']} on",
+            f"late; suggested: drop_layers {tuple(layers['drop_layers'])}, late_layer {layers['late_layer']}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def share(found: dict[str, Any] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
+    return f"{found['mean']:{sign}.1%} ({found['low']:{sign}.1%} to {found['high']:{sign}.1%})"
+
+
+def draw(folder: Path) -> None:
+    """PNG and SVG of every model's figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}
+    (folder / "figures").mkdir(exist_ok=True)
+    for path in sorted((folder / "accuracy").glob("*.json")):
+        result = json.loads(path.read_text())
+        figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+        name = f"{result['model']}-layers" if "removed" in result else f"{result['model']}-accuracy"
+        (draw_layers if "removed" in result else draw_accuracy)(axes, result)
+        for kind in ("png", "svg"):
+            figure.savefig(
+                folder / "figures" / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else {}
+            )
+        plt.close(figure)
+
+
+def draw_accuracy(axes: Any, result: dict[str, Any]) -> None:
+    full = result["rows"][0]
+    for method, style in (("SEATS", "o-"), ("random", "s--")):
+        rows = [full] + [r for r in result["rows"] if r["method"] == method and r["kv"] == "pruned"]
+        rows.sort(key=lambda row: row["prefill_seconds"])
+        x = [1000 * row["prefill_seconds"] for row in rows]
+        y = [100 * row["choice"]["mean"] for row in rows]
+        bars = [[100 * abs(row["choice"][end] - row["choice"]["mean"]) for row in rows] for end in ("low", "high")]
+        axes.errorbar(x, y, yerr=bars, fmt=style, capsize=3, label=method)
+        if method == "SEATS":
+            for row, at, height in zip(rows, x, y, strict=True):
+                text = f"{row['retention']:.0%}"
+                axes.annotate(text, (at, height), xytext=(4, 8), textcoords="offset points")
+    axes.axhline(25, color="grey", linewidth=1, linestyle=":", label="chance")
+    axes.set(xlabel="prefill, ms (median)", ylabel="right of four answers, %", title=f"{result['model']}: tokens kept")
+    axes.legend()
+
+
+def draw_layers(axes: Any, result: dict[str, Any]) -> None:
+    for (removed, found), style in zip(result["removed"].items(), ("o-", "s--", "^-."), strict=True):
+        mean, low, high = ([100 * each[name] for each in found] for name in ("mean", "low", "high"))
+        axes.plot(range(len(mean)), mean, style, label=f"{removed} removed")
+        axes.fill_between(range(len(mean)), low, high, alpha=0.15)
+    layers = len(result["removed"]["both"]) - 1
+    for end, name in ((result["shallow"], "shallow"), (result["late"] - 1, "middle"), (layers, "late")):
+        start = {"shallow": 0, "middle": result["shallow"], "late": result["late"] - 1}[name]
+        if end > start:
+            axes.text((start + end) / 2, 103, name, ha="center")
+            axes.axvline(end, color="grey", linewidth=0.8)
+    axes.set(xlabel="removed after layer", ylabel="right of four answers, %", xticks=range(layers + 1), ylim=(0, 110))
+    axes.legend(loc="lower right")
