@@ -2,14 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-DEMO = .demo
 
 .PHONY: help demo test check clean
 
 help:
-	@echo "make demo   answer a question about a clip, with a small random checkpoint"
+	@echo "make demo   answer a question about a clip, with the shipped checkpoint"
 	@echo "make test   lint, type check, tests"
-	@echo "make clean  remove the environment and the demo's files"
+	@echo "make clean  remove the environment"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,21 +23,15 @@ check: $(VENV)/installed
 test: check
 	$(BIN)/python -m pytest
 
-# CHECKPOINT=folder-or-hub-id takes another model than the random one.
-CHECKPOINT ?= $(DEMO)/random
+# CHECKPOINT=folder-or-hub-id asks another model than the shipped one about the shipped clip, QUESTION=... something else.
 QUESTION ?= What happens here?
 
-demo: $(VENV)/installed $(DEMO)/random/config.json $(DEMO)/clip.mp4
-	$(BIN)/python -m omni.generate --model $(CHECKPOINT) --max-new-tokens 32 $(DEMO)/clip.mp4 "$(QUESTION)"
-	@echo "(The random checkpoint knows nothing: its answer is noise. CHECKPOINT=... takes a real one."
-	@echo " It ran without compiling, the fastest way for a single question: to compile takes longer than to answer it.)"
-
-$(DEMO)/random/config.json: scripts/make_checkpoint.py $(VENV)/installed
-	$(BIN)/python scripts/make_checkpoint.py $(DEMO)/random
-
-$(DEMO)/clip.mp4: scripts/make_clip.py $(VENV)/installed
-	mkdir -p $(DEMO)
-	$(BIN)/python scripts/make_clip.py $@
+demo: $(VENV)/installed
+ifdef CHECKPOINT
+	$(BIN)/python -m omni.generate --model $(CHECKPOINT) --max-new-tokens 32 omni/demo/clip.mp4 "$(QUESTION)"
+else
+	$(BIN)/python -m omni.generate
+endif
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV)

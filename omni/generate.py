@@ -160,7 +160,8 @@ def demo() -> None:
             f"{stats.macs / 1e9:.2f} G ({stats.macs_ratio:.1f}x fewer)" if selection else f"{stats.macs / 1e9:.2f} G"
         )
         print(f"{retention:<12.0%} {answer.text:24} {kept:32} {fewer:>21} {1000 * stats.prefill_seconds:6.0f} ms")
-    print('\nAsk about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
+    print("\nNothing was compiled: for a single question that takes longer than the answer.")
+    print('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
 
 
 def _seats(options: argparse.Namespace, model: Omni) -> SeatsConfig | None:

@@ -67,6 +67,7 @@ class SeatsConfig:
 
 class Preset(NamedTuple):
     num_layers: int
+    hidden_size: int
     drop_layers: tuple[int, ...]
     late_layer: int
     window_temperature: float
@@ -77,6 +78,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "qwen2.5-omni-7b": Preset(
         num_layers=28,
+        hidden_size=3584,
         drop_layers=(16, 18, 20),
         late_layer=24,
         window_temperature=0.1,
@@ -84,14 +86,25 @@ PRESETS = {
     ),
     "qwen3-omni-30b-a3b": Preset(
         num_layers=48,
+        hidden_size=2048,
         drop_layers=(27, 31, 35),
         late_layer=40,
         window_temperature=0.3,
         rows={0.10: (0.07, 0.45), 0.15: (0.12, 0.50), 0.25: (0.22, 0.60), 0.35: (0.32, 0.70), 1.0: (1.0, 1.0)},
     ),
+    # Layers as scripts/analyze_layers.py suggests (benchmarks/README.md). Its clips have more tokens of sound than of
+    # video, so both keep the same share.
+    "tiny": Preset(
+        num_layers=8,
+        hidden_size=192,
+        drop_layers=(3, 4, 5),
+        late_layer=7,
+        window_temperature=0.1,
+        rows={0.10: (0.10, 0.10), 0.15: (0.15, 0.15), 0.25: (0.25, 0.25), 0.35: (0.35, 0.35), 1.0: (1.0, 1.0)},
+    ),
 }
-FAMILIES = {"qwen2_5_omni": "qwen2.5-omni-7b", "qwen3_omni_moe": "qwen3-omni-30b-a3b"}
-"""Family of a model's configuration → the preset made for it."""
+FAMILIES = {"qwen2_5_omni": ("qwen2.5-omni-7b", "tiny"), "qwen3_omni_moe": ("qwen3-omni-30b-a3b",)}
+"""Family of a model's configuration → its presets; the first is that of models without one of their own."""
 
 
 def preset(name: str, retention: float = 0.35) -> SeatsConfig:
@@ -108,13 +121,17 @@ def preset(name: str, retention: float = 0.35) -> SeatsConfig:
 def preset_for(config: Any, retention: float = 0.35) -> SeatsConfig:
     """The preset of a model's family with the layers at the same fractions of the model's depth.
 
-    config: has `family` and `decoder.num_layers`, as `omni.config.OmniConfig`. In a shallow model, where fractions
-    fall on one layer, the selections move to earlier layers, one layer each. Raises ValueError for a family without
-    a preset and for a model too shallow to hold every stage.
+    config: has `family`, `decoder.num_layers` and `decoder.hidden_size`, as `omni.config.OmniConfig`. A model of the
+    depth and width of one of its family's presets has that one. In a shallow model, where fractions fall on one layer,
+    the selections move to earlier layers, one layer each. Raises ValueError for a family without a preset and for a
+    model too shallow to hold every stage.
     """
     if config.family not in FAMILIES:
         raise ValueError(f"No preset for the family {config.family!r}; there are presets for {', '.join(FAMILIES)}.")
-    return _preset(FAMILIES[config.family], config.decoder.num_layers, retention)
+    size = config.decoder.num_layers, config.decoder.hidden_size
+    first, *others = FAMILIES[config.family]
+    name = next((other for other in others if PRESETS[other][:2] == size), first)
+    return _preset(name, config.decoder.num_layers, retention)
 
 
 def _preset(name: str, num_layers: int, retention: float) -> SeatsConfig:

@@ -13,8 +13,8 @@ import seats
 GOOD = seats.SeatsConfig(video_ratio=0.3, audio_ratio=0.6, drop_layers=(2, 4), late_layer=7, window_temperature=0.1)
 
 
-def model(family: str, num_layers: int) -> Any:
-    return SimpleNamespace(family=family, decoder=SimpleNamespace(num_layers=num_layers))
+def model(family: str, num_layers: int, hidden_size: int = 2048) -> Any:
+    return SimpleNamespace(family=family, decoder=SimpleNamespace(num_layers=num_layers, hidden_size=hidden_size))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,8 @@ def test_preset_for_fits_every_depth_it_accepts(family: str) -> None:
 def test_preset_for_takes_the_same_fractions_of_the_depth() -> None:
     assert seats.preset_for(model("qwen2_5_omni", 28), 0.10) == seats.preset("qwen2.5-omni-7b", 0.10)
     assert seats.preset_for(model("qwen3_omni_moe", 48), 0.10) == seats.preset("qwen3-omni-30b-a3b", 0.10)
+    assert seats.preset_for(model("qwen2_5_omni", 8, 192), 0.10) == seats.preset("tiny", 0.10)
+    assert seats.preset_for(model("qwen2_5_omni", 8), 0.10) != seats.preset("tiny", 0.10)
     three_billion = seats.preset_for(model("qwen2_5_omni", 36))
     assert (three_billion.drop_layers, three_billion.late_layer) == ((21, 23, 26), 31)
 
@@ -109,7 +111,7 @@ def test_refuses_retentions_out_of_range(retention: float) -> None:
 
 
 def test_names_the_choices_where_there_is_no_preset() -> None:
-    with pytest.raises(ValueError, match=r"choose one of qwen2\.5-omni-7b, qwen3-omni-30b-a3b"):
+    with pytest.raises(ValueError, match=r"choose one of qwen2\.5-omni-7b, qwen3-omni-30b-a3b, tiny"):
         seats.preset("qwen2.5-omni")
     with pytest.raises(ValueError, match="No preset for the family 'llama'"):
         seats.preset_for(model("llama", 28))

@@ -1,0 +1,105 @@
+"""What the accuracy figures rest on: what counts as right, intervals, ablations that do what they say, blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import omni
+import seats
+from omni.generate import CLIP, QUESTION
+from seats.selection import AUDIO, TEXT, VIDEO, select
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ["red", "green", "blue", "pink"]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("B", True), ("B. green", True), ("The answer is B.", True), ("A", False), ("green", False), ("", False)],
+)
+def test_the_first_letter_counts(text: str, right: bool) -> None:
+    import evaluate
+
+    assert evaluate.is_right(text, {"options": OPTIONS, "answer": "green"}) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"), [("a red ring", True), ("A red ring.", True), ("a red", False), ("a red ring!", True)]
+)
+def test_free_answers_are_compared_by_words(text: str, right: bool) -> None:
+    import evaluate
+
+    assert evaluate.is_right(text, {"options": [], "answer": "a red ring"}) == right
+
+
+def test_the_interval_is_that_of_clips() -> None:
+    """Ten questions on each of 100 clips that are all right or all wrong are worth 100, not 1,000."""
+    import evaluate
+
+    low, high = evaluate.interval([[True] * 10] * 50 + [[False] * 10] * 50)
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+
+
+def test_without_windows_the_most_relevant_of_all_stay() -> None:
+    """One window is the method's own case of it; with many, nobody is kept for the window's sake."""
+    import evaluate
+
+    torch.manual_seed(0)
+    kind = torch.tensor([[TEXT] * 2 + ([VIDEO] * 6 + [AUDIO] * 4) * 3 + [TEXT] * 3], dtype=torch.uint8)
+    scores = torch.rand(kind.shape)
+    keep = evaluate.most_relevant(scores, kind, 0.3, 0.5, 0.1, 3)
+    for medium, count in ((VIDEO, round(0.3 * 18)), (AUDIO, round(0.5 * 12)), (TEXT, 5)):
+        there = (kind == medium)[0].nonzero().flatten()
+        best = scores[0, there].topk(count).indices if medium != TEXT else torch.arange(5)
+        assert keep[0, there].nonzero().flatten().tolist() == sorted(best.tolist())
+    one = torch.tensor([[TEXT] * 2 + [VIDEO] * 6 + [AUDIO] * 4 + [TEXT] * 3], dtype=torch.uint8)
+    scores = torch.rand(one.shape)
+    assert torch.equal(evaluate.most_relevant(scores, one, 0.3, 0.5, 0.1, 1), select(scores, one, 0.3, 0.5, 0.1, 1))
+
+
+def test_layers_follow_from_accuracy() -> None:
+    import analyze_layers
+
+    # 8 layers: nothing is known up to layer 3, all from layer 6 on.
+    assert analyze_layers.blocks([0.25, 0.25, 0.26, 0.3, 0.6, 0.8, 0.95, 0.95, 0.95]) == (3, 7)
+    assert analyze_layers.suggested(3, 7, 8) == ([3, 4, 5], 7)
+    # Every layer needs them: no late layer.
+    assert analyze_layers.blocks([0.25] * 8 + [0.95]) == (7, 9)
+    assert analyze_layers.suggested(7, 9, 8) == ([7], None)
+    # A deep model: three selections spread over the middle.
+    assert analyze_layers.suggested(15, 24, 28) == ([15, 18, 22], 24)
+
+
+def test_removed_media_leave_what_text_alone_gives() -> None:
+    """Removed after the last layer nothing changes; after layer n it is what late removal there does."""
+    import analyze_layers
+
+    model = omni.load("tiny", device="cpu")
+    content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
+    clip_inputs = model.prepare([{"role": "user", "content": content}])
+    letters = torch.arange(10, 14)
+    picked = analyze_layers.letters_when_removed(model, clip_inputs, letters)
+    layers = model.config.decoder.num_layers
+    assert picked.shape == (3, layers + 1)
+    full = model.prefill(clip_inputs).logits[letters].argmax()
+    assert (picked[:, layers] == full).all()
+    for after in (1, 4, layers - 1):
+        config = seats.SeatsConfig(
+            video_ratio=0.5,
+            audio_ratio=0.5,
+            encoder_ratio_scale=2,
+            drop_layers=(),
+            late_layer=after + 1,
+            window_temperature=0.1,
+        )
+        late = model.prefill(clip_inputs, seats=config).logits[letters].argmax()
+        assert picked[2, after] == late
