@@ -1,7 +1,4 @@
-"""python -m omni.generate [media ...] "question": the answer on stdout, thoughts, progress and figures on stderr.
-
-Bare, it asks the checkpoint `tiny` about a clip, both of which are shipped, with every token and with fewer.
-"""
+"""python -m omni.generate [media ...] "question": the answer on stdout, thoughts, progress and figures on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,22 +23,18 @@ from omni.processing.tokenizer import TokenizerError
 from seats.config import SeatsConfig, preset_for
 from weights import CheckpointError
 
-CLIP = Path(__file__).parent / "demo" / "clip.mp4"
-QUESTION = "What was on screen when the low tone sounded?"
-"""Of the clip, for the checkpoint `tiny`."""
-
 ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, MediaError, InputError)
 """Every way in which a request can be wrong; anything else is a fault of this library."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one question; returns the exit status: 0, 1 for a bad request, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = argument_parser().parse_args(arguments) if arguments else None
+    parser = argument_parser()
+    options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
-            demo() if options is None else _answer(options)
+            _answer(options)
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)
         return 1
@@ -66,7 +58,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="omni-generate",
         usage='%(prog)s [options] [media ...] "question"',
-        description="Answer a question about clips, pictures and sounds. Without arguments: a demonstration.",
+        description="Answer a question about clips, pictures and sounds.",
     )
     parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
     parser.add_argument("question")
@@ -141,26 +133,6 @@ def _answer(options: argparse.Namespace) -> None:
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
     print(figures(generation, media_seconds), file=sys.stderr)
-
-
-def demo() -> None:
-    """Asks `tiny` about its clip and prints answers and figures side by side, a line for each retention."""
-    model = load("tiny")
-    content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
-    inputs = model.prepare([{"role": "user", "content": content}])
-    print(f"{CLIP}\n{QUESTION}\n")
-    print(f"{'tokens kept':12} {'answer':24} {'tokens by layers':32} {'multiply-accumulates':>21} {'prefill':>9}")
-    for retention in (1.0, 0.35, 0.10):
-        selection = None if retention == 1 else preset_for(model.config, retention)
-        model.prefill(inputs, seats=selection)  # so that what a first call costs is not in the figures
-        answer = model.generate(inputs, seats=selection, max_new_tokens=32)
-        stats = answer.stats
-        kept = " > ".join(map(str, stats.segments))
-        fewer = (
-            f"{stats.macs / 1e9:.2f} G ({stats.macs_ratio:.1f}x fewer)" if selection else f"{stats.macs / 1e9:.2f} G"
-        )
-        print(f"{retention:<12.0%} {answer.text:24} {kept:32} {fewer:>21} {1000 * stats.prefill_seconds:6.0f} ms")
-    print('\nAsk about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
 
 
 def _seats(options: argparse.Namespace, model: Omni) -> SeatsConfig | None:

@@ -3,8 +3,8 @@
     python scripts/train_tiny.py .train                  # resumes what is there; writes .train/checkpoint at the end
 
 Every clip is drawn anew and made without a file. First the encoders alone learn to say what is seen and heard at each
-of their tokens, with two linear layers that are thrown away; then all learns to answer. Many questions share a clip in
-one sequence and do not see each other.
+of their tokens, in the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of
+its sound. Then all learns to answer. Many questions share a clip in one sequence and do not see each other.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from omni.processing.mel import log_mel
 from omni.processing.positions import layout
 from omni.processing.processor import Processor
 from omni.processing.prompt import clip_block, expand
+from omni.processing.tokenizer import Tokenizer
 from omni.thinker import Thinker
 
 SAMPLED_FPS = 2
@@ -46,11 +47,13 @@ CELL = 28
 """Pixels along a side of what becomes one token."""
 DRILL_SIGHTS, DRILL_SOUNDS = 32, 8
 """Seconds of pictures and of sound that the encoders learn from at a time."""
-SHORT_SHARE, SHORT_CLIP = 0.75, 12
+TALK_SHARE = 0.6
+"""Of the clips that are asked about without options."""
+SHORT_SHARE, SHORT_CLIP = 0.85, 12
 """Until this part of the clips is done they have so many seconds at most: they cost a third of the longer ones."""
 BLOCK = 160
 """Tokens of questions, or a few more, that look at the clip and each other together."""
-LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1.5e-3, 200, 4
+LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 6
 ABSENT_WEIGHT = 0.1
 """Of tokens where nothing is seen or heard, most of all, in the loss of the encoders."""
 
@@ -68,7 +71,6 @@ def write_files(folder: Path) -> OmniConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
         "tie_word_embeddings": True,
         # Half of the frequencies tell time, which is all that sound and pictures are matched by.
         "rope_scaling": {"mrope_section": [12, 6, 6], "rope_type": "default", "type": "default"},
@@ -99,7 +101,7 @@ def write_files(folder: Path) -> OmniConfig:
 def sample_text() -> str:
     """What the vocabulary is learnt from."""
     asked = (lesson for number in range(200) for lesson in lessons("train", number))
-    return "\n".join(f"{lesson.prompt}\n {lesson.answer}" for lesson in asked)
+    return "\n".join(f"{lesson.prompt}\n{lesson.answer}" for lesson in asked)
 
 
 @dataclass(frozen=True)
@@ -110,22 +112,32 @@ class Lesson:
     weight: float = 1.0
 
 
-def lessons(split: str, number: int, longest: int = world.LONGEST) -> list[Lesson]:
-    """The questions of a clip, the same sort without options, and what happens in it."""
+def lessons(split: str, number: int, longest: int = world.LONGEST, talk: bool = False) -> list[Lesson]:
+    """The questions of a clip, the same sorts without options about all there is, and everything that happens in it.
+
+    talk: without the questions that have options, which are learnt when the others are known.
+    """
     scene = world.make_scene(split, number, longest)
-    asked = [
-        Lesson(question.kind, question.prompt, question.letter if question.options else question.answer)
-        for question in world.questions(scene, split, number)
-    ]
-    asked += [
-        Lesson(f"{question.kind}, free", question.text, question.answer)
-        for question in world.questions(scene, split, number, 1)
-    ]
+    asked = []
+    if not talk:
+        asked = [
+            Lesson(question.kind, question.prompt, question.letter if question.options else question.answer)
+            for question in world.questions(scene, split, number)
+        ]
+    draw = np.random.default_rng([number, 2])
+    for kind in world.KINDS:
+        # In words, about every event, or with the others about one.
+        for which in range(4) if talk else draw.permutation(4)[:1]:
+            other = (which + 1 + int(draw.integers(3))) % 4
+            question = world.question(scene, kind, int(which), other)
+            if question is not None and question.text not in {lesson.prompt for lesson in asked}:
+                answer = scene.sights[int(which)].with_article if kind in ("colour", "shape") else question.answer
+                asked.append(Lesson(f"{kind}, free", question.text, answer))
     told = ", ".join(
-        f"{sight.with_article} with {f'{sound.beeps} ' if sound.beeps else ''}{sound.name}"
+        f"{sight.with_article} with {sound.name.replace('a row of', str(sound.beeps))}"
         for sight, sound in zip(scene.sights, scene.sounds, strict=True)
     )
-    return [*asked, Lesson("everything", "Tell everything that happens.", told, 4.0)]
+    return [*asked, Lesson("everything", "Tell everything that happens.", told, 2.0)]
 
 
 @dataclass
@@ -162,11 +174,12 @@ class Example:
 
 
 class Examples(Dataset[Example]):
-    """The clips of a split, by number: first drills, to `short` only clips of SHORT_CLIP at most."""
+    """The clips of a split, by number: first drills, then talks, to `short` only clips of SHORT_CLIP at most."""
 
-    def __init__(self, folder: Path, split: str, count: int, drills: int = 0, short: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, count: int, drills: int = 0, talks: int = 0, short: int = 0) -> None:
         self.config = read_config(folder)
-        self.split, self.count, self.drills, self.short = split, count, drills, short
+        self.split, self.count = split, count
+        self.drills, self.talks, self.short = drills, talks, short
         processor = Processor(folder, self.config)
         self.tokenizer, self.sizes = processor.tokenizer, processor.sizes
         content = [{"type": "video", "video": ""}, {"type": "text", "text": "?"}]
@@ -201,7 +214,7 @@ class Examples(Dataset[Example]):
         ids, positions = list(clip), [where.positions]
         group, answers, wanted, lesson, weight, kinds = [0] * len(clip), [], [], [], [], []
         blocks = [len(clip)]
-        asked = [] if is_drill else lessons(self.split, number, longest)
+        asked = [] if is_drill else lessons(self.split, number, longest, talk=number < self.talks)
         for index, each in enumerate(asked):
             prompt = [*self.tokenizer.encode(each.prompt), *self.tail]
             answer = [*self.tokenizer.encode(each.answer), self.stop]
@@ -280,22 +293,17 @@ def what_is_heard(scene: world.Scene, tokens: int) -> np.ndarray[Any, np.dtype[n
 
 
 class Student(nn.Module):
-    """The thinker, and the two layers by which its encoders say what they see and hear."""
+    """The thinker in training. words: ids of what is told apart, colours, shapes and sounds in their order."""
 
-    def __init__(self, config: OmniConfig) -> None:
+    def __init__(self, config: OmniConfig, words: dict[str, list[int]]) -> None:
         super().__init__()
-        self.thinker = Thinker(config)
-        size = config.decoder.hidden_size
-        self.seen = nn.Linear(size, len(world.COLOURS) + 1 + len(world.SHAPES) + 1)
-        self.heard = nn.Linear(size, len(world.SOUNDS) + 1)
+        self.thinker, self.words = Thinker(config), words
         for name, parameter in self.thinker.named_parameters():
             if parameter.dim() > 1:
-                deep = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.decoder.num_layers) if deep else 0.02)
-        for encoder in (self.thinker.vision, self.thinker.audio):
-            for parameter in encoder.parameters():
-                if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                std = parameter[0].numel() ** -0.5
+                if name.startswith("layers") and name.endswith(("output.weight", "down.weight")):
+                    std /= math.sqrt(2 * config.decoder.num_layers)
+                nn.init.normal_(parameter, std=std)
 
     def forward(self, example: Example, answers: bool = True) -> tuple[Tensor | None, Tensor]:
         """(n, vocab) logits where answers are predicted, and (3,) losses of colour, shape and sound by token."""
@@ -305,14 +313,9 @@ class Student(nn.Module):
         patches = example.patches.view(grids, height * width, -1)
         pictures = thinker.vision.encode_batch(patches, thinker.vision.layout(height, width), None)[0].flatten(1, 2)
         sound, _ = thinker.audio(example.mel[None], torch.tensor([example.mel.shape[1]]))
-        shown, told = self.seen(pictures[0]).float(), self.heard(sound).float()
-        colours = len(world.COLOURS) + 1
+        labels = {"colour": example.seen[0], "shape": example.seen[1], "sound": example.heard}
         side = torch.stack(
-            (
-                weighted(shown[:, :colours], example.seen[0]),
-                weighted(shown[:, colours:], example.seen[1]),
-                weighted(told, example.heard),
-            )
+            [self.told(sound if name == "sound" else pictures[0], name, labels[name]) for name in self.words]
         )
         if not answers:
             return None, side
@@ -322,6 +325,22 @@ class Student(nn.Module):
         for layer in thinker.layers:
             x = through(cast(Layer, layer), x, rotary, example)
         return thinker.logits(x[0, example.answers]), side
+
+    def told(self, features: Tensor, name: str, labels: Tensor) -> Tensor:
+        """Loss of the likeliest word by embedding, nothing being as likely as a word at a right angle."""
+        logits = F.linear(features, self.thinker.embedding.weight[self.words[name]]).float()
+        return weighted(F.pad(logits, (1, 0)), labels)
+
+
+def words_of(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Ids of the word that tells each colour, shape and sound from the others."""
+    sounds = ("low", "high", "rising", "falling", "beeps")
+    found = {
+        name: [tokenizer.encode(f" {word}") for word in words]
+        for name, words in (("colour", world.COLOURS), ("shape", world.SHAPES), ("sound", sounds))
+    }
+    assert all(len(ids) == 1 for many in found.values() for ids in many), "a word that is not one token"
+    return {name: [ids[0] for ids in many] for name, many in found.items()}
 
 
 def through(layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], example: Example) -> Tensor:
@@ -374,7 +393,7 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
     checkpoint, state_file, log_file = folder / "checkpoint", folder / "state.pt", folder / "log.jsonl"
     config = write_files(checkpoint)
     torch.manual_seed(0)
-    student = Student(config).to(device)
+    student = Student(config, words_of(Processor(checkpoint, config).tokenizer)).to(device)
     matrices = [parameter for parameter in student.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -387,7 +406,8 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
         optimizer.load_state_dict(state["optimizer"])
         done = state["done"]
     held_out = [Examples(checkpoint, "validation", validated)[number] for number in range(validated)]
-    data = Examples(checkpoint, "train", clips, drills, drills + round(SHORT_SHARE * (clips - drills)))
+    talks, short = (drills + round(share * (clips - drills)) for share in (TALK_SHARE, SHORT_SHARE))
+    data = Examples(checkpoint, "train", clips, drills, talks, short)
     loader = DataLoader(
         data,
         batch_size=None,
@@ -472,7 +492,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny checkpoint.")
     parser.add_argument("folder", type=Path, help="for the state, the log and the checkpoint; resumed where it has one")
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=7_500, help="with questions (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=8_500, help="with questions (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips (default: %(default)s)")
     parser.add_argument("--validated", type=int, default=60, help="clips that accuracy is measured on")

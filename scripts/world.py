@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,7 +36,7 @@ COLOURS = {
     "pink": (250, 130, 190),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-SOUNDS = ("a low tone", "a high tone", "a rising sweep", "a falling sweep", "beeps")
+SOUNDS = ("a low tone", "a high tone", "a rising sweep", "a falling sweep", "a row of beeps")
 SPLITS = ("train", "validation", "test")
 
 
@@ -142,84 +142,70 @@ def draw_sight(draw: np.random.Generator, start: float, end: float, colour: str,
 
 def draw_sound(draw: np.random.Generator, name: str, earliest: float, end: float) -> Sound:
     """A sound of that name between two times, 1.6 s apart or more."""
-    beeps = int(draw.integers(2, 6)) if name == "beeps" else 0
+    beeps = int(draw.integers(2, 6)) if "beeps" in name else 0
     length = 0.3 * beeps if beeps else float(draw.uniform(0.8, 1.4))
-    low, high = {"beeps": (600, 900), "a low tone": (180, 320), "a rising sweep": (180, 320)}.get(name, (1400, 2400))
+    low, high = {"a row of beeps": (600, 900), "a low tone": (180, 320), "a rising sweep": (180, 320)}.get(
+        name, (1400, 2400)
+    )
     return Sound(float(draw.uniform(earliest, end - length)), length, name, float(draw.uniform(low, high)), beeps)
+
+
+KINDS = {
+    "colour": "video",
+    "shape": "video",
+    "first sight": "video",
+    "first sound": "audio",
+    "seen at a sound": "both",
+    "heard at a sight": "both",
+    "beeps": "audio",
+    "name what was seen": "both",
+    "before or after": "both",
+}
+"""What is asked, and what it needs; the last two in words, without options."""
+
+
+def question(scene: Scene, kind: str, which: int, other: int) -> Question | None:
+    """About the event number `which`, and `other` where it takes two; None where the scene has nothing of that kind.
+
+    The right option stands where its event does.
+    """
+    names, heard = [sight.with_article for sight in scene.sights], [sound.name for sound in scene.sounds]
+    sight, sound = scene.sights[which], scene.sounds[which]
+    the_sound = f"the {sound.name.removeprefix('a ')}"
+    asked: dict[str, tuple[str, list[str], str]] = {
+        "colour": (f"What colour is the {sight.shape}?", [each.colour for each in scene.sights], sight.colour),
+        "shape": (f"Which shape is {sight.colour}?", [each.shape for each in scene.sights], sight.shape),
+        "first sight": ("What came on screen first?", names, names[0]),
+        "first sound": ("Which sound came first?", heard, heard[0]),
+        "seen at a sound": (f"What was on screen when {the_sound} sounded?", names, names[which]),
+        "heard at a sight": (f"What was heard while the {sight.name} was on screen?", heard, heard[which]),
+        "name what was seen": (f"Say what was on screen when {the_sound} sounded.", [], names[which]),
+        "before or after": (
+            f"Did {the_sound} sound before or after the {scene.sights[other].name} was on screen?",
+            [],
+            "before" if which < other else "after",
+        ),
+    }
+    beeps = max(each.beeps for each in scene.sounds)
+    if beeps:
+        asked["beeps"] = "How many beeps are there?", [str(count) for count in range(2, 6)], str(beeps)
+    if kind not in asked or (kind == "before or after" and which == other):
+        return None
+    text, options, answer = asked[kind]
+    return Question(kind, KINDS[kind], text, tuple(options), answer)
 
 
 def questions(scene: Scene, split: str, number: int, draft: int = 0) -> list[Question]:
     """One of every kind that the scene has, options in random order; other drafts ask about other things."""
     draw = np.random.default_rng([SPLITS.index(split), number, 1 + draft])
-    sights, sounds = scene.sights, scene.sounds
-    names, heard = [sight.with_article for sight in sights], [sound.name for sound in sounds]
-
-    def choice(kind: str, needs: str, text: str, options: list[str], answer: str) -> Question:
-        return Question(kind, needs, text, tuple(options[i] for i in draw.permutation(4)), answer)
-
-    def one() -> int:
-        return int(draw.integers(4))
-
-    def the(name: str) -> str:
-        return f"the {name.removeprefix('a ')}"
-
-    asked = [one() for _ in range(8)]
-    made = [
-        choice(
-            "colour",
-            "video",
-            f"What colour is the {sights[asked[0]].shape}?",
-            [sight.colour for sight in sights],
-            sights[asked[0]].colour,
-        ),
-        choice(
-            "shape",
-            "video",
-            f"Which shape is {sights[asked[1]].colour}?",
-            [sight.shape for sight in sights],
-            sights[asked[1]].shape,
-        ),
-        choice("first sight", "video", "What came on screen first?", names, names[0]),
-        choice("first sound", "audio", "Which sound came first?", heard, heard[0]),
-        choice(
-            "seen at a sound",
-            "both",
-            f"What was on screen when {the(heard[asked[2]])} sounded?",
-            names,
-            names[asked[2]],
-        ),
-        choice(
-            "heard at a sight",
-            "both",
-            f"What was heard while the {sights[asked[3]].name} was on screen?",
-            heard,
-            heard[asked[3]],
-        ),
-    ]
-    for sound in sounds:
-        if sound.beeps:
-            counts = [str(count) for count in range(2, 6)]
-            made.append(choice("beeps", "audio", "How many beeps are there?", counts, str(sound.beeps)))
-    made.append(
-        Question(
-            "name what was seen",
-            "both",
-            f"Say what was on screen when {the(heard[asked[4]])} sounded.",
-            (),
-            names[asked[4]],
-        )
-    )
-    sound, sight = draw.permutation(4)[:2]
-    made.append(
-        Question(
-            "before or after",
-            "both",
-            f"Did {the(heard[sound])} sound before or after the {sights[sight].name} was on screen?",
-            (),
-            "before" if sound < sight else "after",
-        )
-    )
-    return made
+    found = []
+    for kind in KINDS:
+        which, other = (int(index) for index in draw.permutation(4)[:2])
+        made = question(scene, kind, which, other)
+        if made is not None:
+            order = draw.permutation(len(made.options))
+            found.append(replace(made, options=tuple(made.options[i] for i in order)))
+    return found
 
 
 def frames(scene: Scene, fps: int = FPS) -> NDArray[np.uint8]:
