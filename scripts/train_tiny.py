@@ -47,7 +47,7 @@ CELL = 28
 """Pixels along a side of what becomes one token."""
 DRILL_SIGHTS, DRILL_SOUNDS = 32, 8
 """Seconds of pictures and of sound that the encoders learn from at a time."""
-TALK_SHARE = 0.6
+TALK_SHARE = 0.7
 """Of the clips that are asked about without options."""
 SHORT_SHARE, SHORT_CLIP = 0.85, 12
 """Until this part of the clips is done they have so many seconds at most: they cost a third of the longer ones."""
@@ -492,7 +492,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny checkpoint.")
     parser.add_argument("folder", type=Path, help="for the state, the log and the checkpoint; resumed where it has one")
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=8_500, help="with questions (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=14_000, help="with questions (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips (default: %(default)s)")
     parser.add_argument("--validated", type=int, default=60, help="clips that accuracy is measured on")
