@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import world
 from einops import rearrange
-from make_checkpoint import FAMILIES, qwen2_5_config, write_json, write_tokenizer
+from make_checkpoint import FAMILIES, public_tensors, qwen2_5_config, write_json, write_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,7 +31,6 @@ import weights
 from omni.config import OmniConfig, read_config
 from omni.decoder import Layer
 from omni.inputs import Inputs
-from omni.model import tensor_names
 from omni.processing.chat import encode_chat
 from omni.processing.frames import patchify
 from omni.processing.mel import log_mel
@@ -453,7 +452,7 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
             state_file.with_suffix(".new").replace(state_file)
             saved = time.monotonic()
     bar.close()
-    export(student.thinker, checkpoint)
+    weights.save_sharded(public_tensors(student.thinker), checkpoint, max_shard_bytes=1 << 30)
 
 
 def learning_rate(done: int, drills: int, clips: int) -> float:
@@ -476,16 +475,6 @@ def validate(student: Student, examples: list[Example], mixed: Any, device: torc
         for kind, hit in zip(example.kinds, right_answers(logits, example), strict=True):
             right.setdefault(kind, []).append(hit)
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-
-
-def export(thinker: Thinker, folder: Path) -> None:
-    """The tensors in bfloat16, under their public names."""
-    parameters = dict(thinker.named_parameters())
-    tensors = {
-        public: destination.view(parameters[destination.parameter].detach()).bfloat16().contiguous().cpu()
-        for public, destination in tensor_names(thinker.config).items()
-    }
-    weights.save_sharded(tensors, folder, max_shard_bytes=1 << 30)
 
 
 def main() -> None:
