@@ -52,7 +52,7 @@ def letters_when_removed(model: Omni, inputs: Inputs, letters: Tensor) -> Tensor
         states.append(through(states[-1], deepstack, rotary, index))
     picked = torch.empty(len(REMOVED), len(states), dtype=torch.long)
     for row, removed in enumerate(REMOVED):
-        gone = torch.zeros(x.shape[1], dtype=torch.bool)
+        gone = torch.zeros(inputs.input_ids.shape[1], dtype=torch.bool)
         for name in ("video", "audio") if removed == "both" else (removed,):
             gone[getattr(where, name)] = True
         kept = (~gone).nonzero().flatten().to(model.device)
