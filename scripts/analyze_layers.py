@@ -68,6 +68,8 @@ def letters_when_removed(model: Omni, inputs: Inputs, letters: Tensor) -> Tensor
 def blocks(accuracy: Sequence[float]) -> tuple[int, int]:
     """The last shallow and the first late layer, from 1, by accuracy when all goes after layer 0, 1, …, all layers."""
     none, everything = accuracy[0], accuracy[-1]
+    if everything <= none:
+        raise SystemExit("With video and sound no more answers are right than without: there are no layers to suggest.")
     brought = [(each - none) / max(everything - none, 1e-9) for each in accuracy]
     shallow = max((after for after, share in enumerate(brought) if share < SHALLOW), default=0)
     late = next(after for after in range(len(brought)) if all(share >= LATE for share in brought[after:]))
