@@ -96,10 +96,8 @@ def draw(folder: Path) -> None:
         figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
         name = f"{result['model']}-layers" if "removed" in result else f"{result['model']}-accuracy"
         (draw_layers if "removed" in result else draw_accuracy)(axes, result)
-        for kind in ("png", "svg"):
-            figure.savefig(
-                folder / "figures" / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else {}
-            )
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
+        figure.savefig(folder / "figures" / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
 
 

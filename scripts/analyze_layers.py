@@ -10,23 +10,20 @@ late layers see text alone as well as all. Prints the table, the blocks and the 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accuracy_report import draw
-from bench_report import write_readme
-from evaluate import interval, messages
+from evaluate import arguments, estimate, load, messages, read_questions, save
 from torch import Tensor
 
-import omni
 from omni.decoder import Layer
 from omni.inputs import Inputs
 from omni.model import Omni
 from omni.processing.positions import layout
+from omni.stages import fill_pool, whole_prompt
+from seats.plan import plan_without_selection
 
 REMOVED = ("video", "audio", "both")
 SHALLOW, LATE = 0.1, 0.98
@@ -39,35 +36,31 @@ def letters_when_removed(model: Omni, inputs: Inputs, letters: Tensor) -> Tensor
     """(3, layers + 1): which of four answers is likeliest when REMOVED goes after layer n, from before the first on."""
     thinker = model.thinker
     where = layout(inputs, model.config)
+    prompt = whole_prompt(inputs.input_ids.shape[1])
+    plan = plan_without_selection(len(thinker.layers), prompt.counts((1.0, 1.0)))
     features, _ = thinker.encode(inputs)
-    source = torch.full((1, inputs.input_ids.shape[1]), -1)
-    media, first = [], 0
-    for name, tokens in features.items():
-        source[0, getattr(where, name)] = torch.arange(first, first + tokens.shape[1])
-        media.append(tokens)
-        first += tokens.shape[1]
-    levels = max(map(len, media))
-    joined = torch.cat([torch.cat((part, part.new_zeros(levels - len(part), *part.shape[1:]))) for part in media], 1)
-    x, deepstack = thinker.embed(inputs.input_ids.to(model.device), source.to(model.device), joined[:, None])
-    positions = where.positions[:, None].to(model.device)
+    request = fill_pool(plan, prompt, where, inputs.input_ids, features, {}, model.device)
+    x, deepstack = thinker.embed(request.ids, request.source, request.media)
 
-    def through(x: Tensor, added: Tensor | None, positions: Tensor, index: int) -> Tensor:
-        x, _, _ = cast(Layer, thinker.layers[index]).prefill(x, thinker.rotary(positions))
+    def through(x: Tensor, added: Tensor | None, rotary: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, _, _ = cast(Layer, thinker.layers[index]).prefill(x, rotary)
         return x + added[index] if added is not None and index < len(added) else x
 
+    rotary = thinker.rotary(request.positions)
     states = [x]
     for index in range(len(thinker.layers)):
-        states.append(through(states[-1], deepstack, positions, index))
+        states.append(through(states[-1], deepstack, rotary, index))
     picked = torch.empty(len(REMOVED), len(states), dtype=torch.long)
     for row, removed in enumerate(REMOVED):
-        gone = torch.zeros(x.shape[1], dtype=torch.bool)
+        gone = torch.zeros(inputs.input_ids.shape[1], dtype=torch.bool)
         for name in ("video", "audio") if removed == "both" else (removed,):
             gone[getattr(where, name)] = True
         kept = (~gone).nonzero().flatten().to(model.device)
+        shorter = thinker.rotary(request.positions[:, :, kept])
         for after, state in enumerate(states):
             x, added = state[:, kept], None if deepstack is None else deepstack[:, :, kept]
             for index in range(after, len(thinker.layers)):
-                x = through(x, added, positions[:, :, kept], index)
+                x = through(x, added, shorter, index)
             picked[row, after] = thinker.logits(x[:, -1])[0, letters].argmax()
     return picked
 
@@ -75,6 +68,8 @@ def letters_when_removed(model: Omni, inputs: Inputs, letters: Tensor) -> Tensor
 def blocks(accuracy: Sequence[float]) -> tuple[int, int]:
     """The last shallow and the first late layer, from 1, by accuracy when all goes after layer 0, 1, …, all layers."""
     none, everything = accuracy[0], accuracy[-1]
+    if everything <= none:
+        raise SystemExit("With video and sound no more answers are right than without: there are no layers to suggest.")
     brought = [(each - none) / max(everything - none, 1e-9) for each in accuracy]
     shallow = max((after for after, share in enumerate(brought) if share < SHALLOW), default=0)
     late = next(after for after in range(len(brought)) if all(share >= LATE for share in brought[after:]))
@@ -94,33 +89,22 @@ def suggested(shallow: int, late: int, num_layers: int) -> tuple[list[int], int 
 def main() -> None:
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description="Accuracy when video and sound are removed after each layer.")
-    parser.add_argument("folder", type=Path, help="clips and questions.jsonl, of which multiple choice is asked")
-    parser.add_argument("--model", default="tiny", help="name, hub id or folder (default: %(default)s)")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=omni.config.DTYPES)
-    parser.add_argument("--limit", type=int, help="ask so many questions at most")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks"))
+    parser = arguments("Accuracy when video and sound are removed after each layer; multiple choice alone is asked.")
     options = parser.parse_args()
-    dtype = omni.config.DTYPES[options.dtype] if options.dtype else None
-    model = omni.load(options.model, device=options.device, dtype=dtype)
+    model = load(options)
     tokenizer = model.processor.tokenizer
     letters = torch.tensor([tokenizer.encode(letter)[0] for letter in "ABCD"], device=model.device)
-    lines = (options.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [question for question in map(json.loads, lines) if question["options"]][: options.limit]
+    questions = [question for question in read_questions(options.folder) if question["options"]][: options.limit]
     right: dict[str, list[Tensor]] = {}
     for question in tqdm(questions, unit="question"):
         picked = letters_when_removed(model, model.prepare(messages(question, options.folder)), letters)
         right.setdefault(question["media"], []).append(picked == question["options"].index(question["answer"]))
     clips = [torch.stack(each) for each in right.values()]
-    table: dict[str, list[dict[str, float]]] = {}
+    table: dict[str, list[dict[str, Any]]] = {}
     for row, removed in enumerate(REMOVED):
         table[removed] = []
         for after in range(clips[0].shape[2]):
-            groups = [clip[:, row, after].tolist() for clip in clips]
-            low, high = interval(groups)
-            mean = sum(map(sum, groups)) / len(questions)
-            table[removed].append({"mean": mean, "low": low, "high": high})
+            table[removed].append(estimate([clip[:, row, after].tolist() for clip in clips]))
     num_layers = model.config.decoder.num_layers
     shallow, late = blocks([each["mean"] for each in table["both"]])
     drops, late_layer = suggested(shallow, late, num_layers)
@@ -138,11 +122,7 @@ def main() -> None:
         "drop_layers": drops,
         "late_layer": late_layer,
     }
-    folder = options.results / "accuracy"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{Path(options.model).name}-layers.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(options.results)
-    write_readme(options.results)
+    save(options.results, f"{Path(options.model).name}-layers", result)
 
 
 if __name__ == "__main__":

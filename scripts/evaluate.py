@@ -25,13 +25,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accuracy_report import draw
+from accuracy_report import draw, share
 from bench_report import write_readme
 from torch import Tensor
 
 import omni
 import seats
 from omni import stages
+from omni.config import DTYPES
 from omni.inputs import Inputs
 from omni.model import Omni
 from omni.processing.positions import layout
@@ -192,13 +193,20 @@ def ask(
             yield found
 
 
-def interval(right: list[list[bool]], draws: int = 2000) -> tuple[float, float]:
+def interval(right: list[list[float]], draws: int = 2000) -> tuple[float, float]:
     """95 % of the means of clips drawn anew: questions about one clip stand and fall together."""
     sums, sizes = (torch.tensor([f(clip) for clip in right], dtype=torch.float64) for f in (sum, len))
     picks = torch.randint(len(right), (draws, len(right)), generator=torch.Generator().manual_seed(0))
     means = sums[picks].sum(1) / sizes[picks].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def estimate(groups: list[list[float]]) -> dict[str, Any]:
+    """The mean of what each clip's questions gave, with its interval."""
+    total = sum(map(len, groups))
+    low, high = interval(groups)
+    return {"mean": sum(map(sum, groups)) / total, "low": low, "high": high, "questions": total}
 
 
 def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]]], wanted: list[Setting]) -> Any:
@@ -211,11 +219,7 @@ def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]
     def accuracy(values: Callable[[int], float], chosen: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
         groups = [[values(n) for n in numbers if chosen(questions[n])] for numbers in clips.values()]
         groups = [group for group in groups if group]
-        if not groups:
-            return None
-        total = sum(map(len, groups))
-        low, high = interval(groups)  # type: ignore[arg-type]
-        return {"mean": sum(map(sum, groups)) / total, "low": low, "high": high, "questions": total}
+        return estimate(groups) if groups else None
 
     for column, setting in enumerate(wanted):
         mine = [answer[column] for answer in answers]
@@ -246,30 +250,50 @@ def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]
     return rows
 
 
-def main() -> None:
-    from tqdm import tqdm
-
-    parser = argparse.ArgumentParser(description="Accuracy with every token and with fewer.")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The command line of whatever asks a model about clips."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="clips and questions.jsonl")
     parser.add_argument("--model", default="tiny", help="name, hub id or folder (default: %(default)s)")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=omni.config.DTYPES)
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--limit", type=int, help="ask so many questions at most")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks"))
+    return parser
+
+
+def load(options: argparse.Namespace) -> Omni:
+    return omni.load(options.model, device=options.device, dtype=DTYPES[options.dtype] if options.dtype else None)
+
+
+def read_questions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def save(results: Path, name: str, result: dict[str, Any]) -> None:
+    """Writes a result, and from all of them the figures and README.md."""
+    (results / "accuracy").mkdir(parents=True, exist_ok=True)
+    (results / "accuracy" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(results)
+    write_readme(results)
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    parser = arguments("Accuracy with every token and with fewer.")
     parser.add_argument("--retention", type=float, nargs="+", default=list(RETENTIONS))
     parser.add_argument("--ablate", type=float, default=0.10, help="retention of the ablations, 0: none")
-    parser.add_argument("--limit", type=int, help="ask so many questions at most")
     parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks"))
     options = parser.parse_args()
-    lines = (options.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line) for line in lines][: options.limit]
-    dtype = omni.config.DTYPES[options.dtype] if options.dtype else None
-    model = omni.load(options.model, device=options.device, dtype=dtype)
+    questions = read_questions(options.folder)[: options.limit]
+    model = load(options)
     wanted = settings(options.retention, options.ablate)
     asked = ask(model, options.folder, questions, wanted, options.max_new_tokens)
     answers = list(tqdm(asked, total=len(questions), unit="question"))
     rows = summarise(questions, answers, wanted)
     for row in rows:
-        print(f"{row['name']:32} choice {row['choice']['mean']:.1%} free {(row['free'] or row['choice'])['mean']:.1%}")
+        print(f"{row['name']:32} choice {share(row['choice'])} free {share(row['free'])}")
     name = Path(options.model).name
     result = {
         "model": name,
@@ -284,11 +308,7 @@ def main() -> None:
             for question, answer in zip(questions, answers, strict=True)
         ],
     }
-    folder = options.results / "accuracy"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(options.results)
-    write_readme(options.results)
+    save(options.results, name, result)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def byte_characters() -> list[str]:
 def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
     """Byte-pair merges of an ASCII text, most frequent first, within words and the space before them."""
     found = re.findall(r"( ?)([A-Za-z]+|[0-9]|[^\sA-Za-z0-9]+)", text)
-    words = Counter(("Ġ" * len(space), *word) for space, word in found)
+    words = Counter(tuple(space.replace(" ", "Ġ") + word) for space, word in found)
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, times in words.items():
-            for pair in pairwise([piece for piece in word if piece]):
+            for pair in pairwise(word):
                 pairs[pair] += times
         if not pairs:
             break
@@ -74,7 +74,7 @@ def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
 
 
 def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    pieces = [piece for piece in word if piece]
+    pieces = list(word)
     for place in range(len(pieces) - 2, -1, -1):
         if (pieces[place], pieces[place + 1]) == pair:
             pieces[place : place + 2] = ["".join(pair)]
@@ -284,11 +284,11 @@ FAMILIES = {
 }
 
 
-def random_tensors(thinker: Thinker) -> Iterator[tuple[str, Tensor]]:
-    """Public names and values of a freshly initialised thinker, in bfloat16."""
+def public_tensors(thinker: Thinker) -> Iterator[tuple[str, Tensor]]:
+    """Public names and values of a thinker, in bfloat16 on the CPU."""
     parameters = dict(thinker.named_parameters())
     for public, destination in tensor_names(thinker.config).items():
-        yield public, destination.view(parameters[destination.parameter].detach()).bfloat16().contiguous()
+        yield public, destination.view(parameters[destination.parameter].detach()).bfloat16().contiguous().cpu()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -313,7 +313,7 @@ def main() -> None:
     for parameter in thinker.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)
-    weights.save_sharded(dict(random_tensors(thinker)), options.folder, max_shard_bytes=4 << 20)
+    weights.save_sharded(public_tensors(thinker), options.folder, max_shard_bytes=4 << 20)
     count = sum(parameter.numel() for parameter in thinker.parameters())
     print(f"{options.folder}: {count / 1e6:.1f} M parameters with RANDOM weights; its answers are noise.")
 

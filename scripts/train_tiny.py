@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import world
 from einops import rearrange
-from make_checkpoint import FAMILIES, qwen2_5_config, write_json, write_tokenizer
+from make_checkpoint import FAMILIES, public_tensors, qwen2_5_config, write_json, write_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,7 +31,6 @@ import weights
 from omni.config import OmniConfig, read_config
 from omni.decoder import Layer
 from omni.inputs import Inputs
-from omni.model import tensor_names
 from omni.processing.chat import encode_chat
 from omni.processing.frames import patchify
 from omni.processing.mel import log_mel
@@ -47,7 +46,7 @@ CELL = 28
 """Pixels along a side of what becomes one token."""
 DRILL_SIGHTS, DRILL_SOUNDS = 32, 8
 """Seconds of pictures and of sound that the encoders learn from at a time."""
-TALK_SHARE = 0.6
+TALK_SHARE = 0.7
 """Of the clips that are asked about without options."""
 SHORT_SHARE, SHORT_CLIP = 0.85, 12
 """Until this part of the clips is done they have so many seconds at most: they cost a third of the longer ones."""
@@ -453,7 +452,7 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
             state_file.with_suffix(".new").replace(state_file)
             saved = time.monotonic()
     bar.close()
-    export(student.thinker, checkpoint)
+    weights.save_sharded(public_tensors(student.thinker), checkpoint, max_shard_bytes=1 << 30)
 
 
 def learning_rate(done: int, drills: int, clips: int) -> float:
@@ -478,21 +477,11 @@ def validate(student: Student, examples: list[Example], mixed: Any, device: torc
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
-def export(thinker: Thinker, folder: Path) -> None:
-    """The tensors in bfloat16, under their public names."""
-    parameters = dict(thinker.named_parameters())
-    tensors = {
-        public: destination.view(parameters[destination.parameter].detach()).bfloat16().contiguous().cpu()
-        for public, destination in tensor_names(thinker.config).items()
-    }
-    weights.save_sharded(tensors, folder, max_shard_bytes=1 << 30)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny checkpoint.")
     parser.add_argument("folder", type=Path, help="for the state, the log and the checkpoint; resumed where it has one")
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=8_500, help="with questions (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=14_000, help="with questions (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips (default: %(default)s)")
     parser.add_argument("--validated", type=int, default=60, help="clips that accuracy is measured on")

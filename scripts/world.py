@@ -195,9 +195,9 @@ def question(scene: Scene, kind: str, which: int, other: int) -> Question | None
     return Question(kind, KINDS[kind], text, tuple(options), answer)
 
 
-def questions(scene: Scene, split: str, number: int, draft: int = 0) -> list[Question]:
-    """One of every kind that the scene has, options in random order; other drafts ask about other things."""
-    draw = np.random.default_rng([SPLITS.index(split), number, 1 + draft])
+def questions(scene: Scene, split: str, number: int) -> list[Question]:
+    """One of every kind that the scene has, options in random order."""
+    draw = np.random.default_rng([SPLITS.index(split), number, 1])
     found = []
     for kind in KINDS:
         which, other = (int(index) for index in draw.permutation(4)[:2])
