@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, listed, read_weight_map
 
+SHIPPED = Path(__file__).parent / "tiny"
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -26,16 +27,18 @@ SMALL_FILES = [
 def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str = "thinker.") -> Path:
     """The folder of a checkpoint.
 
-    source: an existing folder, returned as it is, or a hub id `owner/name`, of which the files that are not in
-    the hub's cache yet are fetched: configuration, tokenizer, index, and the shards that hold tensors named
-    `tensor_prefix`…; never code, pickles or other parts of the model. revision: branch, tag or commit of a
-    hub id. The hub library's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
+    source: "tiny", the checkpoint that is shipped with this package (a folder of that name is "./tiny"); or an existing
+    folder, returned as it is; or a hub id `owner/name`, of which the files that are not in the hub's cache yet are
+    fetched: configuration, tokenizer, index, and the shards that hold tensors named `tensor_prefix`…; never code,
+    pickles or other parts of the model. revision: branch, tag or commit of a hub id. The hub library's environment
+    variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
     Raises CheckpointError where the checkpoint cannot be found or fetched.
     """
-    if source != "" and Path(source).is_dir():  # Path("") is the working directory
+    local = SHIPPED if source == SHIPPED.name else Path(source)
+    if source != "" and local.is_dir():  # Path("") is the working directory
         if revision is not None:
             raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}: leave it out.")
-        return Path(source)
+        return local
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
     folder = _fetch(source, revision, SMALL_FILES)
