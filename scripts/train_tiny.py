@@ -4,7 +4,9 @@
 
 Every clip is drawn anew and made without a file. First the encoders alone learn to say what is seen and heard at each
 of their tokens, in the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of
-its sound. Then all learns to answer. Many questions share a clip in one sequence and do not see each other.
+its sound. Then all learns to answer, and after a few layers of the decoder a token of sound is to say, in the same
+way, what is on screen: without that, what is seen at a sound is found by chance. Many questions share a clip in one
+sequence and do not see each other.
 """
 
 from __future__ import annotations
@@ -50,11 +52,13 @@ TALK_SHARE = 0.7
 """Of the clips that are asked about without options."""
 SHORT_SHARE, SHORT_CLIP = 0.85, 12
 """Until this part of the clips is done they have so many seconds at most: they cost a third of the longer ones."""
+BESIDE_LAYER = 3
+"""After this layer of the decoder tokens of sound say what is on screen."""
 BLOCK = 160
 """Tokens of questions, or a few more, that look at the clip and each other together."""
 LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 6
 ABSENT_WEIGHT = 0.1
-"""Of tokens where nothing is seen or heard, most of all, in the loss of the encoders."""
+"""Of tokens where nothing is seen or heard, most of all, in the loss by token."""
 
 
 def write_files(folder: Path) -> OmniConfig:
@@ -114,15 +118,15 @@ class Lesson:
 def lessons(split: str, number: int, longest: int = world.LONGEST, talk: bool = False) -> list[Lesson]:
     """The questions of a clip, the same sorts without options about all there is, and everything that happens in it.
 
-    talk: without the questions that have options, which are learnt when the others are known.
+    talk: the questions that have options, which are learnt when the others are known, name what is asked for.
     """
     scene = world.make_scene(split, number, longest)
     asked = []
-    if not talk:
-        asked = [
-            Lesson(question.kind, question.prompt, question.letter if question.options else question.answer)
-            for question in world.questions(scene, split, number)
-        ]
+    for question in world.questions(scene, split, number):
+        kind = question.kind
+        if question.options and talk:
+            kind, question = "letter", replace(question, text=f"Which letter is {question.answer}?")
+        asked.append(Lesson(kind, question.prompt, question.letter if question.options else question.answer))
     draw = np.random.default_rng([number, 2])
     for kind in world.KINDS:
         # In words, about every event, or with the others about one.
@@ -145,8 +149,8 @@ class Example:
 
     ids, positions, source, group: (S,), (3, S), (S,), (S,) as in `omni.stages.Request`; group 0 is the clip, which all
     see, the others the questions; blocks: where some of these begin, and the end. answers: (n,) places that predict a
-    token of an answer, wanted: (n,) these tokens, lesson: (n,) of which question. seen, heard: per token of video
-    (2, n) colour and shape, of sound (n,), 0 nothing.
+    token of an answer, wanted: (n,) these tokens, lesson: (n,) of which question. seen: (2, n) colour and shape at each
+    token of video, heard: (n,) the sound at each of sound, beside: (2, n) colour and shape on screen then; 0 nothing.
     """
 
     patches: Tensor
@@ -162,6 +166,7 @@ class Example:
     weight: Tensor
     seen: Tensor
     heard: Tensor
+    beside: Tensor
     blocks: list[int]
     kinds: list[str]
 
@@ -248,6 +253,7 @@ class Examples(Dataset[Example]):
             torch.tensor(weight),
             torch.from_numpy(what_is_seen(scene)),
             torch.from_numpy(what_is_heard(scene, heard)),
+            torch.from_numpy(what_is_beside(scene, heard)),
             blocks,
             kinds,
         )
@@ -291,6 +297,18 @@ def what_is_heard(scene: world.Scene, tokens: int) -> np.ndarray[Any, np.dtype[n
     return labels
 
 
+def what_is_beside(scene: world.Scene, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(2, tokens): number of the colour and of the shape that is on screen at each token of sound, 0 where none is."""
+    labels = np.zeros((2, tokens), np.int64)
+    for sight in scene.sights:
+        # From the first of the frames that show it on: those of its future a token cannot see.
+        start = math.ceil(sight.start * SAMPLED_FPS) / SAMPLED_FPS
+        now = slice(round(25 * start), round(25 * sight.end))
+        labels[0, now] = 1 + list(world.COLOURS).index(sight.colour)
+        labels[1, now] = 1 + world.SHAPES.index(sight.shape)
+    return labels
+
+
 class Student(nn.Module):
     """The thinker in training. words: ids of what is told apart, colours, shapes and sounds in their order."""
 
@@ -305,25 +323,30 @@ class Student(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def forward(self, example: Example, answers: bool = True) -> tuple[Tensor | None, Tensor]:
-        """(n, vocab) logits where answers are predicted, and (3,) losses of colour, shape and sound by token."""
+        """(n, vocab) logits where answers are predicted, and (3,) losses by token of colour, shape and sound, or (5,)
+        with those of colour and shape beside a sound."""
         thinker = self.thinker
         # All grids of a clip at once: they do not see each other.
         grids, height, width = example.grid.tolist()
         patches = example.patches.view(grids, height * width, -1)
         pictures = thinker.vision.encode_batch(patches, thinker.vision.layout(height, width), None)[0].flatten(1, 2)
         sound, _ = thinker.audio(example.mel[None], torch.tensor([example.mel.shape[1]]))
-        labels = {"colour": example.seen[0], "shape": example.seen[1], "sound": example.heard}
-        side = torch.stack(
-            [self.told(sound if name == "sound" else pictures[0], name, labels[name]) for name in self.words]
-        )
+        side = [
+            self.told(pictures[0], "colour", example.seen[0]),
+            self.told(pictures[0], "shape", example.seen[1]),
+            self.told(sound, "sound", example.heard),
+        ]
         if not answers:
-            return None, side
+            return None, torch.stack(side)
         media = torch.cat((pictures[0], sound))[None, None]
         x, _ = thinker.embed(example.ids[None], example.source[None], media)
         rotary = thinker.rotary(example.positions[:, None])
-        for layer in thinker.layers:
+        for number, layer in enumerate(thinker.layers, 1):
             x = through(cast(Layer, layer), x, rotary, example)
-        return thinker.logits(x[0, example.answers]), side
+            if number == BESIDE_LAYER:
+                features = F.rms_norm(x[0, example.source >= len(pictures[0])], x.shape[-1:])
+                side += [self.told(features, name, example.beside[i]) for i, name in enumerate(("colour", "shape"))]
+        return thinker.logits(x[0, example.answers]), torch.stack(side)
 
     def told(self, features: Tensor, name: str, labels: Tensor) -> Tensor:
         """Loss of the likeliest word by embedding, nothing being as likely as a word at a right angle."""
@@ -417,7 +440,7 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
     )
     bar = tqdm(total=clips, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((4,), math.nan), time.monotonic()  # of the answers' loss and of the encoders' three
+    means, saved = torch.full((6,), math.nan), time.monotonic()  # of the answers' loss and of those by token
     for example in loader:
         example = example.to(device)
         with mixed:
@@ -432,7 +455,7 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
         (loss / together).backward()
         done += 1
         bar.update()
-        losses = torch.cat((answer.detach()[None], side.detach())).cpu()
+        losses = F.pad(torch.cat((answer.detach()[None], side.detach())), (0, 5 - len(side)), value=math.nan).cpu()
         means = torch.where(means.isnan(), losses, 0.98 * means + 0.02 * losses)
         if done % together == 0 or done == clips:
             for group in optimizer.param_groups:
@@ -440,11 +463,11 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix(loss=f"{means[0]:.3f}", encoders=f"{means[1:].sum():.3f}")
+            bar.set_postfix(loss=f"{means[0]:.3f}", tokens=f"{means[1:].nansum():.3f}")
         if (done % 1000 == 0 and done > drills) or done == clips:
             accuracy = validate(student, held_out, mixed, device)
             with log_file.open("a", encoding="utf-8") as file:
-                line = {"clips": done, "loss": means[0].item(), "encoders": means[1:].tolist(), "accuracy": accuracy}
+                line = {"clips": done, "loss": means[0].item(), "tokens": means[1:].tolist(), "accuracy": accuracy}
                 file.write(json.dumps(line) + "\n")
         if time.monotonic() - saved > 120 or done == clips:
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
