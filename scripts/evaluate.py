@@ -35,8 +35,6 @@ from omni import stages
 from omni.config import DTYPES
 from omni.inputs import Inputs
 from omni.model import Omni
-from omni.processing.positions import layout
-from omni.stages import Prompt
 from seats import SeatsConfig
 from seats.budget import keep_counts
 from seats.diversity import max_min_keep
@@ -71,11 +69,11 @@ def settings(retentions: Sequence[float], ablated: float) -> list[Setting]:
 
 
 def config_of(setting: Setting, model: Omni) -> SeatsConfig | None:
-    """The selection of a setting; None where nothing is selected by relevance or diversity."""
-    if setting.method.startswith("every token") or setting.method == "random":
+    """The selection of a setting, None for every token."""
+    if setting.method.startswith("every token"):
         return None
     config = seats.preset_for(model.config, setting.retention)
-    if setting.method == "stage I alone":
+    if setting.method in ("stage I alone", "random"):
         # All of the reduction before the decoder: what stays stays to the end.
         return replace(config, encoder_ratio_scale=1.0, drop_layers=(), late_layer=None)
     everything = replace(config, encoder_ratio_scale=1 / min(config.video_ratio, config.audio_ratio))
@@ -87,7 +85,7 @@ def config_of(setting: Setting, model: Omni) -> SeatsConfig | None:
 
 
 @contextmanager
-def as_set(setting: Setting, model: Omni, inputs: Inputs, number: int) -> Iterator[None]:
+def as_set(setting: Setting, number: int) -> Iterator[None]:
     """Within it the model selects as a setting says that no configuration can."""
     with ExitStack() as stack:
 
@@ -96,9 +94,8 @@ def as_set(setting: Setting, model: Omni, inputs: Inputs, number: int) -> Iterat
             stack.enter_context(context)
 
         if setting.method == "random":
-            kept = random_subset(model, inputs, setting.retention, number)
-            nothing = torch.empty(0, dtype=torch.long)
-            swap(stages, "whole_prompt", lambda _: Prompt(kept, nothing, nothing, (), (), (0, 0)))
+            draw = torch.Generator().manual_seed(number)
+            swap(stages, "max_min_keep", lambda x, w, sizes, counts: random_keep(draw, sizes, counts, x.shape[1]))
         if setting.method == "no attention weights":
             swap(stages, "max_min_keep", lambda x, w, sizes, counts: max_min_keep(x, torch.ones_like(w), sizes, counts))
         if setting.method == "no windows":
@@ -106,16 +103,11 @@ def as_set(setting: Setting, model: Omni, inputs: Inputs, number: int) -> Iterat
         yield
 
 
-def random_subset(model: Omni, inputs: Inputs, retention: float, number: int) -> Tensor:
-    """All text, and of video and of sound each the share that SEATS keeps of it on average over the layers."""
-    config = seats.preset_for(model.config, retention)
-    where = layout(inputs, model.config)
-    keep = torch.ones(inputs.input_ids.shape[1], dtype=torch.bool)
-    draw = torch.Generator().manual_seed(number)
-    for places, ratio in ((where.video, config.video_ratio), (where.audio, config.audio_ratio)):
-        gone = torch.randperm(len(places), generator=draw)[max(1, round(ratio * len(places))) :]
-        keep[places[gone]] = False
-    return keep.nonzero().flatten()
+def random_keep(draw: torch.Generator, sizes: Tensor, counts: Tensor, width: int) -> Tensor:
+    """(W, width) bool: as many of each window's tokens as Stage I alone would keep, any of them."""
+    chance = torch.rand(len(sizes), width, generator=draw)
+    chance[torch.arange(width) >= sizes.cpu()[:, None]] = -1
+    return chance.argsort(descending=True).argsort().to(counts.device) < counts[:, None]
 
 
 def most_relevant(
@@ -177,7 +169,7 @@ def ask(
                     inputs = model.prepare(messages(question, folder, "audio"))
                 elif setting.method.endswith("no sound"):
                     inputs = model.prepare(messages(question, folder), use_audio_in_video=False)
-                with as_set(setting, model, inputs, number):
+                with as_set(setting, number):
                     answer = model.generate(inputs, seats=config_of(setting, model), kv=setting.kv, max_new_tokens=new)
                 stats = answer.stats
                 found.append(

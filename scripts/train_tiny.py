@@ -2,9 +2,12 @@
 
     python scripts/train_tiny.py .train                  # resumes what is there; writes .train/checkpoint at the end
 
-Every clip is drawn anew and made without a file. First the encoders alone learn to say what is seen and heard at each
-of their tokens, in the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of
-its sound. Then all learns to answer. Many questions share a clip in one sequence and do not see each other.
+Clips are made without a file. First the encoders alone learn to say what is seen and heard at each of their tokens, in
+the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound. Then the
+decoder alone learns to answer, many times about what the encoders made of the same clips, from a part of the tokens,
+which is several times as fast. Then all learns from whole clips, each drawn anew. After a few layers of the decoder a
+token of sound is to say, in the same way, what is on screen: without that, what is seen at a sound is found by chance.
+Many questions share a clip in one sequence and do not see each other.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -46,15 +50,17 @@ CELL = 28
 """Pixels along a side of what becomes one token."""
 DRILL_SIGHTS, DRILL_SOUNDS = 32, 8
 """Seconds of pictures and of sound that the encoders learn from at a time."""
-TALK_SHARE = 0.7
-"""Of the clips that are asked about without options."""
-SHORT_SHARE, SHORT_CLIP = 0.85, 12
-"""Until this part of the clips is done they have so many seconds at most: they cost a third of the longer ones."""
+QUESTIONS, CHOICES = 14, 0.5
+"""Asked about a clip at a time, and the share of them that have options."""
+SHARES = 0.1, 0.7
+"""Of the tokens of remembered clips, that are left in: fewer cost less, and what is left out is done without."""
+BESIDE_LAYER = 3
+"""After this layer of the decoder tokens of sound say what is on screen."""
 BLOCK = 160
 """Tokens of questions, or a few more, that look at the clip and each other together."""
-LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 6
+LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 3
 ABSENT_WEIGHT = 0.1
-"""Of tokens where nothing is seen or heard, most of all, in the loss of the encoders."""
+"""Of tokens where nothing is seen or heard, most of all, in the loss by token."""
 
 
 def write_files(folder: Path) -> OmniConfig:
@@ -99,7 +105,8 @@ def write_files(folder: Path) -> OmniConfig:
 
 def sample_text() -> str:
     """What the vocabulary is learnt from."""
-    asked = (lesson for number in range(200) for lesson in lessons("train", number))
+    draw = np.random.default_rng(0)
+    asked = (lesson for number in range(200) for lesson in lessons(world.make_scene("train", number), draw, 16, 0.5))
     return "\n".join(f"{lesson.prompt}\n{lesson.answer}" for lesson in asked)
 
 
@@ -111,47 +118,74 @@ class Lesson:
     weight: float = 1.0
 
 
-def lessons(split: str, number: int, longest: int = world.LONGEST, talk: bool = False) -> list[Lesson]:
-    """The questions of a clip, the same sorts without options about all there is, and everything that happens in it.
+def lessons(scene: world.Scene, draw: np.random.Generator, count: int, choices: float) -> list[Lesson]:
+    """So many questions about a scene, drawn anew. choices: the share of those with options.
 
-    talk: without the questions that have options, which are learnt when the others are known.
+    A third of these name the right option: what letters are for is learnt apart from what is seen and heard.
     """
-    scene = world.make_scene(split, number, longest)
-    asked = []
-    if not talk:
-        asked = [
-            Lesson(question.kind, question.prompt, question.letter if question.options else question.answer)
-            for question in world.questions(scene, split, number)
-        ]
-    draw = np.random.default_rng([number, 2])
-    for kind in world.KINDS:
-        # In words, about every event, or with the others about one.
-        for which in range(4) if talk else draw.permutation(4)[:1]:
-            other = (which + 1 + int(draw.integers(3))) % 4
-            question = world.question(scene, kind, int(which), other)
-            if question is not None and question.text not in {lesson.prompt for lesson in asked}:
-                answer = scene.sights[int(which)].with_article if kind in ("colour", "shape") else question.answer
-                asked.append(Lesson(f"{kind}, free", question.text, answer))
+    found: list[Lesson] = []
+    while len(found) < count - 1:
+        which, other = (int(index) for index in draw.permutation(4)[:2])
+        question = world.question(scene, str(draw.choice(list(world.KINDS))), which, other)
+        if question is None:
+            continue
+        if question.options and draw.random() < choices:
+            kind, options = question.kind, tuple(draw.permutation(question.options).tolist())
+            question = replace(question, options=options)
+            if draw.random() < 1 / 3:
+                kind, question = "letter", replace(question, text=f"Which letter is {question.answer}?")
+            found.append(Lesson(kind, question.prompt, question.letter))
+        else:
+            named = question.kind in ("colour", "shape")
+            answer = scene.sights[which].with_article if named else question.answer
+            found.append(Lesson(f"{question.kind}, free", question.text, answer))
     told = ", ".join(
         f"{sight.with_article} with {sound.name.replace('a row of', str(sound.beeps))}"
         for sight, sound in zip(scene.sights, scene.sounds, strict=True)
     )
-    return [*asked, Lesson("everything", "Tell everything that happens.", told, 2.0)]
+    return [*found, Lesson("everything", "Tell everything that happens.", told, 2.0)]
+
+
+@dataclass
+class Clip:
+    """A scene as the model gets it, up to the end of the clip in the prompt.
+
+    patches, grid, mel: as in `Inputs`, of one clip. ids, positions, source: (S,), (3, S), (S,) as in
+    `omni.stages.Request`; next_position: of what follows. seen: (2, n) colour and shape at each token of video, heard:
+    (n,) the sound at each of sound, beside: (2, n) colour and shape on screen then; 0 nothing. media: what the encoders
+    make of it, (n, hidden), where that is known.
+    """
+
+    scene: world.Scene
+    patches: Tensor
+    grid: Tensor
+    mel: Tensor
+    ids: Tensor
+    positions: Tensor
+    source: Tensor
+    next_position: int
+    seen: Tensor
+    heard: Tensor
+    beside: Tensor
+    media: Tensor | None = None
+
+    def thinned(self, share: float, draw: np.random.Generator) -> Clip:
+        """With so large a share of its tokens of video and sound, any of them."""
+        kept = (self.source < 0).numpy() | (draw.random(len(self.ids)) < share)
+        there = torch.from_numpy(kept.nonzero()[0])
+        return replace(self, ids=self.ids[there], positions=self.positions[:, there], source=self.source[there])
 
 
 @dataclass
 class Example:
     """A clip with its questions, one sequence.
 
-    ids, positions, source, group: (S,), (3, S), (S,), (S,) as in `omni.stages.Request`; group 0 is the clip, which all
-    see, the others the questions; blocks: where some of these begin, and the end. answers: (n,) places that predict a
-    token of an answer, wanted: (n,) these tokens, lesson: (n,) of which question. seen, heard: per token of video
-    (2, n) colour and shape, of sound (n,), 0 nothing.
+    ids, positions, source, group: of the clip, then of the questions; group 0 is the clip, which all see, the others
+    the questions; blocks: where some of these begin, and the end. answers: (n,) places that predict a token of an
+    answer, wanted: (n,) these tokens, lesson: (n,) of which question.
     """
 
-    patches: Tensor
-    grid: Tensor
-    mel: Tensor
+    clip: Clip
     ids: Tensor
     positions: Tensor
     source: Tensor
@@ -160,25 +194,26 @@ class Example:
     wanted: Tensor
     lesson: Tensor
     weight: Tensor
-    seen: Tensor
-    heard: Tensor
     blocks: list[int]
     kinds: list[str]
 
-    def to(self, device: torch.device) -> Example:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Example(
-            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
-        )
+
+def to(value: Any, device: torch.device) -> Any:
+    """A Clip or an Example on a device."""
+    moved = {}
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, (Tensor, Clip)):
+            moved[field.name] = part.to(device) if isinstance(part, Tensor) else to(part, device)
+    return replace(value, **moved)
 
 
-class Examples(Dataset[Example]):
-    """The clips of a split, by number: first drills, then talks, to `short` only clips of SHORT_CLIP at most."""
+class Clips(Dataset[Clip]):
+    """Clips of a split by number, the first of them drills."""
 
-    def __init__(self, folder: Path, split: str, count: int, drills: int = 0, talks: int = 0, short: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, count: int, drills: int = 0) -> None:
         self.config = read_config(folder)
-        self.split, self.count = split, count
-        self.drills, self.talks, self.short = drills, talks, short
+        self.split, self.count, self.drills = split, count, drills
         processor = Processor(folder, self.config)
         self.tokenizer, self.sizes = processor.tokenizer, processor.sizes
         content = [{"type": "video", "video": ""}, {"type": "text", "text": "?"}]
@@ -191,18 +226,17 @@ class Examples(Dataset[Example]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> Example:
-        config, longest = self.config, SHORT_CLIP if number < self.short else world.LONGEST
-        is_drill = number < self.drills
-        scene = drill(number) if is_drill else world.make_scene(self.split, number, longest)
+    def __getitem__(self, number: int) -> Clip:
+        config, is_drill = self.config, number < self.drills
+        scene = drill(number) if is_drill else world.make_scene(self.split, number)
         patches, grid = patchify(torch.from_numpy(world.frames(scene, SAMPLED_FPS)).permute(0, 3, 1, 2), self.sizes)
         seconds = DRILL_SOUNDS if is_drill else scene.seconds
         mel = log_mel(torch.from_numpy(world.waveform(replace(scene, seconds=seconds))), config.audio.num_mel_bins)
         step = self.sizes.temporal_patch_size / SAMPLED_FPS
         heard = config.audio.token_count(mel.shape[1])
-        clip = expand(self.head, [(config.tokens.video, clip_block(grid.tolist(), step, heard, config))])
+        ids = expand(self.head, [(config.tokens.video, clip_block(grid.tolist(), step, heard, config))])
         inputs = Inputs(
-            torch.tensor([clip]),
+            torch.tensor([ids]),
             pixel_values_videos=patches,
             video_grid_thw=grid[None],
             video_second_per_grid=torch.tensor([step]),
@@ -210,10 +244,29 @@ class Examples(Dataset[Example]):
             feature_attention_mask=torch.ones(1, mel.shape[1], dtype=torch.long),
         )
         where = layout(inputs, config)
-        ids, positions = list(clip), [where.positions]
-        group, answers, wanted, lesson, weight, kinds = [0] * len(clip), [], [], [], [], []
-        blocks = [len(clip)]
-        asked = [] if is_drill else lessons(self.split, number, longest, talk=number < self.talks)
+        source = torch.full((len(ids),), -1)
+        source[where.video] = torch.arange(len(where.video))
+        source[where.audio] = torch.arange(len(where.audio)) + len(where.video)
+        return Clip(
+            scene,
+            patches,
+            grid,
+            mel,
+            torch.tensor(ids),
+            where.positions,
+            source,
+            int(where.next_position),
+            torch.from_numpy(what_is_seen(scene)),
+            torch.from_numpy(what_is_heard(scene, heard)),
+            torch.from_numpy(what_is_beside(scene, heard)),
+        )
+
+    def ask(self, clip: Clip, asked: list[Lesson]) -> Example:
+        start = len(clip.ids)
+        ids, positions = clip.ids.tolist(), [clip.positions]
+        group, wanted, lesson, weight = [0] * start, [], [], []
+        answers: list[int] = []
+        blocks = [start]
         for index, each in enumerate(asked):
             prompt = [*self.tokenizer.encode(each.prompt), *self.tail]
             answer = [*self.tokenizer.encode(each.answer), self.stop]
@@ -225,31 +278,23 @@ class Examples(Dataset[Example]):
             length = len(prompt) + len(answer) - 1  # the stop is read by nobody
             ids += (prompt + answer)[:-1]
             group += [index + 1] * length
-            positions.append((torch.arange(length) + int(where.next_position)).expand(3, -1))
-            kinds.append(each.kind)
+            positions.append((torch.arange(length) + clip.next_position).expand(3, -1))
             if len(ids) - blocks[-1] >= BLOCK:
                 blocks.append(len(ids))
         if blocks[-1] < len(ids):
             blocks.append(len(ids))
-        source = torch.full((len(ids),), -1)
-        source[where.video] = torch.arange(len(where.video))
-        source[where.audio] = torch.arange(len(where.audio)) + len(where.video)
         return Example(
-            patches,
-            grid,
-            mel,
+            clip,
             torch.tensor(ids),
             torch.cat(positions, dim=1),
-            source,
+            torch.cat((clip.source, torch.full((len(ids) - start,), -1))),
             torch.tensor(group),
             torch.tensor(answers),
             torch.tensor(wanted),
             torch.tensor(lesson),
             torch.tensor(weight),
-            torch.from_numpy(what_is_seen(scene)),
-            torch.from_numpy(what_is_heard(scene, heard)),
             blocks,
-            kinds,
+            [each.kind for each in asked],
         )
 
 
@@ -291,6 +336,18 @@ def what_is_heard(scene: world.Scene, tokens: int) -> np.ndarray[Any, np.dtype[n
     return labels
 
 
+def what_is_beside(scene: world.Scene, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(2, tokens): number of the colour and of the shape that is on screen at each token of sound, 0 where none is."""
+    labels = np.zeros((2, tokens), np.int64)
+    for sight in scene.sights:
+        # From the first of the frames that show it on: those of its future a token cannot see.
+        start = math.ceil(sight.start * SAMPLED_FPS) / SAMPLED_FPS
+        now = slice(round(25 * start), round(25 * sight.end))
+        labels[0, now] = 1 + list(world.COLOURS).index(sight.colour)
+        labels[1, now] = 1 + world.SHAPES.index(sight.shape)
+    return labels
+
+
 class Student(nn.Module):
     """The thinker in training. words: ids of what is told apart, colours, shapes and sounds in their order."""
 
@@ -304,26 +361,46 @@ class Student(nn.Module):
                     std /= math.sqrt(2 * config.decoder.num_layers)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, example: Example, answers: bool = True) -> tuple[Tensor | None, Tensor]:
-        """(n, vocab) logits where answers are predicted, and (3,) losses of colour, shape and sound by token."""
+    def encode(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """What the encoders make of video, (n, hidden), and of sound."""
         thinker = self.thinker
         # All grids of a clip at once: they do not see each other.
-        grids, height, width = example.grid.tolist()
-        patches = example.patches.view(grids, height * width, -1)
+        grids, height, width = clip.grid.tolist()
+        patches = clip.patches.view(grids, height * width, -1)
         pictures = thinker.vision.encode_batch(patches, thinker.vision.layout(height, width), None)[0].flatten(1, 2)
-        sound, _ = thinker.audio(example.mel[None], torch.tensor([example.mel.shape[1]]))
-        labels = {"colour": example.seen[0], "shape": example.seen[1], "sound": example.heard}
-        side = torch.stack(
-            [self.told(sound if name == "sound" else pictures[0], name, labels[name]) for name in self.words]
+        sound, _ = thinker.audio(clip.mel[None], torch.tensor([clip.mel.shape[1]]))
+        return pictures[0], sound
+
+    def labelled(self, clip: Clip, pictures: Tensor, sound: Tensor) -> Tensor:
+        """(3,) losses by token of colour, shape and sound."""
+        return torch.stack(
+            [
+                self.told(pictures, "colour", clip.seen[0]),
+                self.told(pictures, "shape", clip.seen[1]),
+                self.told(sound, "sound", clip.heard),
+            ]
         )
-        if not answers:
-            return None, side
-        media = torch.cat((pictures[0], sound))[None, None]
-        x, _ = thinker.embed(example.ids[None], example.source[None], media)
+
+    def forward(self, example: Example, media: Tensor) -> tuple[Tensor, Tensor]:
+        """media: (n, hidden) what the encoders made of video, then of sound.
+
+        Returns (n, vocab) logits where answers are predicted, and (2,) losses of colour and shape by token of sound.
+        """
+        thinker, clip = self.thinker, example.clip
+        x, _ = thinker.embed(example.ids[None], example.source[None], media[None, None])
         rotary = thinker.rotary(example.positions[:, None])
-        for layer in thinker.layers:
+        video = clip.seen.shape[1]
+        is_sound = example.source >= video
+        beside = []
+        for number, layer in enumerate(thinker.layers, 1):
             x = through(cast(Layer, layer), x, rotary, example)
-        return thinker.logits(x[0, example.answers]), side
+            if number == BESIDE_LAYER:
+                features, labels = (
+                    F.rms_norm(x[0, is_sound], x.shape[-1:]),
+                    clip.beside[:, example.source[is_sound] - video],
+                )
+                beside = [self.told(features, name, labels[i]) for i, name in enumerate(("colour", "shape"))]
+        return thinker.logits(x[0, example.answers]), torch.stack(beside)
 
     def told(self, features: Tensor, name: str, labels: Tensor) -> Tensor:
         """Loss of the likeliest word by embedding, nothing being as likely as a word at a right angle."""
@@ -386,7 +463,57 @@ def right_answers(logits: Tensor, example: Example) -> list[bool]:
     return right.scatter_reduce(0, example.lesson, hits, "amin").bool().tolist()
 
 
-def train(folder: Path, drills: int, clips: int, device: torch.device, workers: int, validated: int) -> None:
+@dataclass(frozen=True)
+class Course:
+    """drills: of the encoders alone. readings: of the decoder alone, about `remembered` clips. clips: of all."""
+
+    drills: int
+    remembered: int
+    readings: int
+    clips: int
+
+    @property
+    def seen(self) -> int:
+        """Drills and readings."""
+        return self.drills + self.readings
+
+    @property
+    def end(self) -> int:
+        return self.seen + self.clips
+
+
+def stream(
+    student: Student, data: Clips, course: Course, done: int, device: torch.device, workers: int
+) -> Iterator[Clip]:
+    """What is learnt from, from number `done` on; remembered clips with their media."""
+    from tqdm import tqdm
+
+    def made(start: int, end: int) -> Iterator[Clip]:
+        loader = DataLoader(
+            data,
+            batch_size=None,
+            sampler=range(start, end),
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+            worker_init_fn=lambda _: torch.set_num_threads(1),
+        )
+        return (to(clip, device) for clip in loader)
+
+    yield from made(done, course.drills)
+    first = course.drills + course.remembered
+    if done < course.seen:
+        known = []
+        for clip in tqdm(made(course.drills, first), total=course.remembered, desc="Remembering", unit="clip"):
+            with torch.no_grad():
+                media = torch.cat(student.encode(clip)).bfloat16()
+            known.append(replace(clip, patches=clip.patches[:0], mel=clip.mel[:0], media=media))
+        for number in range(max(done, course.drills), course.seen):
+            draw = np.random.default_rng([number, 3])
+            yield known[int(draw.integers(len(known)))].thinned(float(draw.uniform(*SHARES)), draw)
+    yield from made(first + max(0, done - course.seen), first + course.clips)
+
+
+def train(folder: Path, course: Course, device: torch.device, workers: int, validated: int) -> None:
     from tqdm import tqdm
 
     checkpoint, state_file, log_file = folder / "checkpoint", folder / "state.pt", folder / "log.jsonl"
@@ -404,49 +531,48 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["done"]
-    held_out = [Examples(checkpoint, "validation", validated)[number] for number in range(validated)]
-    talks, short = (drills + round(share * (clips - drills)) for share in (TALK_SHARE, SHORT_SHARE))
-    data = Examples(checkpoint, "train", clips, drills, talks, short)
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=range(done, clips),
-        num_workers=workers,
-        prefetch_factor=8,
-        worker_init_fn=lambda _: torch.set_num_threads(1),
-    )
-    bar = tqdm(total=clips, initial=done, unit="clip", smoothing=0.02)
+    data = Clips(checkpoint, "train", course.drills + course.remembered + course.clips, course.drills)
+    held_out = exam(Clips(checkpoint, "validation", validated))
+    bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((4,), math.nan), time.monotonic()  # of the answers' loss and of the encoders' three
-    for example in loader:
-        example = example.to(device)
+    means, saved = torch.full((6,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    for clip in stream(student, data, course, done, device, workers):
+        answer, beside = torch.full((), math.nan, device=device), torch.full((2,), math.nan, device=device)
         with mixed:
-            logits, side = student(example, answers=done >= drills)
-        answer = torch.full((), math.nan, device=device)
-        loss = side.sum()
-        if logits is not None:
-            answer = F.cross_entropy(logits, example.wanted, reduction="none") * example.weight
-            answer = answer.sum() / len(example.kinds)
-            loss = loss + answer
-        together = 1 if done < drills else CLIPS_PER_STEP
+            if clip.media is None:
+                pictures, sound = student.encode(clip)
+                media = torch.cat((pictures, sound))
+            else:
+                media = clip.media
+                pictures, sound = media.split([clip.seen.shape[1], clip.heard.shape[0]])
+            side = student.labelled(clip, pictures, sound)
+            loss = side.sum()
+            if done >= course.drills:
+                asked = lessons(clip.scene, np.random.default_rng([done, 4]), QUESTIONS, CHOICES)
+                example = to(data.ask(clip, asked), device)
+                logits, beside = student(example, media)
+                answer = F.cross_entropy(logits, example.wanted, reduction="none") * example.weight
+                answer = answer.sum() / len(example.kinds)
+                loss = loss + answer + beside.sum()
+        together = 1 if done < course.drills else CLIPS_PER_STEP
         (loss / together).backward()
         done += 1
         bar.update()
-        losses = torch.cat((answer.detach()[None], side.detach())).cpu()
-        means = torch.where(means.isnan(), losses, 0.98 * means + 0.02 * losses)
-        if done % together == 0 or done == clips:
+        losses = torch.cat((answer.detach()[None], side.detach(), beside.detach())).cpu()
+        means = torch.where(means.isnan(), losses, torch.where(losses.isnan(), means, 0.98 * means + 0.02 * losses))
+        if done % together == 0 or done == course.end:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done, drills, clips)
+                group["lr"] = learning_rate(done, course)
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix(loss=f"{means[0]:.3f}", encoders=f"{means[1:].sum():.3f}")
-        if (done % 1000 == 0 and done > drills) or done == clips:
+            bar.set_postfix(loss=f"{means[0]:.3f}", tokens=f"{means[1:].nansum():.3f}")
+        if (done % 1000 == 0 and done > course.drills) or done == course.end:
             accuracy = validate(student, held_out, mixed, device)
             with log_file.open("a", encoding="utf-8") as file:
-                line = {"clips": done, "loss": means[0].item(), "encoders": means[1:].tolist(), "accuracy": accuracy}
+                line = {"clips": done, "loss": means[0].item(), "tokens": means[1:].tolist(), "accuracy": accuracy}
                 file.write(json.dumps(line) + "\n")
-        if time.monotonic() - saved > 120 or done == clips:
+        if time.monotonic() - saved > 120 or done == course.end:
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
             torch.save(state, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
@@ -455,13 +581,21 @@ def train(folder: Path, drills: int, clips: int, device: torch.device, workers: 
     weights.save_sharded(public_tensors(student.thinker), checkpoint, max_shard_bytes=1 << 30)
 
 
-def learning_rate(done: int, drills: int, clips: int) -> float:
-    """Rises at the beginning of both parts, falls along a cosine in the second."""
-    if done <= drills:
+def learning_rate(done: int, course: Course) -> float:
+    """Rises at the beginning of drills and of readings, falls by half over the readings and to nearly nothing after."""
+    if done <= course.drills:
         return LEARNING_RATE * min(1, done / WARM_UP)
-    since = done - drills
-    fall = 0.51 + 0.49 * math.cos(math.pi * since / (clips - drills))
-    return LEARNING_RATE * min(1, since / CLIPS_PER_STEP / WARM_UP) * fall
+    warm = min(1, (done - course.drills) / CLIPS_PER_STEP / WARM_UP)
+    if done <= course.seen:
+        return LEARNING_RATE * warm * (1 - 0.5 * (done - course.drills) / course.readings)
+    return LEARNING_RATE * (0.26 + 0.24 * math.cos(math.pi * (done - course.seen) / course.clips))
+
+
+def exam(clips: Clips) -> list[Example]:
+    return [
+        clips.ask(clip, lessons(clip.scene, np.random.default_rng([number, 5]), 2 * QUESTIONS, CHOICES))
+        for number, clip in ((number, clips[number]) for number in range(clips.count))
+    ]
 
 
 @torch.no_grad()
@@ -469,9 +603,9 @@ def validate(student: Student, examples: list[Example], mixed: Any, device: torc
     """Share of right answers by kind, the right beginning of each given."""
     right: dict[str, list[bool]] = {}
     for example in examples:
-        example = example.to(device)
+        example = to(example, device)
         with mixed:
-            logits, _ = student(example)
+            logits, _ = student(example, torch.cat(student.encode(example.clip)))
         for kind, hit in zip(example.kinds, right_answers(logits, example), strict=True):
             right.setdefault(kind, []).append(hit)
     return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
@@ -481,20 +615,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny checkpoint.")
     parser.add_argument("folder", type=Path, help="for the state, the log and the checkpoint; resumed where it has one")
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=14_000, help="with questions (default: %(default)s)")
+    parser.add_argument("--remembered", type=int, default=2500, help="clips for readings (default: %(default)s)")
+    parser.add_argument("--readings", type=int, default=30_000, help="of the decoder alone (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=2500, help="that all learns from, last (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips (default: %(default)s)")
     parser.add_argument("--validated", type=int, default=60, help="clips that accuracy is measured on")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    train(
-        options.folder,
-        options.drills,
-        options.drills + options.clips,
-        torch.device(options.device),
-        options.workers,
-        options.validated,
-    )
+    course = Course(options.drills, options.remembered, options.readings, options.clips)
+    train(options.folder, course, torch.device(options.device), options.workers, options.validated)
 
 
 if __name__ == "__main__":
