@@ -24,29 +24,51 @@ def train_tiny(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return train_tiny
 
 
-def test_questions_do_not_see_each_other(train_tiny: ModuleType) -> None:
-    """Logits of answers in the packed sequence are those of the prompt on its own, through the library."""
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_questions_do_not_see_each_other(train_tiny: ModuleType, share: float) -> None:
+    """Logits of answers in the packed sequence are those of the prompt on its own, through the model's layers."""
     tiny = omni.load("tiny", device="cpu")
-    examples = train_tiny.Examples(weights.locate("tiny"), "validation", 8, short=8)
+    clips = train_tiny.Clips(weights.locate("tiny"), "validation", 8)
     student = train_tiny.Student(tiny.config, train_tiny.words_of(tiny.processor.tokenizer))
     student.thinker.load_state_dict(tiny.thinker.state_dict())
-    example = examples[3]
+    clip, draw = clips[3], np.random.default_rng(0)
+    example = clips.ask(clip.thinned(share, draw), train_tiny.lessons(clip.scene, draw, 10, 0.5))
     with torch.no_grad():
-        logits, _ = student(example)
-    clip = example.blocks[0]
-    for lesson in (0, 5, len(example.kinds) - 1):
-        mine = (example.group == lesson + 1).nonzero().flatten()
-        first = int((example.lesson == lesson).nonzero()[0])
-        asked = int(example.answers[first]) + 1 - int(mine[0])  # tokens up to the first of the answer
-        inputs = Inputs(
-            torch.cat((example.ids[:clip], example.ids[mine[:asked]]))[None],
-            pixel_values_videos=example.patches,
-            video_grid_thw=example.grid[None],
-            video_second_per_grid=torch.tensor([1.0]),
-            input_features=example.mel[None],
-            feature_attention_mask=torch.ones(1, example.mel.shape[1], dtype=torch.long),
-        )
-        torch.testing.assert_close(tiny.prefill(inputs).logits, logits[first], atol=1e-3, rtol=0)
+        media = torch.cat(student.encode(clip))
+        logits, _ = student(example, media)
+        start = example.blocks[0]
+        for lesson in (0, 5, len(example.kinds) - 1):
+            mine = (example.group == lesson + 1).nonzero().flatten()
+            first = int((example.lesson == lesson).nonzero()[0])
+            asked = int(example.answers[first]) + 1 - int(mine[0])  # tokens up to the first of the answer
+            alone = torch.cat((torch.arange(start), mine[:asked]))
+            x, _ = tiny.thinker.embed(example.ids[None, alone], example.source[None, alone], media[None, None])
+            rotary = tiny.thinker.rotary(example.positions[:, None, alone])
+            for layer in tiny.thinker.layers:
+                x, _, _ = layer.prefill(x, rotary)
+            torch.testing.assert_close(tiny.thinker.logits(x[:, -1])[0], logits[first], atol=1e-3, rtol=0)
+
+
+def test_whole_clips_are_what_the_library_prepares(train_tiny: ModuleType) -> None:
+    """The packed sequence with one question, through `Omni.prefill`."""
+    tiny = omni.load("tiny", device="cpu")
+    clips = train_tiny.Clips(weights.locate("tiny"), "validation", 8)
+    student = train_tiny.Student(tiny.config, train_tiny.words_of(tiny.processor.tokenizer))
+    student.thinker.load_state_dict(tiny.thinker.state_dict())
+    clip = clips[5]
+    example = clips.ask(clip, train_tiny.lessons(clip.scene, np.random.default_rng(0), 2, 1.0))
+    first = int(example.answers[0])
+    inputs = Inputs(
+        example.ids[None, : first + 1],
+        pixel_values_videos=clip.patches,
+        video_grid_thw=clip.grid[None],
+        video_second_per_grid=torch.tensor([1.0]),
+        input_features=clip.mel[None],
+        feature_attention_mask=torch.ones(1, clip.mel.shape[1], dtype=torch.long),
+    )
+    with torch.no_grad():
+        logits, _ = student(example, torch.cat(student.encode(clip)))
+    torch.testing.assert_close(tiny.prefill(inputs).logits, logits[0], atol=1e-3, rtol=0)
 
 
 def test_a_clip_in_memory_is_the_file(train_tiny: ModuleType, tmp_path: Path) -> None:
@@ -54,12 +76,11 @@ def test_a_clip_in_memory_is_the_file(train_tiny: ModuleType, tmp_path: Path) ->
     import world
 
     tiny = omni.load("tiny", device="cpu")
-    example = train_tiny.Examples(weights.locate("tiny"), "validation", 8)[2]
+    example = train_tiny.Clips(weights.locate("tiny"), "validation", 8)[2]
     world.write_clip(tmp_path / "clip.mp4", world.make_scene("validation", 2))
     content = [{"type": "video", "video": str(tmp_path / "clip.mp4")}, {"type": "text", "text": "?"}]
     inputs = tiny.prepare([{"role": "user", "content": content}])
-    clip = example.blocks[0]
-    assert torch.equal(inputs.input_ids[0, :clip], example.ids[:clip])
+    assert torch.equal(inputs.input_ids[0, : len(example.ids)], example.ids)
     assert inputs.pixel_values_videos is not None and inputs.pixel_values_videos.shape == example.patches.shape
     assert (inputs.pixel_values_videos - example.patches).abs().mean() < 0.15
     assert inputs.input_features is not None
@@ -85,8 +106,41 @@ def test_labels_say_where_things_are(train_tiny: ModuleType) -> None:
         assert abs(there.min() - sound.start) < 0.05 and abs(there.max() - sound.start - sound.seconds) < 0.1
 
 
+def test_labels_beside_a_sound_are_of_its_sight(train_tiny: ModuleType) -> None:
+    import world
+
+    scene = world.make_scene("train", 5)
+    heard = train_tiny.what_is_heard(scene, 25 * scene.seconds)
+    beside = train_tiny.what_is_beside(scene, 25 * scene.seconds)
+    for sight, sound in zip(scene.sights, scene.sounds, strict=True):
+        there = beside[:, heard == 1 + world.SOUNDS.index(sound.name)]
+        wanted = [1 + list(world.COLOURS).index(sight.colour), 1 + world.SHAPES.index(sight.shape)]
+        for row, number in zip(there, wanted, strict=True):
+            assert set(row) <= {0, number} and (row == number).mean() > 0.5
+
+
+def test_lessons_are_true(train_tiny: ModuleType) -> None:
+    """A letter is that of an option of the question; naming lessons say which; the share of options is as asked."""
+    import world
+
+    scene, draw = world.make_scene("train", 7), np.random.default_rng(0)
+    asked = train_tiny.lessons(scene, draw, 400, 0.5)
+    assert len(asked) == 400 and asked[-1].kind == "everything"
+    chosen = [lesson for lesson in asked if "Answer with the letter." in lesson.prompt]
+    assert 0.3 < len(chosen) / 400 < 0.5  # two of nine kinds have no options
+    for lesson in chosen:
+        options = dict(line.split(". ", 1) for line in lesson.prompt.split("\n")[1:-1])
+        assert lesson.answer in options
+        if lesson.kind == "letter":
+            assert lesson.prompt.startswith(f"Which letter is {options[lesson.answer]}?")
+    assert len({lesson.answer for lesson in chosen}) == 4
+
+
 def test_learning_rate_rises_twice_and_falls(train_tiny: ModuleType) -> None:
-    rates = [train_tiny.learning_rate(done, 3000, 10_000) for done in range(0, 10_001, 10)]
-    assert rates[0] == rates[300] * 0 and max(rates) <= train_tiny.LEARNING_RATE
+    course = train_tiny.Course(3000, 100, 10_000, 1000)
+    rates = [train_tiny.learning_rate(done, course) for done in range(0, course.end + 1, 10)]
+    assert rates[0] == 0 and max(rates) <= train_tiny.LEARNING_RATE
     assert rates[299] == train_tiny.LEARNING_RATE and rates[301] < 0.1 * train_tiny.LEARNING_RATE
     assert rates[-1] < 0.05 * train_tiny.LEARNING_RATE
+    # Without a jump between readings and whole clips.
+    assert abs(rates[1300] - rates[1301]) < 0.01 * train_tiny.LEARNING_RATE
