@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from seats.method import Kept, Media
 
 
 def highest(scores: Tensor, there: Tensor, counts: Tensor) -> Tensor:
@@ -49,3 +53,49 @@ def sound_intact(
     # Without one of them, the ratios stay as they are.
     both = (video > 0) & (audio > 0)
     return torch.where(both, of_video.clamp(max=1), video_ratio), torch.where(both, of_audio, audio_ratio)
+
+
+def take_any(media: Media, counts: Tensor) -> Tensor:
+    """So many tokens of a modality of each prompt, (B,) int64, any of them: (B, W, n) bool."""
+    there = media.there.flatten(1)
+    chance = noise(there.shape[1], there.device).expand_as(there)
+    return highest(chance, there, counts).view(media.received.shape)
+
+
+def apart(
+    keep: Callable[[Media, float], Kept], video: Media | None, audio: Media | None, ratios: tuple[float, float]
+) -> tuple[Kept | None, Kept | None]:
+    """Both modalities by themselves, as `Method.before` returns them."""
+    of_video, of_audio = (
+        None if media is None else keep(media, ratio) for media, ratio in zip((video, audio), ratios, strict=True)
+    )
+    return of_video, of_audio
+
+
+def intact(
+    keep: Callable[[Media, Tensor], Kept],
+    video: Media | None,
+    audio: Media | None,
+    ratios: tuple[float, float],
+    floor: float = 0.05,
+) -> tuple[Kept | None, Kept | None]:
+    """Video at what `sound_intact` leaves it, (B,) float64, and any of the tokens of sound, mostly all."""
+    tokens = tokens_of(video, audio)
+    of_video, of_audio = sound_intact(*tokens, *ratios, floor)
+    kept_video = None if video is None else keep(video, of_video)
+    return kept_video, None if audio is None else Kept(take_any(audio, part(tokens[1], of_audio)))
+
+
+def tokens_of(video: Media | None, audio: Media | None) -> tuple[Tensor, Tensor]:
+    """How many each prompt has of video and of sound: (B,) int64 each."""
+    some = video or audio
+    assert some is not None
+    none = some.sizes.new_zeros(len(some.sizes))
+    of_video, of_audio = (none if media is None else media.sizes.sum(dim=-1) for media in (video, audio))
+    return of_video, of_audio
+
+
+def unit(features: Tensor, eps: float = 1e-6) -> Tensor:
+    """Vectors of length 1 in float32."""
+    features = features.float()
+    return features / (features.norm(dim=-1, keepdim=True) + eps)
