@@ -75,10 +75,7 @@ def test_the_share_makes_up_for_the_layers_before() -> None:
 def test_what_it_cannot_reach() -> None:
     """10 % of Qwen2.5-Omni-7B's preset is below what two full layers cost."""
     method = FastV(video_ratio=0.06, audio_ratio=0.35)
-    with pytest.raises(
-        ValueError,
-        match="FastV cannot keep 6% of video on average: the first 2 of 28 layers see every token, which is 7.1",
-    ):
+    with pytest.raises(ValueError, match=r"FastV cannot keep 6% of video on average: the first 2 of 28 .* 7\.1% alone"):
         method.check(28)
     method.check(36)
     with pytest.raises(ValueError, match="layer 2 must come before the last of the model's 2 layers"):
