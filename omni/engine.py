@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from threading import Lock
 
 import torch
@@ -23,7 +23,7 @@ from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
 from seats.cost import prefill_macs
 from seats.method import Method
-from seats.plan import make_plan, plan_without_selection
+from seats.plan import Counts, make_plan, plan_without_selection
 
 KV = ("pruned", "layerwise")
 
@@ -124,9 +124,10 @@ class Engine:
             ]
         else:
             prompts = [stages.whole_prompt(place.positions.shape[1]) for place in places]
-        counts = prompts[0].counts(method)
-        for prompt in prompts[1:]:
-            counts = counts.joined(prompt.counts(method))
+        try:
+            counts = reduce(Counts.joined, (prompt.counts(method) for prompt in prompts))
+        except ValueError as error:
+            raise InputError(f"token selection cannot run on this prompt: {error}") from None
 
         if self.compiled is not None:
             counts = counts.rounded()
