@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from threading import Lock
 
 import torch
@@ -21,9 +21,9 @@ from omni.processing.positions import Layout, layout
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
-from seats.config import SeatsConfig
 from seats.cost import prefill_macs
-from seats.plan import make_plan, plan_without_selection
+from seats.method import Method
+from seats.plan import Counts, make_plan, plan_without_selection
 
 KV = ("pruned", "layerwise")
 
@@ -88,7 +88,7 @@ class Engine:
             yield
 
     def prefill(
-        self, requests: Sequence[Inputs], new: int, config: SeatsConfig | None, kv: str
+        self, requests: Sequence[Inputs], new: int, method: Method | None, kv: str
     ) -> tuple[list[Prefill], Cache]:
         """Prefills requests together, with room for `new` tokens each in the cache. Errors: `Omni.prefill`."""
         if kv not in KV:
@@ -98,15 +98,15 @@ class Engine:
         places = [layout(inputs, self.thinker.config) for inputs in requests]
         for place in places:
             self._check_context(place, new)
-        if config is not None:
-            config.check(self.thinker.config.decoder.num_layers)
-        selects = self._selects(places, config)
+        if method is not None:
+            method.check(self.thinker.config.decoder.num_layers)
+        selects = self._selects(places, method)
         with self.running():
-            return self._prefill(requests, places, new, config if selects else None, pruned=kv == "pruned")
+            return self._prefill(requests, places, new, method if selects else None, pruned=kv == "pruned")
 
-    def _selects(self, places: list[Layout], config: SeatsConfig | None) -> bool:
+    def _selects(self, places: list[Layout], method: Method | None) -> bool:
         """Whether there is something to select from. Raises ValueError where that differs between requests."""
-        if config is None or config.keeps_everything:
+        if method is None or method.keeps_everything:
             return False
         answers = {bool(len(place.video) or len(place.audio)) for place in places}
         if len(answers) > 1:
@@ -114,37 +114,37 @@ class Engine:
         return answers.pop()
 
     def _prefill(
-        self, requests: Sequence[Inputs], places: list[Layout], new: int, config: SeatsConfig | None, *, pruned: bool
+        self, requests: Sequence[Inputs], places: list[Layout], new: int, method: Method | None, *, pruned: bool
     ) -> tuple[list[Prefill], Cache]:
         thinker, num_layers = self.thinker, self.thinker.config.decoder.num_layers
-        if config is not None:
+        if method is not None:
             prompts = [
-                stages.read_prompt(place, inputs, thinker.config)
+                stages.read_prompt(place, inputs, thinker.config, method.window_grids)
                 for place, inputs in zip(places, requests, strict=True)
             ]
-            ratios = config.encoder_ratios
         else:
             prompts = [stages.whole_prompt(place.positions.shape[1]) for place in places]
-            ratios = (1.0, 1.0)
-        counts = prompts[0].counts(ratios)
-        for prompt in prompts[1:]:
-            counts = counts.joined(prompt.counts(ratios))
+        try:
+            counts = reduce(Counts.joined, (prompt.counts(method) for prompt in prompts))
+        except ValueError as error:
+            raise InputError(f"token selection cannot run on this prompt: {error}") from None
 
         if self.compiled is not None:
             counts = counts.rounded()
-        plan = plan_without_selection(num_layers, counts) if config is None else make_plan(config, num_layers, counts)
+        plan = plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
         call = directly if self.compiled is None else self.compiled.call
         run = partial(stages.prefill, thinker) if self.compiled is None else self.compiled.prefill
 
         started = time.perf_counter()
-        encoded = [thinker.encode(inputs, weigh=config is not None, call=call) for inputs in requests]
+        needs = None if method is None else method.needs
+        encoded = [thinker.encode(inputs, needs, call=call) for inputs in requests]
         self._synchronize()
         encode_seconds = time.perf_counter() - started
         filled = []
         for inputs, place, prompt in zip(requests, places, prompts, strict=True):
-            features, received = encoded.pop(0)  # of an hour of video: gigabytes, not held twice for longer
-            filled.append(stages.fill_pool(plan, prompt, place, inputs.input_ids, features, received, self.device))
-            del features, received
+            features, signals = encoded.pop(0)  # of an hour of video: gigabytes, not held twice for longer
+            filled.append(stages.fill_pool(plan, prompt, place, inputs.input_ids, features, signals, self.device))
+            del features, signals
         request = stages.join(filled)
         del filled
         staged = run(plan, request, pruned=pruned)
@@ -163,7 +163,7 @@ class Engine:
             prefills.append(
                 Prefill(
                     logits=staged.logits[row],
-                    kept=survivors if config is not None else [],
+                    kept=survivors if method is not None else [],
                     cache=cache.row(row) if len(places) > 1 else cache,
                     next_position=place.next_position,
                     tokens=place.counts,

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from omni.model import Generation, Omni, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.media import MediaError, kind_of
 from omni.processing.tokenizer import TokenizerError
-from seats.config import SeatsConfig, preset_for
+from seats.method import Method
+from seats.methods import NAMES, method_for
 from weights import CheckpointError
 
 CLIP = Path(__file__).parent / "demo" / "clip.mp4"
@@ -83,6 +84,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--video-ratio", type=_ratio, help="of video alone (default: what --retention implies)")
     parser.add_argument("--audio-ratio", type=_ratio, help="of sound alone (default: what --retention implies)")
+    parser.add_argument(
+        "--method", choices=NAMES, default="seats", metavar="NAME", help=f"what to keep by: {', '.join(NAMES)}"
+    )
     parser.add_argument("--kv", choices=KV, default="pruned", help="what decoding sees (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
@@ -130,7 +134,7 @@ def _answer(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        seats=_seats(options, model),
+        seats=_method(options, model),
         kv=options.kv,
     )
     generation = _print_stream(answer, quiet=options.json)
@@ -151,7 +155,7 @@ def demo() -> None:
     print(f"{CLIP}\n{QUESTION}\n")
     print(f"{'tokens kept':12} {'answer':24} {'tokens by layers':32} {'multiply-accumulates':>21} {'prefill':>9}")
     for retention in (1.0, 0.35, 0.10):
-        selection = None if retention == 1 else preset_for(model.config, retention)
+        selection = None if retention == 1 else method_for("seats", model.config, retention)
         model.prefill(inputs, seats=selection)  # so that what a first call costs is not in the figures
         answer = model.generate(inputs, seats=selection, max_new_tokens=32)
         stats = answer.stats
@@ -164,14 +168,14 @@ def demo() -> None:
     print('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
 
 
-def _seats(options: argparse.Namespace, model: Omni) -> SeatsConfig | None:
+def _method(options: argparse.Namespace, model: Omni) -> Method | None:
     """None where every token is kept, whatever the model: one too shallow for the stages can still do that."""
-    ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
-    given = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-    if options.retention == 1 and set(given.values()) <= {1.0}:
+    given = {options.video_ratio, options.audio_ratio} - {None}
+    if options.retention == 1 and given <= {1.0}:
         return None
+    ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
     try:
-        return replace(preset_for(model.config, options.retention), **given)
+        return method_for(options.method, model.config, options.retention, **ratios)
     except ValueError as error:
         raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
 

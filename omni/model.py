@@ -22,7 +22,7 @@ from omni.processing.tokenizer import Tokenizer
 from omni.runtime.blank import blank_clip
 from omni.runtime.sampling import Sampling
 from omni.thinker import Thinker
-from seats.config import SeatsConfig
+from seats.method import Method
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -37,7 +37,7 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     stop_token_ids: list[int] | None
-    seats: SeatsConfig | None
+    seats: Method | None
     kv: str
 
 
@@ -145,15 +145,13 @@ class Omni:
         )
 
     @overload
-    def prefill(self, inputs: Inputs, seats: SeatsConfig | None = None, kv: str = "pruned") -> Prefill: ...
+    def prefill(self, inputs: Inputs, seats: Method | None = None, kv: str = "pruned") -> Prefill: ...
 
     @overload
-    def prefill(
-        self, inputs: Sequence[Inputs], seats: SeatsConfig | None = None, kv: str = "pruned"
-    ) -> list[Prefill]: ...
+    def prefill(self, inputs: Sequence[Inputs], seats: Method | None = None, kv: str = "pruned") -> list[Prefill]: ...
 
     def prefill(
-        self, inputs: Inputs | Sequence[Inputs], seats: SeatsConfig | None = None, kv: str = "pruned"
+        self, inputs: Inputs | Sequence[Inputs], seats: Method | None = None, kv: str = "pruned"
     ) -> Prefill | list[Prefill]:
         """Runs the prompt, with token selection where `seats` asks for it and there is video or sound to select from.
 
@@ -192,7 +190,7 @@ class Omni:
         self,
         seconds: Sequence[float],
         *,
-        seats: SeatsConfig | None = None,
+        seats: Method | None = None,
         kv: str = "pruned",
         max_new_tokens: int = 512,
         fps: float = 2.0,
@@ -252,7 +250,7 @@ class Omni:
         top_k: int | None = None,
         seed: int | None = None,
         stop_token_ids: list[int] | None = None,
-        seats: SeatsConfig | None = None,
+        seats: Method | None = None,
         kv: str = "pruned",
     ) -> Generator[list[int], None, list[Generation]]:
         """Yields the tokens of every step, one per request, also of those that have stopped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from omni.config import OmniConfig
 from omni.decoder import Layer
+from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout
 from omni.thinker import Thinker
-from seats.diversity import max_min_keep, window_counts
+from seats.method import Media, Method, Step
 from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of
 from seats.relevance import relevance
-from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, run_starts, select
+from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, run_starts
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Request:
     ids: (B, P) token ids. positions: (3, B, P). place: (B, P) where each token stands in its prompt; `P` and more in
     slots that hold none. media: (1 + deepstack levels, B, P, hidden), what the encoders made, in their order and not in
     that of the pool, or None. source: (B, P) which of these a slot takes, -1 for the embedding of its id. received:
-    (B, P), the attention that each of `media` received. video_sizes, audio_sizes: (B, windows) tokens in each window,
-    which come first.
+    (B, P), the attention that each of `media` received; keys: (B, P, dim) their keys, or None. video_sizes,
+    audio_sizes: (B, windows) tokens in each window, which come first; video_clips, audio_clips: of which clip or sound.
     """
 
     ids: Tensor
@@ -38,8 +40,11 @@ class Request:
     media: Tensor | None
     source: Tensor
     received: Tensor
+    keys: Tensor | None
     video_sizes: Tensor
     audio_sizes: Tensor
+    video_clips: Tensor
+    audio_clips: Tensor
 
 
 @dataclass
@@ -106,13 +111,15 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
                 sequence.x = sequence.x + sequence.deepstack[index]
         if number + 1 == len(plan.segments):
             break
-        if segment.video_keep is not None and segment.audio_keep is not None:
+        assert segment.step is not None
+        if segment.step.video is not None:
             layer = cast(Layer, thinker.layers[segment.layers[1] - 1])
             query, all_keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
             scores = relevance(query, all_keys, sequence.kind != PADDING)
-            chosen, count = choose(plan, scores, sequence.kind, segment.video_keep, segment.audio_keep)
+            keep = choose(plan, scores, sequence.kind, segment.step)
         else:
-            chosen, count = compact(sequence.kind == TEXT, sequence.kind.shape[1])
+            keep = sequence.kind == TEXT
+        chosen, count = compact(keep, keep.shape[1])
         length = plan.segments[number + 1].length
         sequence = sequence.take(chosen[:, :length], count.clamp(max=length))
         kept.append((sequence.place, sequence.count))
@@ -124,48 +131,14 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     return Staged(thinker.logits(last), kept, keys, values, lengths)
 
 
-def choose(
-    plan: StagePlan, scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float
-) -> tuple[Tensor, Tensor]:
-    """Stage II: index and count of what stays of a sequence with these scores, (B, S), as `compact` gives them.
-
-    For the compiler, which would spend half of its time on these few small tensors: on a CPU one operator, elsewhere
-    compiled once for all selections of a plan, which are brought to one shape, with ratios as tensors.
-    """
-    if scores.device.type == "cpu":
-        return _choose_on_a_cpu(scores, kind, video_keep, audio_keep, plan.temperature, plan.windows)
-    padding = plan.segments[0].length - scores.shape[1]
-    ratios = (torch.full((), ratio, dtype=torch.float64, device=scores.device) for ratio in (video_keep, audio_keep))
-    scores, kind = F.pad(scores, (0, padding)), F.pad(kind, (0, padding), value=PADDING)
-    return _choose(scores, kind, *ratios, plan.temperature, plan.windows)
-
-
-def _select(
-    scores: Tensor,
-    kind: Tensor,
-    video_keep: float | Tensor,
-    audio_keep: float | Tensor,
-    temperature: float,
-    windows: int,
-) -> tuple[Tensor, Tensor]:
-    return compact(select(scores, kind, video_keep, audio_keep, temperature, windows), kind.shape[1])
-
-
-_choose = torch.compiler.nested_compile_region(_select)
-
-
-@torch.library.custom_op("seats::choose", mutates_args=(), device_types="cpu")
-def _choose_on_a_cpu(
-    scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int
-) -> tuple[Tensor, Tensor]:
-    return _select(scores, kind, video_keep, audio_keep, temperature, windows)
-
-
-@_choose_on_a_cpu.register_fake
-def _(
-    scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(kind, dtype=torch.int64), scores.new_empty(len(scores), dtype=torch.int64)
+def choose(plan: StagePlan, scores: Tensor, kind: Tensor, step: Step) -> Tensor:
+    """Which tokens of a sequence with these scores, (B, S), stay: (B, S) bool."""
+    assert plan.method is not None
+    slots = scores.shape[1]
+    if scores.device.type != "cpu":  # one shape for all steps of a plan: compiled once
+        padding = plan.segments[0].length - slots
+        scores, kind = F.pad(scores, (0, padding)), F.pad(kind, (0, padding), value=PADDING)
+    return plan.method.after(scores, kind, step, plan.windows)[:, :slots]
 
 
 def prune(
@@ -188,50 +161,66 @@ def prune(
 
 
 def select_before_decoder(plan: StagePlan, request: Request, x: Tensor, deepstack: Tensor | None) -> Sequence:
-    """Stage I: the most diverse tokens of every window, with all of the text, in the order of the prompt.
+    """What enters the decoder, in the order of the prompt: all of the text and what the method keeps of the rest.
 
     x: (B, P, hidden), deepstack: (levels, B, P, hidden) or None, in the order of the pool.
     """
     batch, slots, _ = x.shape
     counts = plan.counts
     keep = [request.place[:, : counts.text] < slots]
-    parts = (
-        (counts.video_windows, counts.video_window, plan.video_ratio, request.video_sizes),
-        (counts.audio_windows, AUDIO_WINDOW, plan.audio_ratio, request.audio_sizes),
-    )
-    received = request.received.gather(1, request.source.clamp(min=0))
-    start = counts.text
-    for windows, size, ratio, sizes in parts:
-        end = start + windows * size
-        if windows:
-            features = rearrange(x[:, start:end], "b (w n) d -> (b w) n d", w=windows)
-            weights = rearrange(received[:, start:end], "b (w n) -> (b w) n", w=windows)
-            picked = max_min_keep(features, weights, sizes.flatten(), window_counts(sizes.flatten(), ratio))
-            keep.append(rearrange(picked, "(b w) n -> b (w n)", b=batch))
-        start = end
-    kind = torch.cat(
-        [
-            torch.full((length,), kind, dtype=torch.uint8, device=x.device)
-            for kind, length in (
-                (TEXT, counts.text),
-                (VIDEO, parts[0][0] * parts[0][1]),
-                (AUDIO, parts[1][0] * parts[1][1]),
-            )
-        ]
-    )
-    kept = torch.cat(keep, dim=1)
+    kind = [torch.full((counts.text,), TEXT, dtype=torch.uint8, device=x.device)]
+    if plan.method is not None:
+        windows = media_by_windows(counts, request, x)
+        for one, kept, medium in zip(windows, plan.method.before(*windows), (VIDEO, AUDIO), strict=True):
+            if one is None or kept is None:
+                continue
+            start = sum(part.shape[1] for part in keep)
+            keep.append(kept.keep.flatten(1))
+            kind.append(torch.full((keep[-1].shape[1],), medium, dtype=torch.uint8, device=x.device))
+            if kept.features is not None:
+                changed = kept.features.flatten(1, 2).to(x.dtype)
+                x = torch.cat((x[:, :start], changed, x[:, start + changed.shape[1] :]), dim=1)
+    kept_slots = torch.cat(keep, dim=1)
     everything = Sequence(
         x=x,
         positions=request.positions,
         place=request.place,
-        kind=kind.expand(batch, -1),
+        kind=torch.cat(kind).expand(batch, -1),
         deepstack=deepstack,
-        count=kept.sum(dim=1),
+        count=kept_slots.sum(dim=1),
     )
     if slots == counts.text:  # text alone, in order already: an hour of video is not copied
         return everything
-    order = torch.where(kept, request.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    order = torch.where(kept_slots, request.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     return everything.take(order[:, : plan.segments[0].length], everything.count)
+
+
+def media_by_windows(counts: Counts, request: Request, x: Tensor) -> tuple[Media | None, Media | None]:
+    """Video and sound of the pool."""
+    source = request.source.clamp(min=0)
+    received = request.received.gather(1, source)
+    keys = None if request.keys is None else _rows(request.keys, source)
+    found: list[Media | None] = []
+    start = counts.text
+    for windows, size, sizes, clips in (
+        (counts.video_windows, counts.video_window, request.video_sizes, request.video_clips),
+        (counts.audio_windows, AUDIO_WINDOW, request.audio_sizes, request.audio_clips),
+    ):
+        slots = slice(start, start + windows * size)
+        start = slots.stop
+        found.append(
+            Media(
+                features=rearrange(x[:, slots], "b (w n) d -> b w n d", w=windows),
+                received=rearrange(received[:, slots], "b (w n) -> b w n", w=windows),
+                keys=None if keys is None else rearrange(keys[:, slots], "b (w n) d -> b w n d", w=windows),
+                sizes=sizes,
+                clip=clips,
+                place=rearrange(request.place[:, slots], "b (w n) -> b w n", w=windows),
+            )
+            if windows
+            else None
+        )
+    return found[0], found[1]
 
 
 @dataclass(frozen=True)
@@ -239,7 +228,8 @@ class Prompt:
     """Where the tokens of one prompt stand: what a plan is made from, and what fills it.
 
     text, video, audio: (n,) positions in the prompt; image tokens count as text. video_sizes, audio_sizes: tokens in
-    each window of Stage I, in order. runs: of adjacent tokens of video, and of audio.
+    each window that a method looks into, in order; video_clips, audio_clips: of which clip or sound it is. runs: of
+    adjacent tokens of video, and of audio.
     """
 
     text: Tensor
@@ -247,11 +237,16 @@ class Prompt:
     audio: Tensor
     video_sizes: tuple[int, ...]
     audio_sizes: tuple[int, ...]
+    video_clips: tuple[int, ...]
+    audio_clips: tuple[int, ...]
     runs: tuple[int, int]
 
-    def counts(self, encoder_ratios: tuple[float, float]) -> Counts:
+    def counts(self, method: Method | None) -> Counts:
+        """method: None where every token stays, as in a `whole_prompt`."""
+        if method is None:
+            return Counts(len(self.text), len(self.text), 0, 0, 1, 0, 0, 0)
         return counts_of(
-            encoder_ratios,
+            method,
             text=len(self.text),
             video_sizes=self.video_sizes,
             audio_sizes=self.audio_sizes,
@@ -259,28 +254,30 @@ class Prompt:
         )
 
 
-def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
-    """Raises InputError where the prompt does not end with text."""
+def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig, window_grids: int) -> Prompt:
+    """window_grids: temporal grids of video in a window. Raises InputError where the prompt does not end with text."""
     length = layout.positions.shape[1]
     kind = torch.zeros(length, dtype=torch.uint8)
     kind[layout.video], kind[layout.audio] = VIDEO, AUDIO
     if int(kind[-1]) != TEXT:
         raise InputError("token selection needs a prompt that ends with text: its last token asks for the others.")
     merge = config.vision.spatial_merge_size**2
-    video_sizes: list[int] = []
-    for grids, height, width in [] if inputs.video_grid_thw is None else inputs.video_grid_thw.tolist():
-        video_sizes += _windows(grids * height * width // merge, 2 * height * width // merge)
-    audio_sizes: list[int] = []
-    for frames in inputs.mel_lengths.tolist():
-        audio_sizes += _windows(config.audio.token_count(frames), AUDIO_WINDOW)
+    grids_thw = [] if inputs.video_grid_thw is None else inputs.video_grid_thw.tolist()
+    videos = [
+        _windows(grids * height * width // merge, window_grids * height * width // merge)
+        for grids, height, width in grids_thw
+    ]
+    sounds = [_windows(config.audio.token_count(frames), AUDIO_WINDOW) for frames in inputs.mel_lengths.tolist()]
     starts = run_starts(kind[None])[0]
     video_runs, audio_runs = (int((starts & (kind == medium)).sum()) for medium in (VIDEO, AUDIO))
     return Prompt(
         text=(kind == TEXT).nonzero().flatten(),
         video=layout.video,
         audio=layout.audio,
-        video_sizes=tuple(video_sizes),
-        audio_sizes=tuple(audio_sizes),
+        video_sizes=tuple(chain(*videos)),
+        audio_sizes=tuple(chain(*sounds)),
+        video_clips=tuple(chain(*([clip] * len(sizes) for clip, sizes in enumerate(videos)))),
+        audio_clips=tuple(chain(*([clip] * len(sizes) for clip, sizes in enumerate(sounds)))),
         runs=(video_runs, audio_runs),
     )
 
@@ -288,7 +285,7 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig) -> Prompt:
 def whole_prompt(length: int) -> Prompt:
     """A prompt of which every token stays, whatever its kind."""
     none = torch.empty(0, dtype=torch.long)
-    return Prompt(text=torch.arange(length), video=none, audio=none, video_sizes=(), audio_sizes=(), runs=(0, 0))
+    return Prompt(torch.arange(length), none, none, (), (), (), (), (0, 0))
 
 
 def _windows(tokens: int, size: int) -> list[int]:
@@ -303,18 +300,18 @@ def fill_pool(
     layout: Layout,
     ids: Tensor,
     features: dict[str, Tensor],
-    received: dict[str, Tensor],
+    signals: dict[str, Signals],
     device: torch.device,
 ) -> Request:
     """The tensors of one prompt in the slots of its plan, on `device`.
 
-    ids: (1, S). features, received: `Thinker.encode`. Raises ValueError where the plan does not hold the prompt.
+    ids: (1, S). features, signals: `Thinker.encode`. Raises ValueError where the plan does not hold the prompt.
     """
-    plan.check_holds(prompt.counts(plan.encoder_ratios))
+    plan.check_holds(prompt.counts(plan.method))
     counts = plan.counts
     place = torch.full((counts.pool,), counts.pool)
     place[: len(prompt.text)] = prompt.text
-    start, sizes = counts.text, []
+    start, sizes, clips = counts.text, [], []
     for name, windows, width in (
         ("video", counts.video_windows, counts.video_window),
         ("audio", counts.audio_windows, AUDIO_WINDOW),
@@ -324,22 +321,30 @@ def fill_pool(
         inside = torch.arange(len(tokens)) - (filled.cumsum(0) - filled).repeat_interleave(filled)
         place[start + window * width + inside] = tokens
         sizes.append(F.pad(filled, (0, windows - len(filled)))[None].to(device))
+        clip = torch.tensor(getattr(prompt, f"{name}_clips"), dtype=torch.long)
+        clips.append(F.pad(clip, (0, windows - len(filled)), value=-1)[None].to(device))
         start += windows * width
 
     source = torch.full((ids.shape[1],), -1)
     weights = torch.zeros(counts.pool, device=device)
-    media = None
+    media = keys = None
     if features:
         levels, like = max(map(len, features.values())), next(iter(features.values()))
         media = like.new_zeros(levels, 1, counts.pool, like.shape[-1], device=device)
+    known = [signal.keys for signal in signals.values() if signal.keys is not None]
+    if known:  # of the widest; what others lack are zeros, which change no likeness
+        keys = torch.zeros(counts.pool, max(some.shape[1] for some in known), device=device)
     first = 0
     for name, tokens in features.items():
         assert media is not None
         end = first + tokens.shape[1]
         media[: len(tokens), 0, first:end] = tokens
         source[getattr(layout, name)] = torch.arange(first, end)
-        if name in received:
-            weights[first:end] = received[name]
+        if name in signals:
+            signal = signals[name]
+            weights[first:end] = signal.received
+            if keys is not None and signal.keys is not None:
+                keys[first:end, : signal.keys.shape[1]] = signal.keys
         first = end
     there = place < counts.pool
     at = torch.where(there, place, 0)
@@ -350,8 +355,11 @@ def fill_pool(
         media=media,
         source=torch.where(there, source[at], -1)[None].to(device),
         received=weights[None],
+        keys=None if keys is None else keys[None],
         video_sizes=sizes[0],
         audio_sizes=sizes[1],
+        video_clips=clips[0],
+        audio_clips=clips[1],
     )
 
 
@@ -360,7 +368,7 @@ def join(requests: list[Request]) -> Request:
     if len(requests) == 1:
         return requests[0]
     some = [request.media for request in requests if request.media is not None]
-    media = None
+    media = keys = None
     if some:
         levels = max(map(len, some))
         # Prompts without pictures have no deepstack, those without any media nothing: their part stays zero.
@@ -368,6 +376,12 @@ def join(requests: list[Request]) -> Request:
         for row, request in enumerate(requests):
             if request.media is not None:
                 media[: len(request.media), row] = request.media[:, 0]
+    known = [request.keys for request in requests if request.keys is not None]
+    if known:
+        keys = known[0].new_zeros(len(requests), known[0].shape[1], max(each.shape[2] for each in known))
+        for row, request in enumerate(requests):
+            if request.keys is not None:
+                keys[row, :, : request.keys.shape[2]] = request.keys[0]
     return Request(
         ids=torch.cat([request.ids for request in requests]),
         positions=torch.cat([request.positions for request in requests], dim=1),
@@ -375,6 +389,9 @@ def join(requests: list[Request]) -> Request:
         media=media,
         source=torch.cat([request.source for request in requests]),
         received=torch.cat([request.received for request in requests]),
+        keys=keys,
         video_sizes=torch.cat([request.video_sizes for request in requests]),
         audio_sizes=torch.cat([request.audio_sizes for request in requests]),
+        video_clips=torch.cat([request.video_clips for request in requests]),
+        audio_clips=torch.cat([request.audio_clips for request in requests]),
     )

@@ -15,9 +15,11 @@ from omni.encoders.qwen2_5_audio import Qwen25AudioEncoder
 from omni.encoders.qwen2_5_vision import Qwen25VisionEncoder
 from omni.encoders.qwen3_audio import Qwen3AudioEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
+from omni.encoders.received import Signals
 from omni.inputs import Inputs
 from omni.layers import Call, Linear, RMSNorm, directly, linear
 from omni.rope import multimodal_rotary
+from seats.method import Needs
 
 ENCODERS = {QWEN2_5: (Qwen25VisionEncoder, Qwen25AudioEncoder), QWEN3: (Qwen3VisionEncoder, Qwen3AudioEncoder)}
 
@@ -35,25 +37,28 @@ class Thinker(nn.Module):
         self.head = None if decoder.tie_word_embeddings else Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
 
     def encode(
-        self, inputs: Inputs, *, weigh: bool = False, call: Call = directly
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, inputs: Inputs, needs: Needs | None = None, *, call: Call = directly
+    ) -> tuple[dict[str, Tensor], dict[str, Signals]]:
         """Media tokens by modality, in the order of the prompt; absent media are absent.
 
-        Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them. And, with
-        `weigh`, the attention that the tokens of clips and sounds receive in their encoder, (n,) float32 each.
+        Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them. And what a
+        method `needs` of clips and sounds.
         """
-        features, received = {}, {}
+        features: dict[str, Tensor] = {}
+        signals: dict[str, Signals] = {}
         if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
             features["image"], _ = self.vision(inputs.pixel_values, inputs.image_grid_thw, call=call)
         if inputs.pixel_values_videos is not None and inputs.video_grid_thw is not None:
             grid_thw = inputs.video_grid_thw
-            features["video"], received["video"] = self.vision(
-                inputs.pixel_values_videos, grid_thw, weigh=weigh, call=call
-            )
+            features["video"], signal = self.vision(inputs.pixel_values_videos, grid_thw, needs, call=call)
+            if signal is not None:
+                signals["video"] = signal
         if inputs.input_features is not None:
-            tokens, received["audio"] = self.audio(inputs.input_features, inputs.mel_lengths, weigh=weigh, call=call)
+            tokens, signal = self.audio(inputs.input_features, inputs.mel_lengths, needs, call=call)
             features["audio"] = tokens.unsqueeze(0)
-        return features, received if weigh else {}
+            if signal is not None:
+                signals["audio"] = signal
+        return features, signals
 
     def embed(self, ids: Tensor, source: Tensor, media: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings of ids, or in their place what the encoders made, (B, S, hidden).

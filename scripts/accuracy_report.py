@@ -43,25 +43,33 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
         "",
         f"![Accuracy against prefill time](figures/{name}-accuracy.svg)",
         "",
-        "| | four answers | of every token's | free answers | above random | multiply-accumulates, times fewer "
-        "| prefill, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "R is the retention asked for, of which video and sound keep their shares on average over all layers; every "
+        "method gets the same two. Prefill: the median of single requests, selection included, encoders not.",
+        "",
+        "| | R | video | sound | multiply-accumulates, times fewer | prefill, ms | four answers | of every token's "
+        "| above random | free answers |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
-        kept = row["choice"]["mean"] / full["choice"]["mean"]
+    able = [row for row in rows if "error" not in row]
+    for row in able:
+        ratios = [f"{ratio:.0%}" for ratio in row["ratios"] or ()] or ["", ""]
         cells = [
-            row["name"],
-            share(row["choice"]),
-            f"{kept:.1%}",
-            share(row["free"]),
-            share(row.get("above_random"), sign="+"),
+            f"{row['method']}{'' if row['kv'] == 'pruned' else ', layerwise'}",
+            f"{row['retention']:.0%}",
+            *ratios,
             f"{row['full_macs'] / row['macs']:.1f}",
             f"{1000 * row['prefill_seconds']:.0f}",
+            share(row["choice"]),
+            f"{row['choice']['mean'] / full['choice']['mean']:.1%}",
+            share(row.get("above_random"), sign="+"),
+            share(row["free"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    failed = [f"- {row['name']}: {row['error']}" for row in rows if "error" in row]
+    lines += ["", "Not run:", "", *failed] if failed else []
     kinds = list(full["kinds"])
     lines += ["", f"| by kind | {' | '.join(kinds)} |", f"| --- |{' --- |' * len(kinds)}"]
-    for row in rows:
+    for row in able:
         shares = (row["kinds"][kind]["mean"] for kind in kinds)
         lines.append(f"| {row['name']} | {' | '.join(f'{each:.1%}' for each in shares)} |")
     if layers is not None:
@@ -93,7 +101,7 @@ def draw(folder: Path) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for path in sorted((folder / "accuracy").glob("*.json")):
         result = json.loads(path.read_text())
-        figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
         name = f"{result['model']}-layers" if "removed" in result else f"{result['model']}-accuracy"
         (draw_layers if "removed" in result else draw_accuracy)(axes, result)
         figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
@@ -102,21 +110,32 @@ def draw(folder: Path) -> None:
 
 
 def draw_accuracy(axes: Any, result: dict[str, Any]) -> None:
-    full = result["rows"][0]
-    for method, style in (("SEATS", "o-"), ("random", "s--")):
-        rows = [full] + [r for r in result["rows"] if r["method"] == method and r["kv"] == "pruned"]
-        rows.sort(key=lambda row: row["prefill_seconds"])
+    """One line for each method that was run at more than one retention."""
+    able = [row for row in result["rows"] if "error" not in row and row["kv"] == "pruned"]
+    full = able[0]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in able:
+        if row["retention"] < 1:
+            lines.setdefault(row["method"], []).append(row)
+    marks = iter("os^vD<>Pp*hX" * 2)
+    for method, found in lines.items():
+        if len({row["retention"] for row in found}) < 2 and len(lines) > 2:
+            continue  # an ablation
+        rows = sorted([full, *found], key=lambda row: row["prefill_seconds"])
         x = [1000 * row["prefill_seconds"] for row in rows]
         y = [100 * row["choice"]["mean"] for row in rows]
-        bars = [[100 * abs(row["choice"][end] - row["choice"]["mean"]) for row in rows] for end in ("low", "high")]
-        axes.errorbar(x, y, yerr=bars, fmt=style, capsize=3, label=method)
-        if method == "SEATS":
+        wide = {"linewidth": 2.5, "zorder": 3} if method == "seats" else {"linewidth": 1, "alpha": 0.8}
+        axes.plot(x, y, f"{next(marks)}-", label=method, markersize=5, **wide)
+        if method == "seats":
+            bars = [[100 * abs(row["choice"][end] - row["choice"]["mean"]) for row in rows] for end in ("low", "high")]
+            axes.errorbar(x, y, yerr=bars, fmt="none", capsize=3, ecolor=axes.lines[-1].get_color())
             for row, at, height in zip(rows, x, y, strict=True):
                 text = f"{row['retention']:.0%}"
                 axes.annotate(text, (at, height), xytext=(4, 8), textcoords="offset points")
     axes.axhline(25, color="grey", linewidth=1, linestyle=":", label="chance")
-    axes.set(xlabel="prefill, ms (median)", ylabel="right of four answers, %", title=f"{result['model']}: tokens kept")
-    axes.legend()
+    title = f"{result['model']}: tokens kept, of video and sound"
+    axes.set(xlabel="selection and prefill, ms (median)", ylabel="right of four answers, %", title=title)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_layers(axes: Any, result: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def letters_when_removed(model: Omni, inputs: Inputs, letters: Tensor) -> Tensor
     thinker = model.thinker
     where = layout(inputs, model.config)
     prompt = whole_prompt(inputs.input_ids.shape[1])
-    plan = plan_without_selection(len(thinker.layers), prompt.counts((1.0, 1.0)))
+    plan = plan_without_selection(len(thinker.layers), prompt.counts(None))
     features, _ = thinker.encode(inputs)
     request = fill_pool(plan, prompt, where, inputs.input_ids, features, {}, model.device)
     x, deepstack = thinker.embed(request.ids, request.source, request.media)

@@ -218,9 +218,9 @@ def encoded(bench: Bench, inputs: omni.Inputs) -> Iterator[None]:
     """Inside, encoders give what they once made of `inputs`: rows of the prefill leave them out."""
     thinkers = {bench.compiled.thinker, bench.eager.thinker}  # one where both lie alike
     with torch.inference_mode():
-        made = {weigh: bench.eager.thinker.encode(inputs, weigh=weigh) for weigh in (False, True)}
+        made = {needs: bench.eager.thinker.encode(inputs, needs) for needs in (None, seats.SeatsConfig.needs)}
     for thinker in thinkers:
-        thinker.encode = lambda *_, weigh, call: made[weigh]  # type: ignore[assignment]
+        thinker.encode = lambda _, needs, *, call: made[needs]  # type: ignore[assignment]
     try:
         yield
     finally:

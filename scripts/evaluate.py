@@ -1,7 +1,8 @@
 """What token selection costs in accuracy: questions about clips, asked with every token and with fewer.
 
     python scripts/world.py .world --split test --count 160
-    python scripts/evaluate.py .world                         # the checkpoint tiny
+    python scripts/evaluate.py .world                         # the checkpoint tiny, SEATS
+    python scripts/evaluate.py .world --methods all
     python scripts/evaluate.py clips/ --model Qwen/Qwen2.5-Omni-7B --retention 0.35 0.10
 
 The folder has clips and questions.jsonl: on each line {"media", "prompt", "answer", "options", "kind"}, `options` empty
@@ -17,9 +18,10 @@ import datetime
 import importlib.metadata
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,22 +33,21 @@ from torch import Tensor
 
 import omni
 import seats
-from omni import stages
 from omni.config import DTYPES
 from omni.inputs import Inputs
 from omni.model import Omni
-from seats import SeatsConfig
+from seats import Method, SeatsConfig
 from seats.budget import keep_counts
-from seats.diversity import max_min_keep
+from seats.method import Kept, Media, Needs, Step
+from seats.methods import NAMES
 from seats.selection import AUDIO, TEXT, VIDEO, rank_in_group
 
 RETENTIONS = (0.35, 0.25, 0.15, 0.10)
-ABLATIONS = ("stage I alone", "stage II alone", "stage III alone", "no windows", "no attention weights")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of the comparison. method: "every token", "SEATS", "random", or one of ABLATIONS."""
+    """One row of the comparison. method: EVERY, NO_VIDEO, NO_SOUND, a name of `seats.methods.NAMES` or of ABLATIONS."""
 
     method: str
     retention: float = 1.0
@@ -58,67 +59,71 @@ class Setting:
         return f"{self.method}{kept}{'' if self.kv == 'pruned' else ', layerwise'}"
 
 
-def settings(retentions: Sequence[float], ablated: float) -> list[Setting]:
+EVERY, NO_VIDEO, NO_SOUND = "every token", "every token, no video", "every token, no sound"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unweighted(SeatsConfig):
+    """Stage I without attention weights."""
+
+    def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
+        for media in (video, audio):
+            if media is not None:
+                media.received = torch.ones_like(media.received)
+        return super().before(video, audio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowless(SeatsConfig):
+    """Stage II without windows: the most relevant of the whole sequence, of each modality its share."""
+
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+        assert step.video is not None and step.audio is not None
+        limits = torch.zeros(len(kind), 4, dtype=torch.long, device=kind.device)
+        for medium, ratio in ((VIDEO, step.video), (AUDIO, step.audio)):
+            limits[:, medium] = keep_counts((kind == medium).sum(-1), ratio)
+        group = kind.long()
+        return (kind == TEXT) | (rank_in_group(scores, group) < limits.gather(1, group))
+
+
+def stage_one_alone(config: SeatsConfig) -> SeatsConfig:
+    """All of the reduction before the decoder: what stays stays to the end."""
+    return replace(config, encoder_ratio_scale=1.0, drop_layers=(), late_layer=None)
+
+
+def without_stage_one(config: SeatsConfig) -> SeatsConfig:
+    return replace(config, encoder_ratio_scale=1 / min(config.video_ratio, config.audio_ratio))
+
+
+ABLATIONS: dict[str, Callable[[SeatsConfig], SeatsConfig]] = {
+    "stage I alone": stage_one_alone,
+    "stage II alone": lambda config: replace(without_stage_one(config), late_layer=None),
+    "stage III alone": lambda config: replace(without_stage_one(config), drop_layers=()),
+    "no windows": lambda config: Windowless(**vars(config)),
+    "no attention weights": lambda config: Unweighted(**vars(config)),
+}
+
+
+def settings(methods: Sequence[str], retentions: Sequence[float], ablated: float) -> list[Setting]:
     """ablated: the retention that ablations are made at, 0 for none."""
-    found = [Setting("every token"), Setting("every token, no video"), Setting("every token, no sound")]
+    found = [Setting(EVERY), Setting(NO_VIDEO), Setting(NO_SOUND)]
     for retention in retentions:
-        found += [Setting("SEATS", retention), Setting("SEATS", retention, "layerwise"), Setting("random", retention)]
+        for method in methods:
+            found.append(Setting(method, retention))
+            if method == "seats":
+                found.append(Setting(method, retention, "layerwise"))
     if ablated:
         found += [Setting(method, ablated) for method in ABLATIONS]
     return found
 
 
-def config_of(setting: Setting, model: Omni) -> SeatsConfig | None:
-    """The selection of a setting, None for every token."""
-    if setting.method.startswith("every token"):
+def method_of(setting: Setting, model: Omni) -> Method | None:
+    """None for every token. Raises ValueError where the method cannot run at the setting's retention."""
+    if setting.method in (EVERY, NO_VIDEO, NO_SOUND):
         return None
-    config = seats.preset_for(model.config, setting.retention)
-    if setting.method in ("stage I alone", "random"):
-        # All of the reduction before the decoder: what stays stays to the end.
-        return replace(config, encoder_ratio_scale=1.0, drop_layers=(), late_layer=None)
-    everything = replace(config, encoder_ratio_scale=1 / min(config.video_ratio, config.audio_ratio))
-    if setting.method == "stage II alone":
-        return replace(everything, late_layer=None)
-    if setting.method == "stage III alone":
-        return replace(everything, drop_layers=())
-    return config
-
-
-@contextmanager
-def as_set(setting: Setting, number: int) -> Iterator[None]:
-    """Within it the model selects as a setting says that no configuration can."""
-    with ExitStack() as stack:
-
-        def swap(target: Any, name: str, value: Any) -> None:
-            context: AbstractContextManager[Any] = patch.object(target, name, value)
-            stack.enter_context(context)
-
-        if setting.method == "random":
-            draw = torch.Generator().manual_seed(number)
-            swap(stages, "max_min_keep", lambda x, w, sizes, counts: random_keep(draw, sizes, counts, x.shape[1]))
-        if setting.method == "no attention weights":
-            swap(stages, "max_min_keep", lambda x, w, sizes, counts: max_min_keep(x, torch.ones_like(w), sizes, counts))
-        if setting.method == "no windows":
-            swap(stages, "select", most_relevant)
-        yield
-
-
-def random_keep(draw: torch.Generator, sizes: Tensor, counts: Tensor, width: int) -> Tensor:
-    """(W, width) bool: as many of each window's tokens as Stage I alone would keep, any of them."""
-    chance = torch.rand(len(sizes), width, generator=draw)
-    chance[torch.arange(width) >= sizes.cpu()[:, None]] = -1
-    return chance.argsort(descending=True).argsort().to(counts.device) < counts[:, None]
-
-
-def most_relevant(
-    scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int
-) -> Tensor:
-    """Stage II without windows: the most relevant of the whole sequence, of each modality its share."""
-    limits = torch.zeros(len(kind), 4, dtype=torch.long)
-    for medium, ratio in ((VIDEO, video_keep), (AUDIO, audio_keep)):
-        limits[:, medium] = keep_counts((kind == medium).sum(-1), ratio)
-    group = kind.long()
-    return (kind == TEXT) | (rank_in_group(scores, group) < limits.gather(1, group))
+    if setting.method in ABLATIONS:
+        return ABLATIONS[setting.method](seats.preset_for(model.config, setting.retention))
+    return seats.method_for(setting.method, model.config, setting.retention)
 
 
 def is_right(text: str, question: dict[str, Any]) -> bool:
@@ -142,47 +147,56 @@ def messages(question: dict[str, Any], folder: Path, media: str = "video") -> li
 
 def ask(
     model: Omni, folder: Path, questions: list[dict[str, Any]], wanted: list[Setting], new: int
-) -> Iterator[list[dict[str, Any]]]:
-    """For each question, what each setting made of it."""
+) -> Iterator[list[list[dict[str, Any]]]]:
+    """For each clip, for each of its questions, what each setting made of it: an answer, or why there is none.
+
+    All questions about a clip go through together; how long a prefill takes is measured with the first alone.
+    """
     encoded: dict[Any, Any] = {}
     encode = model.thinker.encode
 
-    def remembered(inputs: Inputs, *, weigh: bool = False, call: Callable[..., Any]) -> Any:
+    def remembered(inputs: Inputs, needs: Needs | None = None, *, call: Callable[..., Any]) -> Any:
         """Encoders once for a clip: only the words differ between its questions."""
-        key = (clip, inputs.pixel_values_videos is None, inputs.input_features is None)
+        key = (inputs.pixel_values_videos is None, inputs.input_features is None, needs)
         if key not in encoded:
-            encoded[key] = encode(inputs, weigh=True, call=call)
-        features, received = encoded[key]
-        return features, received if weigh else {}
+            encoded[key] = encode(inputs, needs, call=call)
+        return encoded[key]
 
-    clip = None
     with patch.object(model.thinker, "encode", remembered):
-        for number, question in enumerate(questions):
-            if question["media"] != clip:
-                clip = question["media"]
-                encoded.clear()
-            whole = model.prepare(messages(question, folder))
-            found = []
+        for _, group in groupby(questions, key=lambda question: question["media"]):
+            asked = list(group)
+            encoded.clear()
+            prepared = {
+                EVERY: [model.prepare(messages(question, folder)) for question in asked],
+                NO_VIDEO: [model.prepare(messages(question, folder, "audio")) for question in asked],
+                NO_SOUND: [model.prepare(messages(question, folder), use_audio_in_video=False) for question in asked],
+            }
+            columns = []
             for setting in wanted:
-                inputs = whole
-                if setting.method.endswith("no video"):
-                    inputs = model.prepare(messages(question, folder, "audio"))
-                elif setting.method.endswith("no sound"):
-                    inputs = model.prepare(messages(question, folder), use_audio_in_video=False)
-                with as_set(setting, number):
-                    answer = model.generate(inputs, seats=config_of(setting, model), kv=setting.kv, max_new_tokens=new)
-                stats = answer.stats
-                found.append(
-                    {
-                        "text": answer.text,
-                        "right": is_right(answer.text, question),
-                        "macs": stats.macs,
-                        "full_macs": stats.full_macs,
-                        "seconds": stats.prefill_seconds,
-                        "tokens": stats.tokens,
-                    }
-                )
-            yield found
+                try:
+                    columns.append(answers(model, prepared.get(setting.method, prepared[EVERY]), asked, setting, new))
+                except ValueError as error:  # the method cannot run at that retention
+                    columns.append([{"error": str(error)}] * len(asked))
+            yield [list(row) for row in zip(*columns, strict=True)]
+
+
+def answers(
+    model: Omni, inputs: list[Inputs], asked: list[dict[str, Any]], setting: Setting, new: int
+) -> list[dict[str, Any]]:
+    method = method_of(setting, model)
+    alone = model.prefill(inputs[0], seats=method, kv=setting.kv)
+    found = model.generate(inputs, seats=method, kv=setting.kv, max_new_tokens=new)
+    return [
+        {
+            "text": answer.text,
+            "right": is_right(answer.text, question),
+            "macs": answer.stats.macs,
+            "full_macs": answer.stats.full_macs,
+            "seconds": alone.prefill_seconds,
+            "ratios": None if method is None else (method.video_ratio, method.audio_ratio),
+        }
+        for question, answer in zip(asked, found, strict=True)
+    ]
 
 
 def interval(right: list[list[float]], draws: int = 2000) -> tuple[float, float]:
@@ -215,30 +229,32 @@ def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]
 
     for column, setting in enumerate(wanted):
         mine = [answer[column] for answer in answers]
+        row: dict[str, Any] = {**asdict(setting), "name": setting.name}
+        rows.append(row)
+        failed = next((answer["error"] for answer in mine if "error" in answer), None)
+        if failed is not None:
+            row["error"] = failed
+            continue
 
         def right(number: int, mine: list[Any] = mine) -> float:
             return float(mine[number]["right"])
 
-        row: dict[str, Any] = {**asdict(setting), "name": setting.name}
         row["choice"] = accuracy(right, lambda question: bool(question["options"]))
         row["free"] = accuracy(right, lambda question: not question["options"])
         row["kinds"] = {
             kind: accuracy(right, lambda question, kind=kind: question["kind"] == kind)
             for kind in dict.fromkeys(question["kind"] for question in questions)
         }
-        seconds = torch.tensor([answer["seconds"] for answer in mine])
-        row["prefill_seconds"] = seconds.median().item()
+        row["prefill_seconds"] = statistics.median(answer["seconds"] for answer in mine)
         row["macs"] = sum(answer["macs"] for answer in mine) / len(mine)
         row["full_macs"] = sum(answer["full_macs"] for answer in mine) / len(mine)
-        if setting.method == "SEATS":
-            other = next(
-                n for n, each in enumerate(wanted) if (each.method, each.retention) == ("random", setting.retention)
-            )
+        row["ratios"] = mine[0]["ratios"]
+        others = [n for n, each in enumerate(wanted) if each == Setting("random", setting.retention)]
+        if others and setting.method != "random":
             row["above_random"] = accuracy(
-                lambda n, other=other, mine=mine: float(mine[n]["right"]) - float(answers[n][other]["right"]),
+                lambda n, other=others[0], mine=mine: float(mine[n]["right"]) - float(answers[n][other]["right"]),
                 lambda question: bool(question["options"]),
             )
-        rows.append(row)
     return rows
 
 
@@ -274,18 +290,30 @@ def main() -> None:
     from tqdm import tqdm
 
     parser = arguments("Accuracy with every token and with fewer.")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=("all", *NAMES),
+        default=["seats", "random"],
+        metavar="NAME",
+        help=f"all, or some of {', '.join(NAMES)} (default: seats random)",
+    )
     parser.add_argument("--retention", type=float, nargs="+", default=list(RETENTIONS))
     parser.add_argument("--ablate", type=float, default=0.10, help="retention of the ablations, 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     options = parser.parse_args()
     questions = read_questions(options.folder)[: options.limit]
     model = load(options)
-    wanted = settings(options.retention, options.ablate)
-    asked = ask(model, options.folder, questions, wanted, options.max_new_tokens)
-    answers = list(tqdm(asked, total=len(questions), unit="question"))
-    rows = summarise(questions, answers, wanted)
+    methods = NAMES if "all" in options.methods else options.methods
+    wanted = settings(methods, options.retention, options.ablate)
+    found: list[list[dict[str, Any]]] = []
+    with tqdm(total=len(questions), unit="question") as bar:
+        for clip in ask(model, options.folder, questions, wanted, options.max_new_tokens):
+            found += clip
+            bar.update(len(clip))
+    rows = summarise(questions, found, wanted)
     for row in rows:
-        print(f"{row['name']:32} choice {share(row['choice'])} free {share(row['free'])}")
+        print(row["name"], row.get("error") or f"choice {share(row['choice'])} free {share(row['free'])}", sep=": ")
     name = Path(options.model).name
     result = {
         "model": name,
@@ -296,8 +324,8 @@ def main() -> None:
         "questions": len(questions),
         "rows": rows,
         "answers": [
-            {"media": question["media"], "kind": question["kind"], "texts": [found["text"] for found in answer]}
-            for question, answer in zip(questions, answers, strict=True)
+            {"media": question["media"], "kind": question["kind"], "texts": [each.get("text") for each in answer]}
+            for question, answer in zip(questions, found, strict=True)
         ],
     }
     save(options.results, name, result)

@@ -198,13 +198,13 @@ class Example:
     kinds: list[str]
 
 
-def to(value: Any, device: torch.device) -> Any:
+def to(value: Any, device: torch.device, *, copy: bool = False) -> Any:
     """A Clip or an Example on a device."""
     moved = {}
     for field in fields(value):
         part = getattr(value, field.name)
         if isinstance(part, (Tensor, Clip)):
-            moved[field.name] = part.to(device) if isinstance(part, Tensor) else to(part, device)
+            moved[field.name] = part.to(device, copy=copy) if isinstance(part, Tensor) else to(part, device, copy=copy)
     return replace(value, **moved)
 
 
@@ -367,7 +367,9 @@ class Student(nn.Module):
         # All grids of a clip at once: they do not see each other.
         grids, height, width = clip.grid.tolist()
         patches = clip.patches.view(grids, height * width, -1)
-        pictures = thinker.vision.encode_batch(patches, thinker.vision.layout(height, width), None)[0].flatten(1, 2)
+        pictures = thinker.vision.encode_batch(patches, thinker.vision.layout(height, width), None, None)[0].flatten(
+            1, 2
+        )
         sound, _ = thinker.audio(clip.mel[None], torch.tensor([clip.mel.shape[1]]))
         return pictures[0], sound
 
@@ -506,7 +508,8 @@ def stream(
         for clip in tqdm(made(course.drills, first), total=course.remembered, desc="Remembering", unit="clip"):
             with torch.no_grad():
                 media = torch.cat(student.encode(clip)).bfloat16()
-            known.append(replace(clip, patches=clip.patches[:0], mel=clip.mel[:0], media=media))
+            # Copied: tensors of another process hold a file open each.
+            known.append(to(replace(clip, patches=clip.patches[:0], mel=clip.mel[:0], media=media), device, copy=True))
         for number in range(max(done, course.drills), course.seen):
             draw = np.random.default_rng([number, 3])
             yield known[int(draw.integers(len(known)))].thinned(float(draw.uniform(*SHARES)), draw)

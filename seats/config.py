@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seats.diversity import keep_most_diverse, window_counts
+from seats.method import Kept, Media, Needs, Step, require_ratio
+from seats.schedule import keep_ratios
+from seats.selection import select_in_graph
+
+if TYPE_CHECKING:
+    from seats.plan import Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +57,9 @@ class SeatsConfig:
                 f"for late_layer {self.late_layer}; it is {self.drop_layers[-1]}."
             )
 
+    needs = Needs()
+    window_grids = 2
+
     @property
     def keeps_everything(self) -> bool:
         """Both ratios are 1: no stage runs."""
@@ -63,6 +79,43 @@ class SeatsConfig:
             )
         if self.late_layer is not None and self.late_layer > num_layers:
             raise ValueError(f"late_layer {self.late_layer} is past the model's {num_layers} layers.")
+
+    def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
+        ratios = zip((video, audio), self.encoder_ratios, strict=True)
+        kept = [window_counts(torch.tensor(sizes, dtype=torch.long), ratio) for sizes, ratio in ratios]
+        return sum(int(counts.sum()) for counts in kept), 0
+
+    def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
+        """Stage I: the most diverse tokens of every window."""
+        kept_video, kept_audio = (
+            None if media is None else Kept(keep_most_diverse(media, ratio))
+            for media, ratio in zip((video, audio), self.encoder_ratios, strict=True)
+        )
+        return kept_video, kept_audio
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """Stage II after each of the layers that come before Stage III."""
+        videos, audios = (
+            keep_ratios(ratio, encoder, self.drop_layers, self.late_layer, num_layers)
+            for ratio, encoder in zip((self.video_ratio, self.audio_ratio), self.encoder_ratios, strict=True)
+        )
+        steps = [Step(*step) for step in zip(self.drop_layers, videos, audios, strict=False)]
+        return steps if self.late_layer is None else [*steps, Step(self.late_layer - 1)]
+
+    def left(self, media: int, step: Step, counts: Counts) -> int:
+        assert step.video is not None and step.audio is not None
+        if not (counts.video_windows and counts.audio_windows):
+            wanted = max(1, round((step.video if counts.video_windows else step.audio) * media))
+            return min(media, wanted)
+        # Each modality is rounded by itself, up by less than 1.
+        wanted = min(media, math.floor(max(step.video, step.audio) * media) + 2)
+        budget = min(media, max(wanted, counts.video_runs, counts.audio_runs))
+        # A window with a budget of 1 and both modalities keeps 2, so that neither is wiped out.
+        return budget + min(counts.video_runs, counts.audio_runs, media - budget)
+
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+        """Stage II."""
+        return select_in_graph(scores, kind, step, self.window_temperature, windows)
 
 
 class Preset(NamedTuple):
@@ -166,8 +219,3 @@ def ratios_at(rows: dict[float, tuple[float, float]], retention: float) -> tuple
             # Each end has the weight 0 or 1 there, so a row's own retention yields the row to the last bit.
             return (1 - share) * low_video + share * high_video, (1 - share) * low_audio + share * high_audio
     raise AssertionError("the last row is at 1")
-
-
-def require_ratio(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], not {value}.")

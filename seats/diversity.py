@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from seats.config import require_ratio
+from seats.method import Media, require_ratio
 
 BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Windows are taken in blocks whose float32 features and similarities fit in this."""
@@ -39,6 +39,13 @@ def win_div_prune(features: Tensor, attention: Tensor, window_tokens: int, ratio
         window_counts(sizes, ratio),
     )
     return keep.flatten().nonzero().squeeze(-1)
+
+
+def keep_most_diverse(media: Media, ratio: float) -> Tensor:
+    """Stage I on windows of one modality, which keep so large a share: (B, W, n) bool."""
+    sizes = media.sizes.flatten()
+    features, weights = media.features.flatten(0, 1), media.received.flatten(0, 1)
+    return max_min_keep(features, weights, sizes, window_counts(sizes, ratio)).view(media.received.shape)
 
 
 def window_counts(sizes: Tensor, ratio: float) -> Tensor:

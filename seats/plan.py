@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 
-import torch
-
-from seats.config import SeatsConfig
-from seats.diversity import window_counts
-from seats.schedule import keep_ratios
+from seats.method import Method, Step
 
 AUDIO_WINDOW = 50
-"""Audio tokens that Stage I compares with each other (arXiv 2605.20035)."""
+"""Audio tokens in a window before the decoder (arXiv 2605.20035, Stage I)."""
 
 TOKEN_STEPS, TOKEN_STEP = 16, 64
 """Rungs to the octave of the tokens that enter the decoder, and the least distance between two."""
 TEXT_STEPS, TEXT_STEP = 4, 512
 """Rungs of text in the octave of those tokens, and the largest distance: most layers see the text among the rest, so
 coarse rungs cost little."""
+AUDIO_STEPS = 4
+"""Rungs to the octave of audio, which is the lesser part of the tokens."""
 LEAST_VIDEO_TOKENS, LEAST_AUDIO_WINDOWS, LEAST_RUNS = 9216, 128, 64
 """Windows and runs are rounded to powers of two, from these on: empty ones cost next to nothing."""
 
@@ -29,13 +25,15 @@ LEAST_VIDEO_TOKENS, LEAST_AUDIO_WINDOWS, LEAST_RUNS = 9216, 128, 64
 class Counts:
     """What of a prompt decides its plan.
 
-    text: tokens of text and images. tokens: these and what Stage I leaves of video and audio. video_windows,
-    audio_windows: how many windows Stage I looks into; video_window: tokens in the largest of video (of audio:
-    AUDIO_WINDOW). video_runs, audio_runs: how often adjacent tokens of a modality begin.
+    text: tokens of text and images. tokens: these and what of video and audio enters the decoder; audio: audio tokens
+    among them, 0 where its method does not ask. video_windows, audio_windows: how many windows are looked into before
+    the decoder; video_window: tokens in the largest of video (of audio: AUDIO_WINDOW). video_runs, audio_runs: how
+    often adjacent tokens of a modality begin.
     """
 
     text: int
     tokens: int
+    audio: int
     video_windows: int
     video_window: int
     audio_windows: int
@@ -62,6 +60,7 @@ class Counts:
         rounded = Counts(
             text=tokens if self.text == self.tokens else min(text, tokens),
             tokens=tokens,
+            audio=_up(self.audio, max(TOKEN_STEP, _octave(self.audio) // AUDIO_STEPS)) if self.audio else 0,
             video_windows=_doubled(self.video_windows, max(1, LEAST_VIDEO_TOKENS // self.video_window)),
             video_window=self.video_window,
             audio_windows=_doubled(self.audio_windows, LEAST_AUDIO_WINDOWS),
@@ -86,7 +85,7 @@ def _doubled(count: int, least: int) -> int:
 
 
 def counts_of(
-    encoder_ratios: tuple[float, float],
+    method: Method,
     *,
     text: int,
     video_sizes: Sequence[int],
@@ -95,16 +94,13 @@ def counts_of(
 ) -> Counts:
     """Counts of a prompt.
 
-    encoder_ratios: the shares of video and of audio that Stage I keeps. video_sizes, audio_sizes: tokens in each of
-    its windows. runs: of video and of audio.
+    video_sizes, audio_sizes: tokens in each window of the method. runs: of video and of audio.
     """
-    left = sum(
-        int(window_counts(torch.tensor(sizes, dtype=torch.long), ratio).sum())
-        for sizes, ratio in zip((video_sizes, audio_sizes), encoder_ratios, strict=True)
-    )
+    entering, audio = method.entering(video_sizes, audio_sizes)
     return Counts(
         text=text,
-        tokens=text + left,
+        tokens=text + entering,
+        audio=audio,
         video_windows=len(video_sizes),
         video_window=max(video_sizes, default=1),
         audio_windows=len(audio_sizes),
@@ -115,36 +111,26 @@ def counts_of(
 
 @dataclass(frozen=True)
 class Segment:
-    """Decoder layers that see a sequence of one length, and what shortens it after them.
+    """Decoder layers that see a sequence of one length, and the selection that shortens it after them.
 
     layers: first and one past the last, from 0. length: slots of the sequence, some of them padding at its end.
-    video_keep, audio_keep: keep ratios of the selection that follows, None after the last segment and where all
-    video and audio goes.
     """
 
     layers: tuple[int, int]
     length: int
-    video_keep: float | None = None
-    audio_keep: float | None = None
+    step: Step | None = None
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """Static shapes of a request. Requests of one plan take the same path through the same graph.
 
-    counts: at most so many tokens and windows. video_ratio, audio_ratio: what Stage I keeps of a window.
-    temperature: of the shares between windows.
+    counts: at most so many tokens and windows. method: what selects, None where every token stays.
     """
 
     counts: Counts
-    video_ratio: float
-    audio_ratio: float
-    temperature: float
+    method: Method | None
     segments: tuple[Segment, ...]
-
-    @property
-    def encoder_ratios(self) -> tuple[float, float]:
-        return self.video_ratio, self.audio_ratio
 
     @property
     def windows(self) -> int:
@@ -161,45 +147,18 @@ class StagePlan:
                 )
 
 
-def make_plan(config: SeatsConfig, num_layers: int, counts: Counts) -> StagePlan:
+def make_plan(method: Method, num_layers: int, counts: Counts) -> StagePlan:
     """The plan of prompts with at most these counts. Raises ValueError for layers past the depth."""
-    config.check(num_layers)
-    removal = num_layers if config.late_layer is None else config.late_layer - 1
-    drops = [layer for layer in config.drop_layers if layer < removal]
-    video_ratios, audio_ratios = (
-        keep_ratios(ratio, encoder, config.drop_layers, config.late_layer, num_layers)
-        for ratio, encoder in zip((config.video_ratio, config.audio_ratio), config.encoder_ratios, strict=True)
-    )
+    method.check(num_layers)
     segments = []
-    text, media = counts.text, counts.tokens - counts.text
-    for step, layers in enumerate(pairwise((0, *drops))):
-        video, audio = video_ratios[step], audio_ratios[step]
-        segments.append(Segment(layers, text + media, video, audio))
-        media = _left(media, counts, video, audio)
-    segments.append(Segment((drops[-1] if drops else 0, removal), text + media))
-    if config.late_layer is not None:
-        segments.append(Segment((removal, num_layers), text))
-    return StagePlan(
-        counts=counts,
-        video_ratio=config.encoder_ratios[0],
-        audio_ratio=config.encoder_ratios[1],
-        temperature=config.window_temperature,
-        segments=tuple(segments),
-    )
+    layer, media = 0, counts.tokens - counts.text
+    for step in method.steps(num_layers):
+        segments.append(Segment((layer, step.layer), counts.text + media, step))
+        layer, media = step.layer, 0 if step.video is None else method.left(media, step, counts)
+    segments.append(Segment((layer, num_layers), counts.text + media))
+    return StagePlan(counts, method, tuple(segments))
 
 
 def plan_without_selection(num_layers: int, counts: Counts) -> StagePlan:
     """The plan of prompts of which every token stays: all of them count as text."""
-    return StagePlan(counts, 1.0, 1.0, 1.0, (Segment((0, num_layers), counts.tokens),))
-
-
-def _left(media: int, counts: Counts, video: float, audio: float) -> int:
-    """The most that a selection leaves of so many tokens of video and audio, however they divide."""
-    if not (counts.video_windows and counts.audio_windows):
-        wanted = max(1, round((video if counts.video_windows else audio) * media))
-        return min(media, wanted)
-    # Each modality is rounded by itself, up by less than 1.
-    wanted = min(media, math.floor(max(video, audio) * media) + 2)
-    budget = min(media, max(wanted, counts.video_runs, counts.audio_runs))
-    # A window with a budget of 1 and both modalities keeps 2, so that neither is wiped out.
-    return budget + min(counts.video_runs, counts.audio_runs, media - budget)
+    return StagePlan(counts, None, (Segment((0, num_layers), counts.tokens),))

@@ -14,15 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import AudioConfig
+from omni.encoders.received import Signals, joined
 from omni.layers import Call, directly
+from seats.method import Needs
 
 
 class AudioEncoder(nn.Module):
     """The walk over sounds; a family says how one is encoded, in batches of fixed size.
 
-    A family sets `norm` and has encode_sound(mel, weigh, call): (bins, frames), all valid → (token_count, output_size)
-    and, with `weigh`, (token_count,) float32, the attention that each token receives in the last block. `call` runs
-    what sees tensors of static shape.
+    A family sets `norm` and has encode_sound(mel, needs, call): (bins, frames), all valid → (token_count, output_size)
+    and what a method `needs` of these tokens. `call` runs what sees tensors of static shape.
     """
 
     norm: nn.LayerNorm
@@ -31,22 +32,21 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def encode_sound(self, mel: Tensor, weigh: bool, call: Call) -> tuple[Tensor, Tensor | None]:
+    def encode_sound(self, mel: Tensor, needs: Needs | None, call: Call) -> tuple[Tensor, Signals | None]:
         raise NotImplementedError
 
     def forward(
-        self, mel: Tensor, lengths: Tensor, *, weigh: bool = False, call: Call = directly
-    ) -> tuple[Tensor, Tensor | None]:
+        self, mel: Tensor, lengths: Tensor, needs: Needs | None = None, *, call: Call = directly
+    ) -> tuple[Tensor, Signals | None]:
         """Encodes sounds, one after another.
 
         mel: (n, bins, frames) log-mel, on any device. lengths: (n,) valid frames of each, all at the front.
-        Returns (Σ token_count, output_size) in the encoder's dtype, on its device; and, with `weigh`, (Σ token_count,)
-        float32, the attention that each token receives in the last block.
+        Returns (Σ token_count, output_size) in the encoder's dtype, on its device; and what a method `needs` of them.
         """
         sounds = zip(mel, lengths.tolist(), strict=True)
-        encoded = [self.encode_sound(sound[:, :length], weigh, call) for sound, length in sounds]
-        tokens, received = zip(*encoded, strict=True)
-        return torch.cat(tokens), torch.cat(received) if weigh else None
+        encoded = [self.encode_sound(sound[:, :length], needs, call) for sound, length in sounds]
+        tokens, signals = zip(*encoded, strict=True)
+        return torch.cat(tokens), joined(signals)
 
     def batches(self, mel: Tensor, frames: int) -> Iterator[Tensor]:
         """Cuts (bins, n) into parts of (bins, frames) on the encoder's device, the last filled up with zeros."""

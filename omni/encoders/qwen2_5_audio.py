@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
-from omni.encoders.received import received_attention
+from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call
+from seats.method import Needs
 
 CHUNKS_PER_BATCH = 15
 """Thirty seconds, as Whisper hears it: enough rows for full matrix speed on a CPU."""
@@ -33,20 +34,20 @@ class Qwen25AudioEncoder(AudioEncoder):
         # In every public checkpoint, read by nothing: kept so that parameters match it name by name.
         self.boundary = nn.Embedding(2, config.output_size)
 
-    def encode_sound(self, mel: Tensor, weigh: bool, call: Call) -> tuple[Tensor, Tensor | None]:
+    def encode_sound(self, mel: Tensor, needs: Needs | None, call: Call) -> tuple[Tensor, Signals | None]:
         left = torch.tensor(mel.shape[1], device=self.norm.weight.device)
         parts = []
         for batch in self.batches(mel, self.batch_frames):
-            parts.append(call(self.encode_batch, batch, left, weigh))
+            parts.append(call(self.encode_batch, batch, left, needs))
             left = left - self.batch_frames
-        tokens, received = zip(*parts, strict=True)
-        count = self.config.token_count(mel.shape[1])
-        return torch.cat(tokens)[:count], torch.cat(received)[:count] if weigh else None
+        tokens, signals = zip(*parts, strict=True)
+        count, found = self.config.token_count(mel.shape[1]), joined(signals)
+        return torch.cat(tokens)[:count], found and found.first(count)
 
-    def encode_batch(self, mel: Tensor, valid: Tensor, weigh: bool) -> tuple[Tensor, Tensor | None]:
+    def encode_batch(self, mel: Tensor, valid: Tensor, needs: Needs | None) -> tuple[Tensor, Signals | None]:
         """(bins, batch_frames), zero after the first `valid` frames → (tokens, output_size), the valid ones first.
 
-        And, with `weigh`, (tokens,): what the positions of a chunk ask of each other, means over pooled pairs.
+        And, with `needs`, what the positions of a chunk ask of each other, means over pooled pairs.
         """
         mel = rearrange(mel, "m (c f) -> c m f", c=CHUNKS_PER_BATCH)
         chunks, _, frames = mel.shape
@@ -65,9 +66,10 @@ class Qwen25AudioEncoder(AudioEncoder):
         last = cast(Block, self.blocks[-1])
         for block in self.blocks[:-1]:
             x = block(x, mask)
-        received = None
-        if weigh:
+        found = None
+        if needs is not None:
             q, k = last.queries_and_keys(x)
             received = reduce(received_attention(q, k, real), "c (n two) -> (c n)", "mean", two=2)
+            found = Signals(received, mean_keys(k, 2).flatten(0, 1) if needs.keys else None)
         x = reduce(last(x, mask), "c (n two) d -> (c n) d", "mean", two=2)
-        return self.output(self.norm(x)), received
+        return self.output(self.norm(x)), found

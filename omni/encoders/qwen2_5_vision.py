@@ -12,9 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import VisionConfig
-from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, received_by_tokens
+from omni.encoders.received import Signals
+from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, signals
 from omni.layers import RMSNorm, SwiGLU
 from omni.rope import axial_rotary
+from seats.method import Needs
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,18 @@ class Qwen25VisionEncoder(VisionEncoder):
     def layout(self, height: int, width: int) -> FrameLayout:
         return frame_layout(self.config, height, width, self.patch_embedding.device)
 
-    def encode_batch(self, patches: Tensor, layout: FrameLayout, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def encode_batch(
+        self, patches: Tensor, layout: FrameLayout, real: Tensor | None, needs: Needs | None
+    ) -> tuple[Tensor, Signals | None]:
         embedding = self.patch_embedding.flatten(1)
         x = F.linear(patches.to(embedding.dtype).index_select(1, layout.order), embedding)
         last = cast(Block, self.blocks[-1])
         for block in self.blocks[:-1]:
             x = block(x, layout)
-        received = None
-        if weigh is not None:
+        found = None
+        if needs is not None:
             q, k, _ = last.attention.project(last.attention_norm(x), layout.rotary)
-            received = received_by_tokens(q, k, weigh, self.merger.group).index_select(1, layout.restore)
-        return self.merger(last(x, layout)).index_select(1, layout.restore).unsqueeze(0), received
+            received, keys = signals(q, k, real, self.merger.group, needs)
+            keys = None if keys is None else keys.index_select(1, layout.restore)
+            found = Signals(received.index_select(1, layout.restore), keys)
+        return self.merger(last(x, layout)).index_select(1, layout.restore).unsqueeze(0), found

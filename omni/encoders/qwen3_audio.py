@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
-from omni.encoders.received import received_attention
+from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call, directly
+from seats.method import Needs
 
 CHUNKS_PER_BATCH = 10
 """Ten seconds through the convolutions, whose channels are the most memory of the encoder."""
@@ -42,22 +43,25 @@ class Qwen3AudioEncoder(AudioEncoder):
         self.output = nn.Linear(config.hidden_size, config.output_size)
 
     def forward(
-        self, mel: Tensor, lengths: Tensor, *, weigh: bool = False, call: Call = directly
-    ) -> tuple[Tensor, Tensor | None]:
+        self, mel: Tensor, lengths: Tensor, needs: Needs | None = None, *, call: Call = directly
+    ) -> tuple[Tensor, Signals | None]:
         longest = int(lengths.max())
         if longest >= self.config.chunk_frames:
-            return super().forward(mel, lengths, weigh=weigh, call=call)
+            return super().forward(mel, lengths, needs, call=call)
         # Chunks are as long as the longest of them, and convolutions see where they end: where no sound fills a
         # chunk, padding to a whole one would change the last tokens.
         mel = mel[..., :longest].to(self.norm.weight)
         real = torch.arange(longest, device=mel.device) < lengths.to(mel.device)[:, None]
         x = self.convolve(mel * real.unsqueeze(1))
         counts = self.config.token_count(lengths).to(mel.device)
-        tokens, received = self.attend(x, counts, x.shape[1] if weigh else None)
+        tokens, signals = self.attend(x, counts, needs, x.shape[1])
         real = torch.arange(x.shape[1], device=mel.device) < counts[:, None]
-        return tokens[real], received[real] if received is not None else None
+        if signals is not None:
+            received, keys = signals
+            signals = Signals(received[real], None if keys is None else keys[real])
+        return tokens[real], signals
 
-    def encode_sound(self, mel: Tensor, weigh: bool, call: Call) -> tuple[Tensor, Tensor | None]:
+    def encode_sound(self, mel: Tensor, needs: Needs | None, call: Call) -> tuple[Tensor, Signals | None]:
         count, frames = self.config.token_count(mel.shape[1]), CHUNKS_PER_BATCH * self.config.chunk_frames
         chunks = (rearrange(batch, "m (c f) -> c m f", c=CHUNKS_PER_BATCH) for batch in self.batches(mel, frames))
         # Only the last chunk of a sound can be short, so the real positions are the first ones.
@@ -67,10 +71,13 @@ class Qwen3AudioEncoder(AudioEncoder):
         for batch in x.split(WINDOWS_PER_BATCH * self.window_tokens):
             padded = F.pad(batch, (0, 0, 0, WINDOWS_PER_BATCH * self.window_tokens - len(batch)))
             windows = rearrange(padded, "(w n) d -> w n d", w=WINDOWS_PER_BATCH)
-            parts.append(call(self.attend, windows, len(batch) - starts, WEIGHT_WINDOW if weigh else None))
-        tokens, received = zip(*parts, strict=True)
-        whole = torch.cat(tokens).flatten(0, 1)[:count]
-        return whole, torch.cat(received).flatten()[:count] if weigh else None
+            parts.append(call(self.attend, windows, len(batch) - starts, needs, WEIGHT_WINDOW))
+        tokens, signals = zip(*parts, strict=True)
+        whole, found = torch.cat(tokens).flatten(0, 1)[:count], joined(signals)
+        if found is not None:
+            received, keys = found
+            found = Signals(received.flatten(), None if keys is None else keys.flatten(0, 1)).first(count)
+        return whole, found
 
     def convolve(self, mel: Tensor) -> Tensor:
         """(chunks, bins, frames) → (chunks, ceil(frames / 8), hidden), with positions that start anew in each chunk."""
@@ -81,11 +88,11 @@ class Qwen3AudioEncoder(AudioEncoder):
         x = rearrange(self.input(rearrange(x, "c d bins n -> (c n) (d bins)")), "(c n) d -> c n d", c=chunks)
         return x + sinusoids(x.shape[1], self.config.hidden_size, x.device).to(x.dtype)
 
-    def attend(self, x: Tensor, counts: Tensor, weigh_by: int | None) -> tuple[Tensor, Tensor | None]:
+    def attend(self, x: Tensor, counts: Tensor, needs: Needs | None, stretch: int) -> tuple[Tensor, Signals | None]:
         """(windows, positions, hidden) → (windows, positions, output_size). counts: (windows,), the real ones first.
 
-        And, with `weigh_by`, (windows, positions) float32: what tokens receive from those of their stretch of so many,
-        whatever the windows are.
+        And, with `needs`, (windows, positions, …): what tokens receive from those of their stretch of so many, whatever
+        the windows are.
         """
         real = torch.arange(x.shape[1], device=x.device) < counts[:, None]
         # An empty window attends to itself: no softmax over nothing.
@@ -93,10 +100,12 @@ class Qwen3AudioEncoder(AudioEncoder):
         last = cast(Block, self.blocks[-1])
         for block in self.blocks[:-1]:
             x = block(x, mask)
-        received = None
-        if weigh_by is not None:
-            line = (rearrange(part, "w h n d -> h (w n) d") for part in last.queries_and_keys(x))
-            q, k = (rearrange(part, "h (s n) d -> s h n d", n=weigh_by) for part in line)
-            received = received_attention(q, k, real.view(-1, weigh_by)).view_as(real)
+        found = None
+        if needs is not None:
+            queries, keys = last.queries_and_keys(x)
+            line = (rearrange(part, "w h n d -> h (w n) d") for part in (queries, keys))
+            q, k = (rearrange(part, "h (s n) d -> s h n d", n=stretch) for part in line)
+            received = received_attention(q, k, real.view(-1, stretch)).view_as(real)
+            found = Signals(received, mean_keys(keys, 1) if needs.keys else None)
         x = last(x, mask)
-        return self.output(F.gelu(self.hidden(self.norm(x)))), received
+        return self.output(F.gelu(self.hidden(self.norm(x)))), found

@@ -17,8 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import VisionConfig
-from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, received_by_tokens
+from omni.encoders.received import Signals
+from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, signals
 from omni.rope import axial_rotary
+from seats.method import Needs
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,21 @@ class Qwen3VisionEncoder(VisionEncoder):
     def layout(self, height: int, width: int) -> FrameLayout:
         return frame_layout(self.config, height, width, self.patch_embedding.device)
 
-    def encode_batch(self, patches: Tensor, layout: FrameLayout, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def encode_batch(
+        self, patches: Tensor, layout: FrameLayout, real: Tensor | None, needs: Needs | None
+    ) -> tuple[Tensor, Signals | None]:
         embedding = self.patch_embedding.flatten(1)
         x = F.linear(patches.to(embedding.dtype), embedding, self.patch_bias)
         positions = (self.positions(layout.corners) * layout.shares.unsqueeze(-1)).sum(1)
         x = x + positions.to(x.dtype)
         levels: list[Tensor] = []
-        received = None
+        found = None
         for index, block in enumerate(self.blocks):
-            if weigh is not None and index == len(self.blocks) - 1:
+            if needs is not None and index == len(self.blocks) - 1:
                 last = cast(Block, block)
                 q, k, _ = last.attention.project(last.attention_norm(x), layout.rotary)
-                received = received_by_tokens(q, k, weigh, self.merger.group)
+                found = signals(q, k, real, self.merger.group, needs)
             x = block(x, layout.rotary)
             if index in self.config.deepstack_blocks:
                 levels.append(self.deep_mergers[len(levels)](x))
-        return torch.stack([self.merger(x), *levels]), received
+        return torch.stack([self.merger(x), *levels]), found

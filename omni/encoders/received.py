@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
+from einops import reduce
 from torch import Tensor
 
 SCORES_AT_A_TIME = 2**20
 """What stays in the cache of a CPU."""
+
+
+class Signals(NamedTuple):
+    """What `seats.method.Needs` asks for, of each token. received: (..., n) float32; keys: (..., n, dim) or None."""
+
+    received: Tensor
+    keys: Tensor | None = None
+
+    def first(self, count: int) -> Signals:
+        """Of the first tokens."""
+        return Signals(self.received[:count], None if self.keys is None else self.keys[:count])
+
+
+def joined(signals: Iterable[Signals | None]) -> Signals | None:
+    """One after another; None where there are none."""
+    some = [signal for signal in signals if signal is not None]
+    if not some:
+        return None
+    keys = [signal.keys for signal in some if signal.keys is not None]
+    return Signals(torch.cat([signal.received for signal in some]), torch.cat(keys) if keys else None)
+
+
+def mean_keys(k: Tensor, group: int) -> Tensor:
+    """(windows, heads, n, dim) → (windows, n / group, dim) float32, means over heads and over adjacent positions."""
+    return reduce(k.float(), "w h (n group) d -> w n d", "mean", group=group)
 
 
 def received_attention(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -15,9 +15,10 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from omni.config import VisionConfig
-from omni.encoders.received import received_attention
+from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call, directly
 from omni.rope import rotate
+from seats.method import Needs
 
 PATCHES_PER_BATCH = 2304
 """Patches that a batch of grids aims at: four grids of 144 tokens, enough rows for full matrix speed."""
@@ -30,9 +31,9 @@ class VisionEncoder(nn.Module):
     A family sets `patch_embedding` (hidden, channels, time, height, width) and has
 
     layout(height, width) → whatever its `encode_batch` needs to know of frames of so many patches.
-    encode_batch(patches, layout, weigh): (grids, N, patch_dim) of one frame size, N patches in groups of merge × merge,
-    → (1 + deepstack levels, grids, N / merge², out_hidden_size): the tokens, then what is added to them after each
-    of the first decoder layers. And, where `weigh` says which grids are real, (grids,), `received_by_tokens`.
+    encode_batch(patches, layout, real, needs): (grids, N, patch_dim) of one frame size, N patches in groups of merge ×
+    merge, → (1 + deepstack levels, grids, N / merge², out_hidden_size): the tokens, then what is added to them after
+    each of the first decoder layers. And, with `needs`, `signals`; real: (grids,), which of the grids are.
     """
 
     patch_embedding: nn.Parameter
@@ -44,24 +45,26 @@ class VisionEncoder(nn.Module):
     def layout(self, height: int, width: int) -> Any:
         raise NotImplementedError
 
-    def encode_batch(self, patches: Tensor, layout: Any, weigh: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def encode_batch(
+        self, patches: Tensor, layout: Any, real: Tensor | None, needs: Needs | None
+    ) -> tuple[Tensor, Signals | None]:
         raise NotImplementedError
 
     def forward(
-        self, patches: Tensor, grid_thw: Tensor, *, weigh: bool = False, call: Call = directly
-    ) -> tuple[Tensor, Tensor | None]:
+        self, patches: Tensor, grid_thw: Tensor, needs: Needs | None = None, *, call: Call = directly
+    ) -> tuple[Tensor, Signals | None]:
         """Encodes pictures or clips, one after another.
 
         patches: (ΣT·H·W, patch_dim), on any device. grid_thw: (n, 3) patches in time, height and width.
-        Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device; and, with `weigh`,
-        (ΣT·H·W / merge²,) float32, the attention that each token receives in the last block.
+        Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device; and what a method
+        `needs` of these tokens.
         """
-        tokens, received = zip(*self._encode(patches, grid_thw.tolist(), weigh, call), strict=True)
-        return torch.cat(tokens, dim=1), torch.cat(received) if weigh else None
+        tokens, signals = zip(*self._encode(patches, grid_thw.tolist(), needs, call), strict=True)
+        return torch.cat(tokens, dim=1), joined(signals)
 
     def _encode(
-        self, patches: Tensor, grids_thw: list[list[int]], weigh: bool, call: Call
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        self, patches: Tensor, grids_thw: list[list[int]], needs: Needs | None, call: Call
+    ) -> Iterator[tuple[Tensor, Signals | None]]:
         device = self.patch_embedding.device
         start = 0
         for grids, height, width in grids_thw:
@@ -73,9 +76,12 @@ class VisionEncoder(nn.Module):
                 group = clip[first : first + batch].to(device)
                 real = len(group)
                 group = F.pad(group, (0, 0, 0, 0, 0, batch - real))
-                valid = torch.arange(batch, device=device) < real if weigh else None
-                tokens, received = call(self.encode_batch, group, layout, valid)
-                yield tokens[:, :real].flatten(1, 2), None if received is None else received[:real].flatten()
+                valid = None if needs is None else torch.arange(batch, device=device) < real
+                tokens, signals = call(self.encode_batch, group, layout, valid, needs)
+                if signals is not None:
+                    received, keys = signals.first(real)
+                    signals = Signals(received.flatten(), None if keys is None else keys.flatten(0, 1))
+                yield tokens[:, :real].flatten(1, 2), signals
 
 
 def grids_per_batch(patches_per_grid: int, step: int) -> int:
@@ -116,17 +122,23 @@ class Attention(nn.Module):
         return q, k, qkv[2]
 
 
-def received_by_tokens(q: Tensor, k: Tensor, real: Tensor, group: int) -> Tensor:
-    """Attention that merged tokens receive from the patches of their own and the neighbouring grid (arXiv 2605.20035).
+def signals(q: Tensor, k: Tensor, real: Tensor | None, group: int, needs: Needs) -> Signals:
+    """What a method needs of merged tokens, in the order of the patches.
 
-    q, k: (grids, heads, N, dim). real: (grids,). A window is two grids, whatever the block itself attends to.
-    Returns (grids, N / group) float32, means over the patches of a token.
+    q, k: (grids, heads, N, dim). real: (grids,). Returns (grids, N / group, …).
     """
-    span = min(2, len(q))
+    keys = mean_keys(k, group) if needs.keys else None
+    if needs.mean_query:
+        grouped = reduce(k.float(), "g h (n group) d -> g h n d", "mean", group=group)
+        scores = (grouped @ q.float().mean(dim=2)[..., None]).squeeze(-1) * q.shape[-1] ** -0.5
+        return Signals(scores.softmax(dim=-1).mean(dim=1), keys)
+    # A window is so many grids, whatever the block itself attends to.
+    assert real is not None
+    span = min(needs.grids, len(q))
     q, k = (rearrange(x, "(w span) h n d -> w h (span n) d", span=span) for x in (q, k))
     valid = repeat(real, "(w span) -> w (span n)", span=span, n=q.shape[2] // span)
     received = received_attention(q, k, valid)
-    return reduce(received, "w (span n group) -> (w span) n", "mean", span=span, group=group)
+    return Signals(reduce(received, "w (span n group) -> (w span) n", "mean", span=span, group=group), keys)
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, windows: tuple[tuple[int, int], ...]) -> Tensor:

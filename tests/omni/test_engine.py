@@ -17,6 +17,7 @@ from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 import omni
 from omni import layers, moe, stages
 from omni.model import Omni
+from seats.methods import METHODS
 
 MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
 
@@ -113,6 +114,30 @@ def test_a_hundred_random_requests_over_twenty_plans(pair: Pair, traced) -> None
     compiled = model.engine.compiled
     total = sum(len(each.graphs) for each in (compiled.prefills, compiled.steps, *compiled.encoders.values()))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == total
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_one_graph(pair: Pair, traced, name: str) -> None:
+    """Compiled, in a plan larger than needed, and in a batch: the same tokens kept as eagerly and alone; no break."""
+    model = traced(pair.model)
+    method = METHODS[name](video_ratio=0.5, audio_ratio=0.6)
+    batch = [make_request(pair, REQUESTS["several media"], seed=seed) for seed in (0, 1)]
+    for one, together in zip(batch, pair.model.prefill(batch, seats=method), strict=True):
+        alone = pair.model.prefill(one, seats=method)
+        same_prefill(alone, together)
+        same_prefill(alone, model.prefill(one, seats=method))
+        assert alone.segments[-1] < one.input_ids.shape[1]
+    assert len(model.engine.compiled.prefills.graphs) == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_as_machine_code(pair: Pair, name: str) -> None:
+    method = METHODS[name](video_ratio=0.5, audio_ratio=0.6)
+    inputs = make_request(pair, REQUESTS["clip with sound"])
+    compiled = Omni(pair.model.thinker, pair.model.folder, compile=True)
+    same_prefill(compiled.prefill(inputs, seats=method), pair.model.prefill(inputs, seats=method))
 
 
 def test_full_prefill_and_decoding_are_compiled_too(pair: Pair, traced) -> None:

@@ -108,7 +108,7 @@ def test_prefill_runs_at_full_size(built) -> None:
         features = {"video": torch.empty(1 + levels, 144, hidden)}
         sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False, directly)
     prompt = whole_prompt(200)
-    plan = plan_without_selection(config.decoder.num_layers, prompt.counts((1.0, 1.0)))
+    plan = plan_without_selection(config.decoder.num_layers, prompt.counts(None))
     none = torch.empty(0, dtype=torch.long)
     places = Layout(torch.zeros(3, 200, dtype=torch.long), 200, none, torch.arange(9, 153), none)
     ids = torch.zeros(1, 200, dtype=torch.long)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import FAMILIES, GOLDEN
 from safetensors.torch import load_file
 
 import omni
+from seats.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data beside this checkout")
 REQUESTS = sorted(path for family in FAMILIES for path in (GOLDEN / family).glob("*_*.safetensors"))
@@ -38,4 +40,25 @@ def test_full_tokens(path: Path) -> None:
     torch.testing.assert_close(model.prefill(inputs).logits, expected["logits_full"], atol=1e-3, rtol=0)
     generated = expected["generated_full"].tolist()
     answer = model.generate(inputs, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    assert answer.tokens == generated
+
+
+CASES = [path for path in REQUESTS if path.stem.startswith("case")]
+
+
+@pytest.mark.parametrize("name", ["fastv-om", "visionzip-om"])
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_other_methods(path: Path, name: str) -> None:
+    """FastV-om and VisionZip-om as recorded: logits within 1e-3, the tokens of the last layer counted, generated tokens
+    equal."""
+    model = load(path.parent)
+    inputs, expected = read_request(path)
+    recorded = json.loads((path.parent / "methods.json").read_text())
+    method = METHODS[name](video_ratio=recorded["video_ratio"], audio_ratio=recorded["audio_ratio"])
+    key = name.replace("-om", "_omni")
+    prefill = model.prefill(inputs, seats=method)
+    assert prefill.segments[-1] == recorded["methods"][key]["kept"][path.stem]
+    torch.testing.assert_close(prefill.logits, expected[f"logits_{key}"], atol=1e-3, rtol=0)
+    generated = expected[f"generated_{key}"].tolist()
+    answer = model.generate(inputs, seats=method, max_new_tokens=len(generated), stop_token_ids=[STOP])
     assert answer.tokens == generated

@@ -103,10 +103,10 @@ def prepared(
 ) -> tuple[StagePlan, stages.Request]:
     """A request in the pool of a plan made for it, or of the next plan of the ladder."""
     places = layout(inputs, model.config)
-    prompt = stages.read_prompt(places, inputs, model.config)
-    counts = prompt.counts(seats.encoder_ratios)
+    prompt = stages.read_prompt(places, inputs, model.config, seats.window_grids)
+    counts = prompt.counts(seats)
     plan = make_plan(seats, model.config.decoder.num_layers, counts.rounded() if rounded else counts)
-    features, received = model.thinker.encode(inputs, weigh=True)
+    features, received = model.thinker.encode(inputs, seats.needs)
     return plan, stages.fill_pool(plan, prompt, places, inputs.input_ids, features, received, model.device)
 
 
@@ -116,7 +116,7 @@ def reference_logits(model: omni.Omni, inputs: omni.Inputs, kept: list[Tensor], 
     places = layout(inputs, model.config)
     length = inputs.input_ids.shape[1]
     whole = stages.whole_prompt(length)
-    plan = plan_without_selection(LAYERS, whole.counts((1.0, 1.0)))
+    plan = plan_without_selection(LAYERS, whole.counts(None))
     features, _ = thinker.encode(inputs)
     request = stages.fill_pool(plan, whole, places, inputs.input_ids, features, {}, model.device)
     x, deepstack = thinker.embed(request.ids, request.source, request.media)
@@ -227,8 +227,8 @@ def test_settings_that_cannot_work_are_refused_first(pair: Pair) -> None:
 def test_a_plan_too_small_is_refused(pair: Pair) -> None:
     inputs = make_request(pair, REQUESTS["several media"])
     places = layout(inputs, pair.model.config)
-    prompt = stages.read_prompt(places, inputs, pair.model.config)
-    fewer = replace(prompt.counts(SETTINGS.encoder_ratios), audio_windows=1)
+    prompt = stages.read_prompt(places, inputs, pair.model.config, SETTINGS.window_grids)
+    fewer = replace(prompt.counts(SETTINGS), audio_windows=1)
     with pytest.raises(ValueError, match=r"has \d+ of audio_windows and its plan holds 1"):
         stages.fill_pool(
             make_plan(SETTINGS, LAYERS, fewer), prompt, places, inputs.input_ids, {}, {}, pair.model.device

@@ -10,6 +10,7 @@ import torch
 import omni
 import seats
 from omni.generate import CLIP, QUESTION
+from seats.method import Step
 from seats.selection import AUDIO, TEXT, VIDEO, select
 
 ROOT = Path(__file__).parents[2]
@@ -56,14 +57,15 @@ def test_without_windows_the_most_relevant_of_all_stay() -> None:
     torch.manual_seed(0)
     kind = torch.tensor([[TEXT] * 2 + ([VIDEO] * 6 + [AUDIO] * 4) * 3 + [TEXT] * 3], dtype=torch.uint8)
     scores = torch.rand(kind.shape)
-    keep = evaluate.most_relevant(scores, kind, 0.3, 0.5, 0.1, 3)
+    config = evaluate.ABLATIONS["no windows"](seats.preset("qwen2.5-omni-7b"))
+    keep = config.after(scores, kind, Step(1, 0.3, 0.5), 3)
     for medium, count in ((VIDEO, round(0.3 * 18)), (AUDIO, round(0.5 * 12)), (TEXT, 5)):
         there = (kind == medium)[0].nonzero().flatten()
         best = scores[0, there].topk(count).indices if medium != TEXT else torch.arange(5)
         assert keep[0, there].nonzero().flatten().tolist() == sorted(best.tolist())
     one = torch.tensor([[TEXT] * 2 + [VIDEO] * 6 + [AUDIO] * 4 + [TEXT] * 3], dtype=torch.uint8)
     scores = torch.rand(one.shape)
-    assert torch.equal(evaluate.most_relevant(scores, one, 0.3, 0.5, 0.1, 1), select(scores, one, 0.3, 0.5, 0.1, 1))
+    assert torch.equal(config.after(scores, one, Step(1, 0.3, 0.5), 1), select(scores, one, 0.3, 0.5, 0.1, 1))
 
 
 def test_layers_follow_from_accuracy() -> None:
@@ -103,3 +105,24 @@ def test_removed_media_leave_what_text_alone_gives() -> None:
         )
         late = model.prefill(clip_inputs, seats=config).logits[letters].argmax()
         assert picked[2, after] == late
+
+
+def test_every_setting_is_what_it_says() -> None:
+    """Methods at their retention, what cannot run said and not raised, ablations apart from the method itself."""
+    import evaluate
+
+    found = evaluate.settings(["seats", "random"], [0.35, 0.1], 0.1)
+    assert [setting.name for setting in found[:6]] == [
+        "every token",
+        "every token, no video",
+        "every token, no sound",
+        "seats 35%",
+        "seats 35%, layerwise",
+        "random 35%",
+    ]
+    model = omni.load("tiny", device="cpu")
+    methods = [evaluate.method_of(setting, model) for setting in found]
+    assert methods[:3] == [None, None, None]
+    assert len(set(methods[3:])) == len(methods[3:]) - 2  # of layerwise, which is no method of its own
+    with pytest.raises(ValueError, match="FastV cannot keep"):
+        evaluate.method_of(evaluate.Setting("fastv", 0.1), model)

@@ -16,9 +16,11 @@ import seats
 from seats.config import PRESETS
 from seats.cost import prefill_macs
 from seats.diversity import window_counts
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, _left, counts_of, make_plan
+from seats.method import Step
+from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of, make_plan
 from seats.selection import AUDIO, TEXT, VIDEO, run_starts, select
 
+SEATS = seats.preset("qwen2.5-omni-7b")
 GRID_TOKENS = 144
 MAX_FRAMES = 768
 
@@ -47,7 +49,7 @@ def clip_counts(family: Family, config: seats.SeatsConfig, seconds: float, text:
     grids = min(int(2 * seconds), MAX_FRAMES) // 2
     runs = -(-int(seconds * 10) // int(family.run_seconds * 10))
     return counts_of(
-        config.encoder_ratios,
+        config,
         text=text,
         video_sizes=sizes(grids * GRID_TOKENS, 2 * GRID_TOKENS),
         audio_sizes=sizes(int(seconds * family.audio_rate), AUDIO_WINDOW),
@@ -66,7 +68,8 @@ def padded(plan: StagePlan, counts: Counts) -> tuple[float, float]:
         width = segment.layers[1] - segment.layers[0]
         real += width * (counts.text + media)
         slots += width * segment.length
-        media = round(media * (segment.video_keep or 0))  # both modalities keep the same share here
+        # Both modalities keep the same share here.
+        media = round(media * (segment.step.video or 0)) if segment.step else 0
     return plan.segments[0].length / counts.tokens - 1, slots / real - 1
 
 
@@ -123,6 +126,7 @@ def test_rungs_hold_what_they_round(
     counts = Counts(
         text=text,
         tokens=text + min(kept, video * window + audio * AUDIO_WINDOW),
+        audio=audio,
         video_windows=video,
         video_window=window,
         audio_windows=audio,
@@ -161,9 +165,9 @@ def test_a_segment_holds_whatever_is_kept(
     media = int((modality != TEXT).sum())
     if not media:
         return
-    counts = Counts(1, 1 + media, video_runs, 1, audio_runs, video_runs, audio_runs)
+    counts = Counts(1, 1 + media, 0, video_runs, 1, audio_runs, video_runs, audio_runs)
     keep = select(scores[None], modality[None], video, audio, 0.1, max(1, video_runs, audio_runs))[0]
-    assert int((keep & (modality != TEXT)).sum()) <= _left(media, counts, video, audio)
+    assert int((keep & (modality != TEXT)).sum()) <= SEATS.left(media, Step(1, video, audio), counts)
 
 
 def test_a_plan_names_what_it_cannot_hold() -> None:

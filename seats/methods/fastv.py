@@ -1,0 +1,95 @@
+"""FastV: the tokens that the question looks at after an early layer (arXiv 2403.06764)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from seats.budget import keep_counts
+from seats.method import Kept, Media, Needs, Step, require_ratio
+from seats.methods.ranking import apart, noise, sound_intact
+from seats.selection import AUDIO, TEXT, VIDEO, rank_in_group
+
+if TYPE_CHECKING:
+    from seats.plan import Counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV:
+    """FastV (arXiv 2403.06764, section 4) for video and sound together, as in the comparison of arXiv 2605.20035.
+
+    video_ratio, audio_ratio: the shares that are kept on average over all layers, of which the first `layer` see every
+    token; so each must be above layer / layers. After layer `layer` the tokens stay that the last token of text looks
+    at most. both: of video and of sound apart; else sound stays whole, the whole budget is taken from video, and where
+    that does not suffice any tokens of sound go (`sound_intact`).
+
+    The paper's text averages the attention from all tokens, its code takes the last one's, as here; as in the
+    comparison it comes from layer `layer`'s projections of that layer's output, not of its input.
+    """
+
+    video_ratio: float
+    audio_ratio: float
+    both: bool = True
+    layer: int = 2
+
+    needs: ClassVar[Needs | None] = None
+    window_grids: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        require_ratio("video_ratio", self.video_ratio)
+        require_ratio("audio_ratio", self.audio_ratio)
+        if self.layer < 1:
+            raise ValueError(f"layer must be at least 1, not {self.layer}.")
+
+    @property
+    def keeps_everything(self) -> bool:
+        return self.video_ratio == 1 and self.audio_ratio == 1
+
+    def check(self, num_layers: int) -> None:
+        self.steps(num_layers)
+
+    def steps(self, num_layers: int) -> list[Step]:
+        if self.layer >= num_layers:
+            raise ValueError(f"layer {self.layer} must come before the last of the model's {num_layers} layers.")
+        least = self.layer / num_layers
+        ratios = []
+        for name, ratio in (("video", self.video_ratio), ("audio", self.audio_ratio)):
+            if ratio <= least:
+                raise ValueError(
+                    f"FastV cannot keep {ratio:.0%} of {name} on average: the first {self.layer} of {num_layers} "
+                    f"layers see every token, which is {least:.1%} alone; ask for more."
+                )
+            ratios.append((ratio * num_layers - self.layer) / (num_layers - self.layer))
+        return [Step(self.layer, *ratios)]
+
+    def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
+        return sum(video) + sum(audio), sum(audio)
+
+    def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
+        return apart(lambda media, _: Kept(media.there), video, audio, (1.0, 1.0))
+
+    def left(self, media: int, step: Step, counts: Counts) -> int:
+        assert step.video is not None and step.audio is not None
+        audio = min(counts.audio, media) if step.audio > step.video else 0
+        # Each is rounded by itself; at least one of each stays, and at least 5 % of video where sound is left whole.
+        wanted = max(step.video * (media - audio) + step.audio * audio, 0.05 * media)
+        return min(media, math.ceil(wanted) + 3)
+
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+        assert step.video is not None and step.audio is not None
+        video, audio = ((kind == medium).sum(dim=-1) for medium in (VIDEO, AUDIO))
+        if self.both:
+            wanted = keep_counts(video, step.video), keep_counts(audio, step.audio)
+        else:
+            of_video, of_audio = sound_intact(video, audio, step.video, step.audio)
+            wanted = keep_counts(video, of_video), keep_counts(audio, of_audio)
+            scores = torch.where(kind == AUDIO, noise(scores.shape[1], scores.device), scores)
+        none = torch.zeros_like(video)
+        limits = torch.stack((none, *wanted, none), dim=1)
+        group = kind.long()
+        return (kind == TEXT) | (rank_in_group(scores, group) < limits.gather(1, group))
