@@ -28,6 +28,7 @@ class Config:
 
     class decoder:  # noqa: N801
         num_layers = 28
+        hidden_size = 3584
 
 
 def make(name: str, video: float, audio: float) -> Method:
