@@ -5,9 +5,11 @@
 Clips are made without a file. First the encoders alone learn to say what is seen and heard at each of their tokens, in
 the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound. Then the
 decoder alone learns to answer, many times about what the encoders made of the same clips, from a part of the tokens,
-which is several times as fast. Then all learns from whole clips, each drawn anew. After a few layers of the decoder a
-token of sound is to say, in the same way, what is on screen: without that, what is seen at a sound is found by chance.
-Many questions share a clip in one sequence and do not see each other.
+which is several times as fast. Then all learns from whole clips, each drawn anew. Two layers on the way are told what
+they are for, in the same words: after a few, a token of sound is to say what is on screen, and the last token of a
+question, some layers later, what the answer is about. Without these hints, what is seen at a sound and which letter
+stands before an answer are found by chance, after a long time. Many questions share a clip in one sequence and do not
+see each other.
 """
 
 from __future__ import annotations
@@ -56,9 +58,13 @@ SHARES = 0.1, 0.7
 """Of the tokens of remembered clips, that are left in: fewer cost less, and what is left out is done without."""
 BESIDE_LAYER = 3
 """After this layer of the decoder tokens of sound say what is on screen."""
+ANSWER_LAYER = 5
+"""After this layer the last token of a question says the words of the answer, and of options not their letter yet."""
 BLOCK = 160
 """Tokens of questions, or a few more, that look at the clip and each other together."""
-LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 3
+LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 2
+FILLERS = ("a", "an", "the", "of", "row", "tone", "sweep")
+"""Words that tell no answer from another."""
 ABSENT_WEIGHT = 0.1
 """Of tokens where nothing is seen or heard, most of all, in the loss by token."""
 
@@ -112,9 +118,12 @@ def sample_text() -> str:
 
 @dataclass(frozen=True)
 class Lesson:
+    """about: the words of the answer, which `answer` is or which its letter stands for."""
+
     kind: str
     prompt: str
     answer: str
+    about: str
     weight: float = 1.0
 
 
@@ -134,16 +143,16 @@ def lessons(scene: world.Scene, draw: np.random.Generator, count: int, choices: 
             question = replace(question, options=options)
             if draw.random() < 1 / 3:
                 kind, question = "letter", replace(question, text=f"Which letter is {question.answer}?")
-            found.append(Lesson(kind, question.prompt, question.letter))
+            found.append(Lesson(kind, question.prompt, question.letter, question.answer))
         else:
             named = question.kind in ("colour", "shape")
             answer = scene.sights[which].with_article if named else question.answer
-            found.append(Lesson(f"{question.kind}, free", question.text, answer))
+            found.append(Lesson(f"{question.kind}, free", question.text, answer, answer))
     told = ", ".join(
         f"{sight.with_article} with {sound.name.replace('a row of', str(sound.beeps))}"
         for sight, sound in zip(scene.sights, scene.sounds, strict=True)
     )
-    return [*found, Lesson("everything", "Tell everything that happens.", told, 2.0)]
+    return [*found, Lesson("everything", "Tell everything that happens.", told, "", 2.0)]
 
 
 @dataclass
@@ -182,7 +191,8 @@ class Example:
 
     ids, positions, source, group: of the clip, then of the questions; group 0 is the clip, which all see, the others
     the questions; blocks: where some of these begin, and the end. answers: (n,) places that predict a token of an
-    answer, wanted: (n,) these tokens, lesson: (n,) of which question.
+    answer, wanted: (n,) these tokens, lesson: (n,) of which question. ends: (m,) last tokens of questions, said: (m,) a
+    word of the answer, shares: (m,) one divided by how many of these there are.
     """
 
     clip: Clip
@@ -194,6 +204,9 @@ class Example:
     wanted: Tensor
     lesson: Tensor
     weight: Tensor
+    ends: Tensor
+    said: Tensor
+    shares: Tensor
     blocks: list[int]
     kinds: list[str]
 
@@ -266,12 +279,15 @@ class Clips(Dataset[Clip]):
         ids, positions = clip.ids.tolist(), [clip.positions]
         group, wanted, lesson, weight = [0] * start, [], [], []
         answers: list[int] = []
+        said: list[tuple[int, int, float]] = []
         blocks = [start]
         for index, each in enumerate(asked):
             prompt = [*self.tokenizer.encode(each.prompt), *self.tail]
             answer = [*self.tokenizer.encode(each.answer), self.stop]
             first = len(ids) + len(prompt) - 1
             answers += range(first, first + len(answer))
+            words = [self.tokenizer.encode(f" {word}")[-1] for word in each.about.split() if word not in FILLERS]
+            said += [(first, word, 1 / len(words)) for word in words]
             wanted += answer
             lesson += [index] * len(answer)
             weight += [each.weight / len(answer)] * len(answer)
@@ -293,6 +309,7 @@ class Clips(Dataset[Clip]):
             torch.tensor(wanted),
             torch.tensor(lesson),
             torch.tensor(weight),
+            *(torch.tensor(column) for column in zip(*said, strict=True)),
             blocks,
             [each.kind for each in asked],
         )
@@ -386,7 +403,8 @@ class Student(nn.Module):
     def forward(self, example: Example, media: Tensor) -> tuple[Tensor, Tensor]:
         """media: (n, hidden) what the encoders made of video, then of sound.
 
-        Returns (n, vocab) logits where answers are predicted, and (2,) losses of colour and shape by token of sound.
+        Returns (n, vocab) logits where answers are predicted, and (3,) losses: of colour and shape by token of sound,
+        and of what answers are about.
         """
         thinker, clip = self.thinker, example.clip
         x, _ = thinker.embed(example.ids[None], example.source[None], media[None, None])
@@ -402,6 +420,11 @@ class Student(nn.Module):
                     clip.beside[:, example.source[is_sound] - video],
                 )
                 beside = [self.told(features, name, labels[i]) for i, name in enumerate(("colour", "shape"))]
+            if number == ANSWER_LAYER:
+                features = F.rms_norm(x[0, example.ends], x.shape[-1:])
+                logits = F.linear(features, thinker.embedding.weight).float()
+                loss = F.cross_entropy(logits, example.said, reduction="none")
+                beside.append((loss * example.shares).sum() / example.shares.sum())
         return thinker.logits(x[0, example.answers]), torch.stack(beside)
 
     def told(self, features: Tensor, name: str, labels: Tensor) -> Tensor:
@@ -538,9 +561,9 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((6,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    means, saved = torch.full((7,), math.nan), time.monotonic()  # of the answers' loss and of those by token
     for clip in stream(student, data, course, done, device, workers):
-        answer, beside = torch.full((), math.nan, device=device), torch.full((2,), math.nan, device=device)
+        answer, beside = torch.full((), math.nan, device=device), torch.full((3,), math.nan, device=device)
         with mixed:
             if clip.media is None:
                 pictures, sound = student.encode(clip)
