@@ -23,7 +23,7 @@ from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
 from seats.cost import prefill_macs
 from seats.method import Method
-from seats.plan import Counts, make_plan, plan_without_selection
+from seats.plan import Counts, StagePlan, make_plan, plan_without_selection
 
 KV = ("pruned", "layerwise")
 
@@ -113,25 +113,32 @@ class Engine:
             raise ValueError("requests with and without video or sound cannot be run together: they share no plan.")
         return answers.pop()
 
-    def _prefill(
-        self, requests: Sequence[Inputs], places: list[Layout], new: int, method: Method | None, *, pruned: bool
-    ) -> tuple[list[Prefill], Cache]:
-        thinker, num_layers = self.thinker, self.thinker.config.decoder.num_layers
-        if method is not None:
-            prompts = [
-                stages.read_prompt(place, inputs, thinker.config, method.window_grids)
-                for place, inputs in zip(places, requests, strict=True)
-            ]
-        else:
-            prompts = [stages.whole_prompt(place.positions.shape[1]) for place in places]
+    def plan(self, inputs: Inputs, method: Method | None) -> StagePlan:
+        """What a compiled model runs a request by. Errors: `Omni.prefill`."""
+        place = layout(inputs, self.thinker.config)
+        method = method if self._selects([place], method) else None
+        return self._plan([self._prompt(inputs, place, method)], method, rounded=True)
+
+    def _prompt(self, inputs: Inputs, place: Layout, method: Method | None) -> stages.Prompt:
+        if method is None:
+            return stages.whole_prompt(place.positions.shape[1])
+        return stages.read_prompt(place, inputs, self.thinker.config, method.window_grids)
+
+    def _plan(self, prompts: list[stages.Prompt], method: Method | None, *, rounded: bool) -> StagePlan:
+        num_layers = self.thinker.config.decoder.num_layers
         try:
             counts = reduce(Counts.joined, (prompt.counts(method) for prompt in prompts))
         except ValueError as error:
             raise InputError(f"token selection cannot run on this prompt: {error}") from None
+        counts = counts.rounded() if rounded else counts
+        return plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
 
-        if self.compiled is not None:
-            counts = counts.rounded()
-        plan = plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
+    def _prefill(
+        self, requests: Sequence[Inputs], places: list[Layout], new: int, method: Method | None, *, pruned: bool
+    ) -> tuple[list[Prefill], Cache]:
+        thinker = self.thinker
+        prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
+        plan = self._plan(prompts, method, rounded=self.compiled is not None)
         call = directly if self.compiled is None else self.compiled.call
         run = partial(stages.prefill, thinker) if self.compiled is None else self.compiled.prefill
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from omni.config import DTYPES, ConfigError
+from omni.config import DTYPES, ConfigError, OmniConfig
 from omni.engine import KV
 from omni.inputs import InputError
-from omni.model import Generation, Omni, load
+from omni.model import Generation, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.media import MediaError, kind_of
 from omni.processing.tokenizer import TokenizerError
@@ -60,14 +60,28 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="omni-generate",
         usage='%(prog)s [options] [media ...] "question"',
         description="Answer a question about clips, pictures and sounds.",
+        parents=[model_parser(), settings_parser()],
     )
     parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
     parser.add_argument("question")
+    parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
+    return parser
+
+
+def model_parser() -> argparse.ArgumentParser:
+    """What to load, for command lines that take it."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="compile first: pays off over many requests, not one")
+    return parser
+
+
+def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """How to answer a question, for command lines that take it."""
+    parser = kind(add_help=False)
     parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
     parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
     parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
@@ -85,7 +99,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")
     parser.add_argument("--system", help="system message (default: the chat template's)")
     parser.add_argument("--no-audio", action="store_true", help="leave out the sound of clips")
-    parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
     return parser
 
 
@@ -126,7 +139,7 @@ def _answer(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        seats=_method(options, model),
+        seats=method_of(options, model.config),
         kv=options.kv,
     )
     generation = _print_stream(answer, quiet=options.json)
@@ -139,14 +152,14 @@ def _answer(options: argparse.Namespace) -> None:
     print(figures(generation, media_seconds), file=sys.stderr)
 
 
-def _method(options: argparse.Namespace, model: Omni) -> Method | None:
+def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:
     """None where every token is kept, whatever the model: one too shallow for the stages can still do that."""
     given = {options.video_ratio, options.audio_ratio} - {None}
     if options.retention == 1 and given <= {1.0}:
         return None
     ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
     try:
-        return method_for(options.method, model.config, options.retention, **ratios)
+        return method_for(options.method, config, options.retention, **ratios)
     except ValueError as error:
         raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
 

@@ -23,13 +23,13 @@ SMALL_FILES = [
 ]
 
 
-def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str = "thinker.") -> Path:
+def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str | None = "thinker.") -> Path:
     """The folder of a checkpoint.
 
     source: an existing folder, returned as it is, or a hub id `owner/name`, of which the files that are not in
     the hub's cache yet are fetched: configuration, tokenizer, index, and the shards that hold tensors named
-    `tensor_prefix`…; never code, pickles or other parts of the model. revision: branch, tag or commit of a
-    hub id. The hub library's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
+    `tensor_prefix`… (None: no shards); never code, pickles or other parts of the model. revision: branch, tag or
+    commit of a hub id. The hub library's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
     Raises CheckpointError where the checkpoint cannot be found or fetched.
     """
     if source != "" and Path(source).is_dir():  # Path("") is the working directory
@@ -39,6 +39,8 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
     folder = _fetch(source, revision, SMALL_FILES)
+    if tensor_prefix is None:
+        return folder
     if (folder / INDEX_FILE).is_file():
         shards = sorted(set(read_weight_map(folder, tensor_prefix).values()))
     else:
