@@ -128,6 +128,7 @@ class Omni:
         max_frames: int = 768,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        total_pixels: int | None = None,
         on_frame: Callable[[int, int], None] | None = None,
     ) -> Inputs:
         """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
@@ -141,6 +142,7 @@ class Omni:
             max_frames=max_frames,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            total_pixels=total_pixels,
             on_frame=on_frame,
         )
 

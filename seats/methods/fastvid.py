@@ -28,16 +28,16 @@ class FastVID(BeforeDecoder):
     """FastVID (arXiv 2503.11187, section 3), as in the authors' code for Qwen2.5-VL, on the video of a prompt.
 
     A frame is a temporal grid, of N tokens; its mean token is what it is compared by. A clip is cut into segments
-    after the min_segments - 1 frames that are least like the next, and wherever that cosine is below `threshold`
-    (section 3.2). Within a segment, frames in a row are one run while that cosine is at least `duplicate`, and only the
-    last frame of a run keeps tokens. A segment of P frames may keep P · int(video_ratio · N), at least P. Of these
+    after the min_segments - 1 frames that are least like the next, and wherever that cosine is below `threshold`.
+    Within a segment, frames in a row are one run while that cosine is at least `duplicate`, and only the last frame of
+    a run keeps tokens. A segment of P frames may keep P · int(video_ratio · N), at least P. Of these
 
     - the share 1 - context_share, spread over the frames that keep, goes to the tokens that the frame's mean query
-      pays most attention to, in the encoder's last block (ATS, section 3.4);
+      pays most attention to, in the encoder's last block;
     - context_share, at least one token, goes to every anchor_step-th of these frames, counted from the last, in each
-      of which density peaks among its other tokens are anchors (DTM, section 3.3). All of the segment but its
-      salient tokens and the frame's anchors join, in each such frame, the anchor most like them. An anchor becomes
-      anchor_weight of itself and, for the rest, their mean.
+      of which density peaks among its other tokens are anchors. All of the segment but its salient tokens and the
+      frame's anchors join, in each such frame, the anchor most like them. An anchor with m of them becomes the larger
+      of anchor_weight and 1 / (m + 1) of itself and, for the rest, their mean.
 
     What a frame cannot hold is lost: anchors are half of it at most, unless it is a segment of its own. So less is kept
     than video_ratio, the more so the stiller the picture. Survivors keep their order and their places.
@@ -213,9 +213,12 @@ def gathered(
     segment: (B, W) int64, rising. position: (B, K) int64, where the anchors are among W · n tokens, in order; the first
     `count`, (B,) int64, are real, others are of no use. In blocks of frames, without the matrix of all cosines.
     """
-    slot = torch.arange(position.shape[1], device=position.device)
-    rows = zip(features, rest, anchor, segment, position, slot < count[:, None], strict=True)
-    return torch.stack([gathered_in_row(*row, weight) for row in rows])
+    real = torch.arange(position.shape[1], device=position.device) < count[:, None]
+    rows = [
+        gathered_in_row(features[row], rest[row], anchor[row], segment[row], position[row], real[row], weight)
+        for row in range(len(features))
+    ]
+    return torch.stack(rows)
 
 
 @gathered.register_fake
