@@ -292,12 +292,9 @@ class Clips(Dataset[Clip]):
 
     def blank(self) -> Clip:
         """No clip at all, for questions that need none."""
-        none = torch.empty(0, dtype=torch.long)
-        empty = torch.empty(0)
-        scene = world.Scene(0, (), (), 0)
-        return Clip(
-            scene, empty, none, empty, none, empty.expand(3, 0), none, 300, none.view(2, 0), none, none.view(2, 0)
-        )
+        empty, none = torch.empty(0), torch.empty(0, dtype=torch.long)
+        two = none.view(2, 0)
+        return Clip(world.Scene(0, (), (), 0), empty, none, empty, none, empty.expand(3, 0), none, 300, two, none, two)
 
     def option_tokens(self, ids: list[int]) -> list[tuple[int, int]]:
         """Places of the words of options in a prompt, each with the number of its letter."""
@@ -330,9 +327,7 @@ class Clips(Dataset[Clip]):
             answer = [*self.tokenizer.encode(each.answer), self.stop]
             first = len(ids) + len(prompt) - 1
             answers += range(first, first + len(answer))
-            words = [
-                self.words["answer"].index(word) for word in map(self.word, each.about.split()) if word is not None
-            ]
+            words = self.telling(each.about)
             said += [(first, word, 1 / len(words)) for word in words]
             marks += [(len(ids) + place, letter) for place, letter in self.option_tokens(prompt)]
             wanted += answer
