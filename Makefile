@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = .demo
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check eval clean
 
 help:
 	@echo "make demo   answer a question about a clip, with a small random checkpoint"
 	@echo "make test   lint, type check, tests"
+	@echo "make eval   an environment with lmms-eval in $(EVAL)"
 	@echo "make clean  remove the environment and the demo's files"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -40,5 +41,16 @@ $(DEMO)/clip.mp4: scripts/make_clip.py $(VENV)/installed
 	mkdir -p $(DEMO)
 	$(BIN)/python scripts/make_clip.py $@
 
+# lmms-eval wants torchvision, which it runs without and whose wheels bring another torch; and PyAV 15, where 18 does.
+EVAL ?= .venv-eval
+eval: $(EVAL)/installed
+
+$(EVAL)/installed: pyproject.toml constraints.txt scripts/tasks/requirements.txt
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(EVAL)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	$(EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --requirement scripts/tasks/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(EVAL)
