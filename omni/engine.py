@@ -32,12 +32,15 @@ KV = ("pruned", "layerwise")
 class Prefill:
     """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
 
-    kept: the surviving original positions after each selection step, in order; empty where every token is
-    kept. cache and next_position are what decoding continues from. Seconds are those of the whole batch.
+    kept: the surviving original positions after each selection step, in order; empty where every token is kept.
+    relevance: for each step after the first, float32 scores of the positions that it chose from, those of `kept`
+    before it; None where it leaves text alone. cache and next_position are what decoding continues from. Seconds are
+    those of the whole batch.
     """
 
     logits: Tensor
     kept: list[Tensor]
+    relevance: list[Tensor | None] = field(repr=False)
     cache: Cache = field(repr=False)
     next_position: float
     tokens: dict[str, int]
@@ -158,6 +161,7 @@ class Engine:
         del request
         # The one read of what was selected, when all work is under way.
         kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
+        relevance = [None if scores is None else scores.cpu() for scores in staged.relevance]
         cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
         self._synchronize()
         seconds = time.perf_counter() - started - encode_seconds
@@ -166,11 +170,16 @@ class Engine:
         for row, place in enumerate(places):
             survivors = [where[row, : count[row]] for where, count in kept]
             segments = [len(some) for some in survivors]
+            scored = [
+                None if scores is None else scores[row, : len(before)]
+                for scores, before in zip(relevance, survivors, strict=False)
+            ]
             drops = [(end - 1, tokens) for end, tokens in zip(ends, segments[1:], strict=True)]
             prefills.append(
                 Prefill(
                     logits=staged.logits[row],
                     kept=survivors if method is not None else [],
+                    relevance=scored,
                     cache=cache.row(row) if len(places) > 1 else cache,
                     next_position=place.next_position,
                     tokens=place.counts,
