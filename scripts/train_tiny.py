@@ -9,8 +9,8 @@ encoders made of the same clips, from a part of the tokens, which is several tim
 clips, each drawn anew. Many questions share a clip in one sequence and do not see each other.
 
 Some layers on the way are told what they are for, in the same words: after a few, a token of sound is to say what is on
-screen, and one of an option its letter; after some more, the last token of a question what the answer is about. Without
-these hints all of that is found by chance, after a long time.
+screen, and one of an option its letter; after some more, the last token of a question is to look at what it asks for
+and say what the answer is about. Without these hints all of that is found by chance, after a long time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ SHARES = 0.1, 0.7
 BESIDE_LAYER = 3
 """After this layer of the decoder tokens of sound say what is on screen, and those of options their letter."""
 ANSWER_LAYER = 5
-"""After this layer the last token of a question says what the answer is about; of options not the letter yet."""
+"""In this layer the last token of a question looks at what is asked for, and after it says what the answer is about; of
+options not the letter yet."""
 PRACTISED = 48
 """Options that are named by their letters at a time."""
 BLOCK = 160
@@ -120,12 +121,14 @@ def sample_text() -> str:
 
 @dataclass(frozen=True)
 class Lesson:
-    """about: the words of the answer, which `answer` is or which its letter stands for."""
+    """about: the words of the answer, which `answer` is or which its letter stands for. sought: which sight or sound of
+    the scene knows it."""
 
     kind: str
     prompt: str
     answer: str
     about: str
+    sought: world.Sight | world.Sound | None = None
     weight: float = 1.0
 
 
@@ -140,21 +143,31 @@ def lessons(scene: world.Scene, draw: np.random.Generator, count: int, choices: 
         question = world.question(scene, str(draw.choice(list(world.KINDS))), which, other)
         if question is None:
             continue
+        sought = where(scene, question.kind, which)
         if question.options and draw.random() < choices:
             kind, options = question.kind, tuple(draw.permutation(question.options).tolist())
             question = replace(question, options=options)
             if draw.random() < 1 / 3:
                 kind, question = "letter", replace(question, text=f"Which letter is {question.answer}?")
-            found.append(Lesson(kind, question.prompt, question.letter, question.answer))
+                sought = None
+            found.append(Lesson(kind, question.prompt, question.letter, question.answer, sought))
         else:
             named = question.kind in ("colour", "shape")
             answer = scene.sights[which].with_article if named else question.answer
-            found.append(Lesson(f"{question.kind}, free", question.text, answer, answer))
+            found.append(Lesson(f"{question.kind}, free", question.text, answer, answer, sought))
     told = ", ".join(
         f"{sight.with_article} with {sound.name.replace('a row of', str(sound.beeps))}"
         for sight, sound in zip(scene.sights, scene.sounds, strict=True)
     )
-    return [*found, Lesson("everything", "Tell everything that happens.", told, "", 2.0)]
+    return [*found, Lesson("everything", "Tell everything that happens.", told, "", weight=2.0)]
+
+
+def where(scene: world.Scene, kind: str, which: int) -> world.Sight | world.Sound:
+    """What of a scene answers a question of that kind about its event number `which`."""
+    if kind == "beeps":
+        return next(sound for sound in scene.sounds if sound.beeps)
+    event = 0 if kind.startswith("first") else which
+    return scene.sights[event] if kind in ("colour", "shape", "first sight") else scene.sounds[event]
 
 
 def letters(number: int) -> list[Lesson]:
@@ -204,7 +217,8 @@ class Example:
     the questions; blocks: where some of these begin, and the end. answers: (n,) places that predict a token of an
     answer, wanted: (n,) these tokens, lesson: (n,) of which question. ends: (m,) last tokens of questions, said: (m,) a
     word of the answer, by number, shares: (m,) one divided by how many of these there are. options: (k,) tokens of
-    options, marks: (k,) number of their letters.
+    options, marks: (k,) number of their letters. asks: (q, 1) last tokens of questions that something of the
+    clip answers, sought: (q, 2) whether that is seen or heard, 0 or 1, and the number of its colour or of its sound.
     """
 
     clip: Clip
@@ -221,6 +235,8 @@ class Example:
     shares: Tensor
     options: Tensor
     marks: Tensor
+    asks: Tensor
+    sought: Tensor
     blocks: list[int]
     kinds: list[str]
 
@@ -321,6 +337,7 @@ class Clips(Dataset[Clip]):
         answers: list[int] = []
         said: list[tuple[int, int, float]] = []
         marks: list[tuple[int, int]] = []
+        asks: list[tuple[int, int, int]] = []
         blocks = [start]
         for index, each in enumerate(asked):
             prompt = [*self.tokenizer.encode(each.prompt), *self.tail]
@@ -329,6 +346,8 @@ class Clips(Dataset[Clip]):
             answers += range(first, first + len(answer))
             words = self.telling(each.about)
             said += [(first, word, 1 / len(words)) for word in words]
+            if each.sought is not None:
+                asks.append((first, *number_of(each.sought)))
             marks += [(len(ids) + place, letter) for place, letter in self.option_tokens(prompt)]
             wanted += answer
             lesson += [index] * len(answer)
@@ -353,9 +372,17 @@ class Clips(Dataset[Clip]):
             torch.tensor(weight),
             *(torch.tensor(column) for column in zip(*said, strict=True)),
             *torch.tensor(marks, dtype=torch.long).view(-1, 2).T,
+            *torch.tensor(asks, dtype=torch.long).view(-1, 3).split((1, 2), dim=1),
             blocks,
             [each.kind for each in asked],
         )
+
+
+def number_of(event: world.Sight | world.Sound) -> tuple[int, int]:
+    """0 and a sight's colour, 1 and a sound, by number, as tokens are labelled: in a scene no two have the same."""
+    if isinstance(event, world.Sight):
+        return 0, 1 + list(world.COLOURS).index(event.colour)
+    return 1, 1 + world.SOUNDS.index(event.name)
 
 
 def drill(number: int) -> world.Scene:
@@ -446,16 +473,18 @@ class Student(nn.Module):
     def forward(self, example: Example, media: Tensor | None) -> tuple[Tensor, Tensor]:
         """media: (n, hidden) what the encoders made of video, then of sound; None where there is no clip.
 
-        Returns (n, vocab) logits where answers are predicted, and (4,) losses of the hints: colour and shape by token
-        of sound, letters by token of options, what answers are about.
+        Returns (n, vocab) logits where answers are predicted, and (5,) losses of the hints: colour and shape by token
+        of sound, letters by token of options, what questions look at, what answers are about.
         """
         thinker, clip = self.thinker, example.clip
         x, _ = thinker.embed(example.ids[None], example.source[None], None if media is None else media[None, None])
         rotary = thinker.rotary(example.positions[:, None])
         video = clip.seen.shape[1]
         is_sound = example.source >= video if media is not None else None
-        hints = dict.fromkeys(("colour", "shape", "letter", "answer"), x.new_zeros(()).float())
+        hints = dict.fromkeys(("colour", "shape", "letter", "look", "answer"), x.new_zeros(()).float())
         for number, layer in enumerate(thinker.layers, 1):
+            if number == ANSWER_LAYER and len(example.asks) and media is not None:
+                hints["look"] = looked(cast(Layer, layer), x, rotary, example)
             x = through(cast(Layer, layer), x, rotary, example)
             if number == BESIDE_LAYER and is_sound is not None:
                 features, labels = plain(x[0, is_sound]), clip.beside[:, example.source[is_sound] - video]
@@ -476,6 +505,23 @@ class Student(nn.Module):
         """Loss of the likeliest word by embedding, nothing being as likely as a word at a right angle."""
         logits = F.linear(features, self.embeddings(name)).float()
         return weighted(F.pad(logits, (1, 0)), labels)
+
+
+def looked(layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], example: Example) -> Tensor:
+    """How little a layer's attention, from the last tokens of questions, falls on what they ask for."""
+    clip, asks = example.clip, example.asks[:, 0]
+    q, k, _ = layer.attention.project(layer.attention_norm(x), rotary)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[0]
+    scores = (q[0, :, asks] @ k.mT).float() * q.shape[-1] ** -0.5
+    group, order = example.group, torch.arange(x.shape[1], device=x.device)
+    seen = ((group == 0) | (group == group[asks][:, None])) & (order <= asks[:, None])
+    attention = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).mean(dim=0)
+    labels = torch.cat((clip.seen[0], clip.heard + 100 * (clip.heard > 0)))[example.source.clamp(min=0)]
+    labels = labels.masked_fill(example.source < 0, 0)
+    sought = labels == (example.sought[:, 1] + 100 * example.sought[:, 0])[:, None]
+    there = sought.any(dim=-1)  # in a part of the clip's tokens it may be missing
+    share = (attention * sought).sum(dim=-1)[there]
+    return -(share + 1e-6).log().mean() if len(share) else scores.new_zeros(())
 
 
 def plain(x: Tensor) -> Tensor:
@@ -627,9 +673,9 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((8,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    means, saved = torch.full((9,), math.nan), time.monotonic()  # of the answers' loss and of those by token
     for clip in stream(student, data, course, done, device, workers):
-        answer, hints = torch.full((), math.nan, device=device), torch.full((4,), math.nan, device=device)
+        answer, hints = torch.full((), math.nan, device=device), torch.full((5,), math.nan, device=device)
         is_practice = course.drills <= done < course.practised
         with mixed:
             media, side = clip.media, torch.full((3,), math.nan, device=device)
@@ -708,7 +754,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny checkpoint.")
     parser.add_argument("folder", type=Path, help="for the state, the log and the checkpoint; resumed where it has one")
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
-    parser.add_argument("--letters", type=int, default=600, help="practice without a clip (default: %(default)s)")
+    parser.add_argument("--letters", type=int, default=1000, help="practice without a clip (default: %(default)s)")
     parser.add_argument("--remembered", type=int, default=2500, help="clips for readings (default: %(default)s)")
     parser.add_argument("--readings", type=int, default=30_000, help="of the decoder alone (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2500, help="that all learns from, last (default: %(default)s)")
