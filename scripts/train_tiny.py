@@ -10,7 +10,8 @@ clips, each drawn anew. Many questions share a clip in one sequence and do not s
 
 Some layers on the way are told what they are for, in the same words: after a few, a token of sound is to say what is on
 screen, and one of an option its letter; after some more, the last token of a question is to look at what it asks for
-and say what the answer is about. Without these hints all of that is found by chance, after a long time.
+and say what the answer is about, then to look at the option that says so. Without these hints all of that is found by
+chance, after a long time.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ BESIDE_LAYER = 3
 ANSWER_LAYER = 5
 """In this layer the last token of a question looks at what is asked for, and after it says what the answer is about; of
 options not the letter yet."""
+CHOICE_LAYER = 7
+"""In this layer the last token of a question with options looks at the right one."""
 PRACTISED = 48
 """Options that are named by their letters at a time."""
 BLOCK = 160
@@ -219,6 +222,7 @@ class Example:
     word of the answer, by number, shares: (m,) one divided by how many of these there are. options: (k,) tokens of
     options, marks: (k,) number of their letters. asks: (q, 1) last tokens of questions that something of the
     clip answers, sought: (q, 2) whether that is seen or heard, 0 or 1, and the number of its colour or of its sound.
+    picks: (o, 2) last tokens of questions with options, and the number of the right letter.
     """
 
     clip: Clip
@@ -237,6 +241,7 @@ class Example:
     marks: Tensor
     asks: Tensor
     sought: Tensor
+    picks: Tensor
     blocks: list[int]
     kinds: list[str]
 
@@ -338,6 +343,7 @@ class Clips(Dataset[Clip]):
         said: list[tuple[int, int, float]] = []
         marks: list[tuple[int, int]] = []
         asks: list[tuple[int, int, int]] = []
+        picks: list[tuple[int, int]] = []
         blocks = [start]
         for index, each in enumerate(asked):
             prompt = [*self.tokenizer.encode(each.prompt), *self.tail]
@@ -348,6 +354,8 @@ class Clips(Dataset[Clip]):
             said += [(first, word, 1 / len(words)) for word in words]
             if each.sought is not None:
                 asks.append((first, *number_of(each.sought)))
+            if answer[0] in self.words["letter"]:
+                picks.append((first, self.words["letter"].index(answer[0])))
             marks += [(len(ids) + place, letter) for place, letter in self.option_tokens(prompt)]
             wanted += answer
             lesson += [index] * len(answer)
@@ -373,6 +381,7 @@ class Clips(Dataset[Clip]):
             *(torch.tensor(column) for column in zip(*said, strict=True)),
             *torch.tensor(marks, dtype=torch.long).view(-1, 2).T,
             *torch.tensor(asks, dtype=torch.long).view(-1, 3).split((1, 2), dim=1),
+            torch.tensor(picks, dtype=torch.long).view(-1, 2),
             blocks,
             [each.kind for each in asked],
         )
@@ -473,18 +482,20 @@ class Student(nn.Module):
     def forward(self, example: Example, media: Tensor | None) -> tuple[Tensor, Tensor]:
         """media: (n, hidden) what the encoders made of video, then of sound; None where there is no clip.
 
-        Returns (n, vocab) logits where answers are predicted, and (5,) losses of the hints: colour and shape by token
-        of sound, letters by token of options, what questions look at, what answers are about.
+        Returns (n, vocab) logits where answers are predicted, and (6,) losses of the hints: colour and shape by token
+        of sound, letters by token of options, what questions look at, what answers are about, what option they look at.
         """
         thinker, clip = self.thinker, example.clip
         x, _ = thinker.embed(example.ids[None], example.source[None], None if media is None else media[None, None])
         rotary = thinker.rotary(example.positions[:, None])
         video = clip.seen.shape[1]
         is_sound = example.source >= video if media is not None else None
-        hints = dict.fromkeys(("colour", "shape", "letter", "look", "answer"), x.new_zeros(()).float())
+        hints = dict.fromkeys(("colour", "shape", "letter", "look", "answer", "choice"), x.new_zeros(()).float())
         for number, layer in enumerate(thinker.layers, 1):
             if number == ANSWER_LAYER and len(example.asks) and media is not None:
-                hints["look"] = looked(cast(Layer, layer), x, rotary, example)
+                hints["look"] = looked(cast(Layer, layer), x, rotary, example, example.asks[:, 0], sought_of(example))
+            if number == CHOICE_LAYER and len(example.picks):
+                hints["choice"] = looked(cast(Layer, layer), x, rotary, example, example.picks[:, 0], right_of(example))
             x = through(cast(Layer, layer), x, rotary, example)
             if number == BESIDE_LAYER and is_sound is not None:
                 features, labels = plain(x[0, is_sound]), clip.beside[:, example.source[is_sound] - video]
@@ -507,21 +518,34 @@ class Student(nn.Module):
         return weighted(F.pad(logits, (1, 0)), labels)
 
 
-def looked(layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], example: Example) -> Tensor:
-    """How little a layer's attention, from the last tokens of questions, falls on what they ask for."""
-    clip, asks = example.clip, example.asks[:, 0]
+def looked(
+    layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], example: Example, asks: Tensor, sought: Tensor
+) -> Tensor:
+    """How little a layer's attention, from these tokens, (q,), falls on what they seek, (q, S) bool."""
     q, k, _ = layer.attention.project(layer.attention_norm(x), rotary)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[0]
     scores = (q[0, :, asks] @ k.mT).float() * q.shape[-1] ** -0.5
     group, order = example.group, torch.arange(x.shape[1], device=x.device)
     seen = ((group == 0) | (group == group[asks][:, None])) & (order <= asks[:, None])
     attention = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).mean(dim=0)
+    sought = sought & seen
+    share = (attention * sought).sum(dim=-1)[sought.any(dim=-1)]  # of a part of the clip's tokens it may be missing
+    return -(share + 1e-6).log().mean() if len(share) else scores.new_zeros(())
+
+
+def sought_of(example: Example) -> Tensor:
+    """Which tokens of the clip answer each of the questions that it answers: (q, S) bool."""
+    clip = example.clip
     labels = torch.cat((clip.seen[0], clip.heard + 100 * (clip.heard > 0)))[example.source.clamp(min=0)]
     labels = labels.masked_fill(example.source < 0, 0)
-    sought = labels == (example.sought[:, 1] + 100 * example.sought[:, 0])[:, None]
-    there = sought.any(dim=-1)  # in a part of the clip's tokens it may be missing
-    share = (attention * sought).sum(dim=-1)[there]
-    return -(share + 1e-6).log().mean() if len(share) else scores.new_zeros(())
+    return labels == (example.sought[:, 1] + 100 * example.sought[:, 0])[:, None]
+
+
+def right_of(example: Example) -> Tensor:
+    """Which tokens are those of the right option, of this question or another: (o, S) bool."""
+    marks = torch.full_like(example.ids, -1).scatter(0, example.options, example.marks)
+    same = example.group == example.group[example.picks[:, 0]][:, None]
+    return same & (marks == example.picks[:, 1:])
 
 
 def plain(x: Tensor) -> Tensor:
@@ -673,9 +697,9 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((9,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    means, saved = torch.full((10,), math.nan), time.monotonic()  # of the answers' loss and of those by token
     for clip in stream(student, data, course, done, device, workers):
-        answer, hints = torch.full((), math.nan, device=device), torch.full((5,), math.nan, device=device)
+        answer, hints = torch.full((), math.nan, device=device), torch.full((6,), math.nan, device=device)
         is_practice = course.drills <= done < course.practised
         with mixed:
             media, side = clip.media, torch.full((3,), math.nan, device=device)
