@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from omni.config import DTYPES, ConfigError, OmniConfig
-from omni.engine import KV
+from omni.engine import KV, Prefill
 from omni.inputs import InputError
 from omni.model import Generation, load
 from omni.processing.chat import ChatTemplateError
+from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, kind_of
 from omni.processing.tokenizer import TokenizerError
+from omni.show import check_path, explain, show
 from seats.method import Method
 from seats.methods import NAMES, method_for
 from weights import CheckpointError
@@ -64,6 +66,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
     parser.add_argument("question")
+    parser.add_argument("--show", metavar="PATH", help="draw what each stage kept: a page (.html) or a picture (.png)")
+    parser.add_argument("--explain", action="store_true", help="print what each stage kept as a table, on stderr")
     parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
     return parser
 
@@ -114,6 +118,8 @@ def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _answer(options: argparse.Namespace) -> None:
+    if options.show:
+        check_path(options.show)
     conversation = messages(options)  # a file that is not there is known before gigabytes are read
     model = load(
         options.model,
@@ -133,13 +139,16 @@ def _answer(options: argparse.Namespace) -> None:
         on_frame=_decoding_bar(),
     )
     media_seconds = time.perf_counter() - started
+    method = method_of(options, model.config)
+    prefills: list[Prefill] = []
     answer = model.stream(
         inputs,
+        on_prefill=prefills.append,
         on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        seats=method_of(options, model.config),
+        seats=method,
         kv=options.kv,
     )
     generation = _print_stream(answer, quiet=options.json)
@@ -150,6 +159,20 @@ def _answer(options: argparse.Namespace) -> None:
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
     print(figures(generation, media_seconds), file=sys.stderr)
+    if options.explain:
+        print(explain(inputs, prefills[0], model.config, method), file=sys.stderr)
+    if options.show:
+        show(
+            inputs,
+            prefills[0],
+            options.show,
+            config=model.config,
+            seats=method,
+            sizes=vision_sizes(model.folder, model.config),
+            question=options.question,
+            answer=generation.text,
+            settings=f"{options.model}, retention {options.retention:g}, kv {options.kv}, fps {options.fps:g}",
+        )
 
 
 def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:

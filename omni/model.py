@@ -220,6 +220,7 @@ class Omni:
         inputs: Inputs,
         *,
         on_thought: Callable[[str], None] | None = None,
+        on_prefill: Callable[[Prefill], None] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[str, None, Generation]:
         """Yields the answer's text as it comes, in whole characters; the generator's value is the Generation.
@@ -229,7 +230,7 @@ class Omni:
         out of range.
         """
         answer = AnswerStream(self.processor.tokenizer, inputs.input_ids[0].tolist())
-        tokens = self._tokens([inputs], **options)
+        tokens = self._tokens([inputs], on_prefill=on_prefill, **options)
         generation = None
         while generation is None:
             try:
@@ -254,6 +255,7 @@ class Omni:
         stop_token_ids: list[int] | None = None,
         seats: Method | None = None,
         kv: str = "pruned",
+        on_prefill: Callable[[Prefill], None] | None = None,
     ) -> Generator[list[int], None, list[Generation]]:
         """Yields the tokens of every step, one per request, also of those that have stopped."""
         if max_new_tokens < 1:
@@ -270,6 +272,8 @@ class Omni:
 
         started = time.perf_counter()
         prefills, cache = self.engine.prefill(requests, max_new_tokens, seats, kv)
+        if on_prefill is not None:
+            on_prefill(prefills[0])
         answers: list[list[int]] = [[] for _ in requests]
         first = 0.0
         for tokens in self.engine.decode(prefills, cache, max_new_tokens, sampling, generator):
