@@ -23,7 +23,7 @@ from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
 from seats.cost import prefill_macs
 from seats.method import Method
-from seats.plan import Counts, make_plan, plan_without_selection
+from seats.plan import Counts, StagePlan, make_plan, plan_without_selection
 
 KV = ("pruned", "layerwise")
 
@@ -32,12 +32,15 @@ KV = ("pruned", "layerwise")
 class Prefill:
     """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
 
-    kept: the surviving original positions after each selection step, in order; empty where every token is
-    kept. cache and next_position are what decoding continues from. Seconds are those of the whole batch.
+    kept: the surviving original positions after each selection step, in order; empty where every token is kept.
+    relevance: for each step after the first, float32 scores of the positions that it chose from, those of `kept`
+    before it; None where it leaves text alone. cache and next_position are what decoding continues from. Seconds are
+    those of the whole batch.
     """
 
     logits: Tensor
     kept: list[Tensor]
+    relevance: list[Tensor | None] = field(repr=False)
     cache: Cache = field(repr=False)
     next_position: float
     tokens: dict[str, int]
@@ -113,25 +116,32 @@ class Engine:
             raise ValueError("requests with and without video or sound cannot be run together: they share no plan.")
         return answers.pop()
 
-    def _prefill(
-        self, requests: Sequence[Inputs], places: list[Layout], new: int, method: Method | None, *, pruned: bool
-    ) -> tuple[list[Prefill], Cache]:
-        thinker, num_layers = self.thinker, self.thinker.config.decoder.num_layers
-        if method is not None:
-            prompts = [
-                stages.read_prompt(place, inputs, thinker.config, method.window_grids)
-                for place, inputs in zip(places, requests, strict=True)
-            ]
-        else:
-            prompts = [stages.whole_prompt(place.positions.shape[1]) for place in places]
+    def plan(self, inputs: Inputs, method: Method | None) -> StagePlan:
+        """What a compiled model runs a request by. Errors: `Omni.prefill`."""
+        place = layout(inputs, self.thinker.config)
+        method = method if self._selects([place], method) else None
+        return self._plan([self._prompt(inputs, place, method)], method, rounded=True)
+
+    def _prompt(self, inputs: Inputs, place: Layout, method: Method | None) -> stages.Prompt:
+        if method is None:
+            return stages.whole_prompt(place.positions.shape[1])
+        return stages.read_prompt(place, inputs, self.thinker.config, method.window_grids)
+
+    def _plan(self, prompts: list[stages.Prompt], method: Method | None, *, rounded: bool) -> StagePlan:
+        num_layers = self.thinker.config.decoder.num_layers
         try:
             counts = reduce(Counts.joined, (prompt.counts(method) for prompt in prompts))
         except ValueError as error:
             raise InputError(f"token selection cannot run on this prompt: {error}") from None
+        counts = counts.rounded() if rounded else counts
+        return plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
 
-        if self.compiled is not None:
-            counts = counts.rounded()
-        plan = plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
+    def _prefill(
+        self, requests: Sequence[Inputs], places: list[Layout], new: int, method: Method | None, *, pruned: bool
+    ) -> tuple[list[Prefill], Cache]:
+        thinker = self.thinker
+        prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
+        plan = self._plan(prompts, method, rounded=self.compiled is not None)
         call = directly if self.compiled is None else self.compiled.call
         run = partial(stages.prefill, thinker) if self.compiled is None else self.compiled.prefill
 
@@ -151,6 +161,7 @@ class Engine:
         del request
         # The one read of what was selected, when all work is under way.
         kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
+        relevance = [None if scores is None else scores.cpu() for scores in staged.relevance]
         cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
         self._synchronize()
         seconds = time.perf_counter() - started - encode_seconds
@@ -159,11 +170,16 @@ class Engine:
         for row, place in enumerate(places):
             survivors = [where[row, : count[row]] for where, count in kept]
             segments = [len(some) for some in survivors]
+            scored = [
+                None if scores is None else scores[row, : len(before)]
+                for scores, before in zip(relevance, survivors, strict=False)
+            ]
             drops = [(end - 1, tokens) for end, tokens in zip(ends, segments[1:], strict=True)]
             prefills.append(
                 Prefill(
                     logits=staged.logits[row],
                     kept=survivors if method is not None else [],
+                    relevance=scored,
                     cache=cache.row(row) if len(places) > 1 else cache,
                     next_position=place.next_position,
                     tokens=place.counts,

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from omni.config import DTYPES, ConfigError
-from omni.engine import KV
+from omni.config import DTYPES, ConfigError, OmniConfig
+from omni.engine import KV, Prefill
 from omni.inputs import InputError
-from omni.model import Generation, Omni, load
+from omni.model import Generation, load
 from omni.processing.chat import ChatTemplateError
+from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, kind_of
 from omni.processing.tokenizer import TokenizerError
+from omni.show import check_path, explain, show
 from seats.method import Method
 from seats.methods import NAMES, method_for
 from weights import CheckpointError
@@ -68,14 +70,30 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="omni-generate",
         usage='%(prog)s [options] [media ...] "question"',
         description="Answer a question about clips, pictures and sounds. Without arguments: a demonstration.",
+        parents=[model_parser(), settings_parser()],
     )
     parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
     parser.add_argument("question")
+    parser.add_argument("--show", metavar="PATH", help="draw what each stage kept: a page (.html) or a picture (.png)")
+    parser.add_argument("--explain", action="store_true", help="print what each stage kept as a table, on stderr")
+    parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
+    return parser
+
+
+def model_parser() -> argparse.ArgumentParser:
+    """What to load, for command lines that take it."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="compile first: pays off over many requests, not one")
+    return parser
+
+
+def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """How to answer a question, for command lines that take it."""
+    parser = kind(add_help=False)
     parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
     parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
     parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
@@ -93,7 +111,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")
     parser.add_argument("--system", help="system message (default: the chat template's)")
     parser.add_argument("--no-audio", action="store_true", help="leave out the sound of clips")
-    parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
     return parser
 
 
@@ -109,6 +126,8 @@ def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _answer(options: argparse.Namespace) -> None:
+    if options.show:
+        check_path(options.show)
     conversation = messages(options)  # a file that is not there is known before gigabytes are read
     model = load(
         options.model,
@@ -128,13 +147,16 @@ def _answer(options: argparse.Namespace) -> None:
         on_frame=_decoding_bar(),
     )
     media_seconds = time.perf_counter() - started
+    method = method_of(options, model.config)
+    prefills: list[Prefill] = []
     answer = model.stream(
         inputs,
+        on_prefill=prefills.append,
         on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        seats=_method(options, model),
+        seats=method,
         kv=options.kv,
     )
     generation = _print_stream(answer, quiet=options.json)
@@ -145,6 +167,20 @@ def _answer(options: argparse.Namespace) -> None:
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
     print(figures(generation, media_seconds), file=sys.stderr)
+    if options.explain:
+        print(explain(inputs, prefills[0], model.config, method), file=sys.stderr)
+    if options.show:
+        show(
+            inputs,
+            prefills[0],
+            options.show,
+            config=model.config,
+            seats=method,
+            sizes=vision_sizes(model.folder, model.config),
+            question=options.question,
+            answer=generation.text,
+            settings=f"{options.model}, retention {options.retention:g}, kv {options.kv}, fps {options.fps:g}",
+        )
 
 
 def demo() -> None:
@@ -168,14 +204,14 @@ def demo() -> None:
     print('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
 
 
-def _method(options: argparse.Namespace, model: Omni) -> Method | None:
+def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:
     """None where every token is kept, whatever the model: one too shallow for the stages can still do that."""
     given = {options.video_ratio, options.audio_ratio} - {None}
     if options.retention == 1 and given <= {1.0}:
         return None
     ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
     try:
-        return method_for(options.method, model.config, options.retention, **ratios)
+        return method_for(options.method, config, options.retention, **ratios)
     except ValueError as error:
         raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
 

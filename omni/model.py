@@ -128,6 +128,7 @@ class Omni:
         max_frames: int = 768,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        total_pixels: int | None = None,
         on_frame: Callable[[int, int], None] | None = None,
     ) -> Inputs:
         """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
@@ -141,6 +142,7 @@ class Omni:
             max_frames=max_frames,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            total_pixels=total_pixels,
             on_frame=on_frame,
         )
 
@@ -218,6 +220,7 @@ class Omni:
         inputs: Inputs,
         *,
         on_thought: Callable[[str], None] | None = None,
+        on_prefill: Callable[[Prefill], None] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[str, None, Generation]:
         """Yields the answer's text as it comes, in whole characters; the generator's value is the Generation.
@@ -227,7 +230,7 @@ class Omni:
         out of range.
         """
         answer = AnswerStream(self.processor.tokenizer, inputs.input_ids[0].tolist())
-        tokens = self._tokens([inputs], **options)
+        tokens = self._tokens([inputs], on_prefill=on_prefill, **options)
         generation = None
         while generation is None:
             try:
@@ -252,6 +255,7 @@ class Omni:
         stop_token_ids: list[int] | None = None,
         seats: Method | None = None,
         kv: str = "pruned",
+        on_prefill: Callable[[Prefill], None] | None = None,
     ) -> Generator[list[int], None, list[Generation]]:
         """Yields the tokens of every step, one per request, also of those that have stopped."""
         if max_new_tokens < 1:
@@ -268,6 +272,8 @@ class Omni:
 
         started = time.perf_counter()
         prefills, cache = self.engine.prefill(requests, max_new_tokens, seats, kv)
+        if on_prefill is not None:
+            on_prefill(prefills[0])
         answers: list[list[int]] = [[] for _ in requests]
         first = 0.0
         for tokens in self.engine.decode(prefills, cache, max_new_tokens, sampling, generator):

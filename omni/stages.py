@@ -83,11 +83,13 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 class Staged:
     """A finished prefill. logits: (B, vocab) float32. kept: after each step, places (B, slots) and counts (B,).
 
+    relevance: for each step after a layer, (B, slots) float32 scores of what was there before it, or None.
     keys, values: per layer, (B, kv_heads, slots, head_dim). lengths: per layer, (B,) of these slots that are real.
     """
 
     logits: Tensor
     kept: list[tuple[Tensor, Tensor]]
+    relevance: list[Tensor | None]
     keys: list[Tensor]
     values: list[Tensor]
     lengths: list[Tensor]
@@ -97,6 +99,7 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     """Runs prompts through the stages and layers. Static shapes: nothing here depends on what the prompts hold."""
     sequence = select_before_decoder(plan, request, *thinker.embed(request.ids, request.source, request.media))
     kept = [(sequence.place, sequence.count)]
+    scored: list[Tensor | None] = []
     keys: list[Tensor] = []
     values: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor]] = []  # places and counts in each segment
@@ -116,8 +119,10 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
             layer = cast(Layer, thinker.layers[segment.layers[1] - 1])
             query, all_keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
             scores = relevance(query, all_keys, sequence.kind != PADDING)
+            scored.append(scores)
             keep = choose(plan, scores, sequence.kind, segment.step)
         else:
+            scored.append(None)
             keep = sequence.kind == TEXT
         chosen, count = compact(keep, keep.shape[1])
         length = plan.segments[number + 1].length
@@ -128,7 +133,7 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     if pruned and len(plan.segments) > 1:
         prune(keys, values, plan, seen, sequence)
         lengths = [sequence.count] * len(lengths)
-    return Staged(thinker.logits(last), kept, keys, values, lengths)
+    return Staged(thinker.logits(last), kept, scored, keys, values, lengths)
 
 
 def choose(plan: StagePlan, scores: Tensor, kind: Tensor, step: Step) -> Tensor:

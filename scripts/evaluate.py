@@ -17,7 +17,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 from accuracy_report import draw, share
+from answers import is_right
 from bench_report import write_readme
 from torch import Tensor
 
@@ -124,17 +124,6 @@ def method_of(setting: Setting, model: Omni) -> Method | None:
     if setting.method in ABLATIONS:
         return ABLATIONS[setting.method](seats.preset_for(model.config, setting.retention))
     return seats.method_for(setting.method, model.config, setting.retention)
-
-
-def is_right(text: str, question: dict[str, Any]) -> bool:
-    if question["options"]:
-        found = re.search(r"\b[A-D]\b", text)
-        return found is not None and question["options"]["ABCD".index(found[0])] == question["answer"]
-    return words(text) == words(question["answer"])
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 def messages(question: dict[str, Any], folder: Path, media: str = "video") -> list[dict[str, Any]]:

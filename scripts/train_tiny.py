@@ -4,10 +4,14 @@
 
 Clips are made without a file. First the encoders alone learn to say what is seen and heard at each of their tokens, in
 the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound. Then the
-decoder alone learns to answer, many times about what the encoders made of the same clips, from a part of the tokens,
-which is several times as fast. Then all learns from whole clips, each drawn anew. After a few layers of the decoder a
-token of sound is to say, in the same way, what is on screen: without that, what is seen at a sound is found by chance.
-Many questions share a clip in one sequence and do not see each other.
+decoder practises to name options by their letters, on text alone. Then it learns to answer, many times about what the
+encoders made of the same clips, from a part of the tokens, which is several times as fast. Then all learns from whole
+clips, each drawn anew. Many questions share a clip in one sequence and do not see each other.
+
+Some layers on the way are told what they are for, in the same words: after a few, a token of sound is to say what is on
+screen, and one of an option its letter; after some more, the last token of a question is to look at what it asks for
+and say what the answer is about, then to look at the option that says so. Without these hints all of that is found by
+chance, after a long time.
 """
 
 from __future__ import annotations
@@ -55,10 +59,18 @@ QUESTIONS, CHOICES = 14, 0.5
 SHARES = 0.1, 0.7
 """Of the tokens of remembered clips, that are left in: fewer cost less, and what is left out is done without."""
 BESIDE_LAYER = 3
-"""After this layer of the decoder tokens of sound say what is on screen."""
+"""After this layer of the decoder tokens of sound say what is on screen, and those of options their letter."""
+ANSWER_LAYER = 5
+"""In this layer the last token of a question looks at what is asked for, and after it says what the answer is about; of
+options not the letter yet."""
+CHOICE_LAYER = 7
+"""In this layer the last token of a question with options looks at the right one."""
+PRACTISED = 48
+"""Options that are named by their letters at a time."""
 BLOCK = 160
 """Tokens of questions, or a few more, that look at the clip and each other together."""
-LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 3
+LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 2
+WHEN = ("before", "after")
 ABSENT_WEIGHT = 0.1
 """Of tokens where nothing is seen or heard, most of all, in the loss by token."""
 
@@ -112,9 +124,14 @@ def sample_text() -> str:
 
 @dataclass(frozen=True)
 class Lesson:
+    """about: the words of the answer, which `answer` is or which its letter stands for. sought: which sight or sound of
+    the scene knows it."""
+
     kind: str
     prompt: str
     answer: str
+    about: str
+    sought: world.Sight | world.Sound | None = None
     weight: float = 1.0
 
 
@@ -129,21 +146,40 @@ def lessons(scene: world.Scene, draw: np.random.Generator, count: int, choices: 
         question = world.question(scene, str(draw.choice(list(world.KINDS))), which, other)
         if question is None:
             continue
+        sought = where(scene, question.kind, which)
         if question.options and draw.random() < choices:
             kind, options = question.kind, tuple(draw.permutation(question.options).tolist())
             question = replace(question, options=options)
             if draw.random() < 1 / 3:
                 kind, question = "letter", replace(question, text=f"Which letter is {question.answer}?")
-            found.append(Lesson(kind, question.prompt, question.letter))
+                sought = None
+            found.append(Lesson(kind, question.prompt, question.letter, question.answer, sought))
         else:
             named = question.kind in ("colour", "shape")
             answer = scene.sights[which].with_article if named else question.answer
-            found.append(Lesson(f"{question.kind}, free", question.text, answer))
+            found.append(Lesson(f"{question.kind}, free", question.text, answer, answer, sought))
     told = ", ".join(
         f"{sight.with_article} with {sound.name.replace('a row of', str(sound.beeps))}"
         for sight, sound in zip(scene.sights, scene.sounds, strict=True)
     )
-    return [*found, Lesson("everything", "Tell everything that happens.", told, 2.0)]
+    return [*found, Lesson("everything", "Tell everything that happens.", told, "", weight=2.0)]
+
+
+def where(scene: world.Scene, kind: str, which: int) -> world.Sight | world.Sound:
+    """What of a scene answers a question of that kind about its event number `which`."""
+    if kind == "beeps":
+        return next(sound for sound in scene.sounds if sound.beeps)
+    event = 0 if kind.startswith("first") else which
+    return scene.sights[event] if kind in ("colour", "shape", "first sight") else scene.sounds[event]
+
+
+def letters(number: int) -> list[Lesson]:
+    """Options to name by their letters, which need no clip."""
+    draw, found = np.random.default_rng([number, 6]), list[Lesson]()
+    while len(found) < PRACTISED:
+        scene = world.make_scene("train", int(draw.integers(2**31)))
+        found += [lesson for lesson in lessons(scene, draw, 2 * QUESTIONS, 1.0) if lesson.kind == "letter"]
+    return found[:PRACTISED]
 
 
 @dataclass
@@ -182,7 +218,11 @@ class Example:
 
     ids, positions, source, group: of the clip, then of the questions; group 0 is the clip, which all see, the others
     the questions; blocks: where some of these begin, and the end. answers: (n,) places that predict a token of an
-    answer, wanted: (n,) these tokens, lesson: (n,) of which question.
+    answer, wanted: (n,) these tokens, lesson: (n,) of which question. ends: (m,) last tokens of questions, said: (m,) a
+    word of the answer, by number, shares: (m,) one divided by how many of these there are. options: (k,) tokens of
+    options, marks: (k,) number of their letters. asks: (q, 1) last tokens of questions that something of the
+    clip answers, sought: (q, 2) whether that is seen or heard, 0 or 1, and the number of its colour or of its sound.
+    picks: (o, 2) last tokens of questions with options, and the number of the right letter.
     """
 
     clip: Clip
@@ -194,6 +234,14 @@ class Example:
     wanted: Tensor
     lesson: Tensor
     weight: Tensor
+    ends: Tensor
+    said: Tensor
+    shares: Tensor
+    options: Tensor
+    marks: Tensor
+    asks: Tensor
+    sought: Tensor
+    picks: Tensor
     blocks: list[int]
     kinds: list[str]
 
@@ -222,6 +270,8 @@ class Clips(Dataset[Clip]):
         end = frame.index(self.tokenizer.id_of("<|vision_eos|>")) + 1
         self.head, self.tail = frame[:end], frame[end + len(self.tokenizer.encode("?")) :]
         self.stop = self.tokenizer.id_of("<|im_end|>")
+        self.words = words_of(self.tokenizer)
+        self.dot, self.newline = (self.tokenizer.encode(text)[0] for text in ".\n")
 
     def __len__(self) -> int:
         return self.count
@@ -261,17 +311,52 @@ class Clips(Dataset[Clip]):
             torch.from_numpy(what_is_beside(scene, heard)),
         )
 
+    def blank(self) -> Clip:
+        """No clip at all, for questions that need none."""
+        empty, none = torch.empty(0), torch.empty(0, dtype=torch.long)
+        two = none.view(2, 0)
+        return Clip(world.Scene(0, (), (), 0), empty, none, empty, none, empty.expand(3, 0), none, 300, two, none, two)
+
+    def option_tokens(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Places of the words of options in a prompt, each with the number of its letter."""
+        found: list[tuple[int, int]] = []
+        letter = -1
+        for place in range(1, len(ids) - 1):
+            if ids[place] == self.newline:
+                letter = -1
+            elif ids[place - 1] == self.newline and ids[place] in self.words["letter"] and ids[place + 1] == self.dot:
+                letter = self.words["letter"].index(ids[place])
+            elif letter >= 0 and ids[place] != self.dot:
+                found.append((place, letter))
+        return found
+
+    def telling(self, text: str) -> list[int]:
+        """Numbers of the words that tell an answer from others."""
+        tokens = [self.tokenizer.encode(f" {word}")[-1] for word in text.split()]
+        return [self.words["answer"].index(token) for token in tokens if token in self.words["answer"]]
+
     def ask(self, clip: Clip, asked: list[Lesson]) -> Example:
         start = len(clip.ids)
         ids, positions = clip.ids.tolist(), [clip.positions]
         group, wanted, lesson, weight = [0] * start, [], [], []
         answers: list[int] = []
+        said: list[tuple[int, int, float]] = []
+        marks: list[tuple[int, int]] = []
+        asks: list[tuple[int, int, int]] = []
+        picks: list[tuple[int, int]] = []
         blocks = [start]
         for index, each in enumerate(asked):
             prompt = [*self.tokenizer.encode(each.prompt), *self.tail]
             answer = [*self.tokenizer.encode(each.answer), self.stop]
             first = len(ids) + len(prompt) - 1
             answers += range(first, first + len(answer))
+            words = self.telling(each.about)
+            said += [(first, word, 1 / len(words)) for word in words]
+            if each.sought is not None:
+                asks.append((first, *number_of(each.sought)))
+            if answer[0] in self.words["letter"]:
+                picks.append((first, self.words["letter"].index(answer[0])))
+            marks += [(len(ids) + place, letter) for place, letter in self.option_tokens(prompt)]
             wanted += answer
             lesson += [index] * len(answer)
             weight += [each.weight / len(answer)] * len(answer)
@@ -293,9 +378,20 @@ class Clips(Dataset[Clip]):
             torch.tensor(wanted),
             torch.tensor(lesson),
             torch.tensor(weight),
+            *(torch.tensor(column) for column in zip(*said, strict=True)),
+            *torch.tensor(marks, dtype=torch.long).view(-1, 2).T,
+            *torch.tensor(asks, dtype=torch.long).view(-1, 3).split((1, 2), dim=1),
+            torch.tensor(picks, dtype=torch.long).view(-1, 2),
             blocks,
             [each.kind for each in asked],
         )
+
+
+def number_of(event: world.Sight | world.Sound) -> tuple[int, int]:
+    """0 and a sight's colour, 1 and a sound, by number, as tokens are labelled: in a scene no two have the same."""
+    if isinstance(event, world.Sight):
+        return 0, 1 + list(world.COLOURS).index(event.colour)
+    return 1, 1 + world.SOUNDS.index(event.name)
 
 
 def drill(number: int) -> world.Scene:
@@ -383,40 +479,90 @@ class Student(nn.Module):
             ]
         )
 
-    def forward(self, example: Example, media: Tensor) -> tuple[Tensor, Tensor]:
-        """media: (n, hidden) what the encoders made of video, then of sound.
+    def forward(self, example: Example, media: Tensor | None) -> tuple[Tensor, Tensor]:
+        """media: (n, hidden) what the encoders made of video, then of sound; None where there is no clip.
 
-        Returns (n, vocab) logits where answers are predicted, and (2,) losses of colour and shape by token of sound.
+        Returns (n, vocab) logits where answers are predicted, and (6,) losses of the hints: colour and shape by token
+        of sound, letters by token of options, what questions look at, what answers are about, what option they look at.
         """
         thinker, clip = self.thinker, example.clip
-        x, _ = thinker.embed(example.ids[None], example.source[None], media[None, None])
+        x, _ = thinker.embed(example.ids[None], example.source[None], None if media is None else media[None, None])
         rotary = thinker.rotary(example.positions[:, None])
         video = clip.seen.shape[1]
-        is_sound = example.source >= video
-        beside = []
+        is_sound = example.source >= video if media is not None else None
+        hints = dict.fromkeys(("colour", "shape", "letter", "look", "answer", "choice"), x.new_zeros(()).float())
         for number, layer in enumerate(thinker.layers, 1):
+            if number == ANSWER_LAYER and len(example.asks) and media is not None:
+                hints["look"] = looked(cast(Layer, layer), x, rotary, example, example.asks[:, 0], sought_of(example))
+            if number == CHOICE_LAYER and len(example.picks):
+                hints["choice"] = looked(cast(Layer, layer), x, rotary, example, example.picks[:, 0], right_of(example))
             x = through(cast(Layer, layer), x, rotary, example)
-            if number == BESIDE_LAYER:
-                features, labels = (
-                    F.rms_norm(x[0, is_sound], x.shape[-1:]),
-                    clip.beside[:, example.source[is_sound] - video],
-                )
-                beside = [self.told(features, name, labels[i]) for i, name in enumerate(("colour", "shape"))]
-        return thinker.logits(x[0, example.answers]), torch.stack(beside)
+            if number == BESIDE_LAYER and is_sound is not None:
+                features, labels = plain(x[0, is_sound]), clip.beside[:, example.source[is_sound] - video]
+                hints |= {name: self.told(features, name, labels[i]) for i, name in enumerate(("colour", "shape"))}
+            if number == BESIDE_LAYER and len(example.options):
+                said = F.linear(plain(x[0, example.options]), self.embeddings("letter")).float()
+                hints["letter"] = F.cross_entropy(said, example.marks)
+            if number == ANSWER_LAYER:
+                said = F.linear(plain(x[0, example.ends]), self.embeddings("answer")).float()
+                loss = F.cross_entropy(said, example.said, reduction="none")
+                hints["answer"] = (loss * example.shares).sum() / example.shares.sum()
+        return thinker.logits(x[0, example.answers]), torch.stack(list(hints.values()))
+
+    def embeddings(self, name: str) -> Tensor:
+        return self.thinker.embedding.weight[self.words[name]]
 
     def told(self, features: Tensor, name: str, labels: Tensor) -> Tensor:
         """Loss of the likeliest word by embedding, nothing being as likely as a word at a right angle."""
-        logits = F.linear(features, self.thinker.embedding.weight[self.words[name]]).float()
+        logits = F.linear(features, self.embeddings(name)).float()
         return weighted(F.pad(logits, (1, 0)), labels)
 
 
+def looked(
+    layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], example: Example, asks: Tensor, sought: Tensor
+) -> Tensor:
+    """How little a layer's attention, from these tokens, (q,), falls on what they seek, (q, S) bool."""
+    q, k, _ = layer.attention.project(layer.attention_norm(x), rotary)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[0]
+    scores = (q[0, :, asks] @ k.mT).float() * q.shape[-1] ** -0.5
+    group, order = example.group, torch.arange(x.shape[1], device=x.device)
+    seen = ((group == 0) | (group == group[asks][:, None])) & (order <= asks[:, None])
+    attention = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).mean(dim=0)
+    sought = sought & seen
+    share = (attention * sought).sum(dim=-1)[sought.any(dim=-1)]  # of a part of the clip's tokens it may be missing
+    return -(share + 1e-6).log().mean() if len(share) else scores.new_zeros(())
+
+
+def sought_of(example: Example) -> Tensor:
+    """Which tokens of the clip answer each of the questions that it answers: (q, S) bool."""
+    clip = example.clip
+    labels = torch.cat((clip.seen[0], clip.heard + 100 * (clip.heard > 0)))[example.source.clamp(min=0)]
+    labels = labels.masked_fill(example.source < 0, 0)
+    return labels == (example.sought[:, 1] + 100 * example.sought[:, 0])[:, None]
+
+
+def right_of(example: Example) -> Tensor:
+    """Which tokens are those of the right option, of this question or another: (o, S) bool."""
+    marks = torch.full_like(example.ids, -1).scatter(0, example.options, example.marks)
+    same = example.group == example.group[example.picks[:, 0]][:, None]
+    return same & (marks == example.picks[:, 1:])
+
+
+def plain(x: Tensor) -> Tensor:
+    """What a layer's output says, whatever its size."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
 def words_of(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Ids of the word that tells each colour, shape and sound from the others."""
+    """Ids of the word that tells each colour, shape and sound from the others; of letters; of all that answers say."""
     sounds = ("low", "high", "rising", "falling", "beeps")
     found = {
         name: [tokenizer.encode(f" {word}") for word in words]
         for name, words in (("colour", world.COLOURS), ("shape", world.SHAPES), ("sound", sounds))
     }
+    found["letter"] = [tokenizer.encode(letter) for letter in "ABCD"]
+    others = [tokenizer.encode(count) for count in "2345"] + [tokenizer.encode(f" {when}") for when in WHEN]
+    found["answer"] = [*found["colour"], *found["shape"], *found["sound"], *others]
     assert all(len(ids) == 1 for many in found.values() for ids in many), "a word that is not one token"
     return {name: [ids[0] for ids in many] for name, many in found.items()}
 
@@ -436,7 +582,11 @@ def through(layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], example: Exa
 def attention(q: Tensor, k: Tensor, v: Tensor, example: Example) -> Tensor:
     clip = example.blocks[0]
     seen, told = k[:, :, :clip], v[:, :, :clip]
-    mixed = [F.scaled_dot_product_attention(q[:, :, :clip], seen, told, is_causal=True, enable_gqa=True)]
+    mixed = (
+        []
+        if not clip
+        else [F.scaled_dot_product_attention(q[:, :, :clip], seen, told, is_causal=True, enable_gqa=True)]
+    )
     for start, end in pairwise(example.blocks):
         group = example.group[start:end]
         own = (group[:, None] == group).tril()
@@ -467,17 +617,24 @@ def right_answers(logits: Tensor, example: Example) -> list[bool]:
 
 @dataclass(frozen=True)
 class Course:
-    """drills: of the encoders alone. readings: of the decoder alone, about `remembered` clips. clips: of all."""
+    """drills: of the encoders alone. letters: of the decoder, without a clip. readings: of the decoder, about
+    `remembered` clips. clips: of all."""
 
     drills: int
+    letters: int
     remembered: int
     readings: int
     clips: int
 
     @property
+    def practised(self) -> int:
+        """Drills and letters."""
+        return self.drills + self.letters
+
+    @property
     def seen(self) -> int:
-        """Drills and readings."""
-        return self.drills + self.readings
+        """All but whole clips."""
+        return self.practised + self.readings
 
     @property
     def end(self) -> int:
@@ -502,6 +659,8 @@ def stream(
         return (to(clip, device) for clip in loader)
 
     yield from made(done, course.drills)
+    for _ in range(max(done, course.drills), course.practised):
+        yield to(data.blank(), device)
     first = course.drills + course.remembered
     if done < course.seen:
         known = []
@@ -510,7 +669,7 @@ def stream(
                 media = torch.cat(student.encode(clip)).bfloat16()
             # Copied: tensors of another process hold a file open each.
             known.append(to(replace(clip, patches=clip.patches[:0], mel=clip.mel[:0], media=media), device, copy=True))
-        for number in range(max(done, course.drills), course.seen):
+        for number in range(max(done, course.practised), course.seen):
             draw = np.random.default_rng([number, 3])
             yield known[int(draw.integers(len(known)))].thinned(float(draw.uniform(*SHARES)), draw)
     yield from made(first + max(0, done - course.seen), first + course.clips)
@@ -538,30 +697,30 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((6,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    means, saved = torch.full((10,), math.nan), time.monotonic()  # of the answers' loss and of those by token
     for clip in stream(student, data, course, done, device, workers):
-        answer, beside = torch.full((), math.nan, device=device), torch.full((2,), math.nan, device=device)
+        answer, hints = torch.full((), math.nan, device=device), torch.full((6,), math.nan, device=device)
+        is_practice = course.drills <= done < course.practised
         with mixed:
-            if clip.media is None:
-                pictures, sound = student.encode(clip)
-                media = torch.cat((pictures, sound))
-            else:
-                media = clip.media
-                pictures, sound = media.split([clip.seen.shape[1], clip.heard.shape[0]])
-            side = student.labelled(clip, pictures, sound)
-            loss = side.sum()
+            media, side = clip.media, torch.full((3,), math.nan, device=device)
+            if not is_practice:
+                if media is None:
+                    media = torch.cat(student.encode(clip))
+                side = student.labelled(clip, *media.split([clip.seen.shape[1], clip.heard.shape[0]]))
+            loss = side.nansum()
             if done >= course.drills:
-                asked = lessons(clip.scene, np.random.default_rng([done, 4]), QUESTIONS, CHOICES)
+                draw = np.random.default_rng([done, 4])
+                asked = letters(done) if is_practice else lessons(clip.scene, draw, QUESTIONS, CHOICES)
                 example = to(data.ask(clip, asked), device)
-                logits, beside = student(example, media)
+                logits, hints = student(example, media)
                 answer = F.cross_entropy(logits, example.wanted, reduction="none") * example.weight
                 answer = answer.sum() / len(example.kinds)
-                loss = loss + answer + beside.sum()
-        together = 1 if done < course.drills else CLIPS_PER_STEP
+                loss = loss + answer + hints.sum()
+        together = 1 if done < course.practised else CLIPS_PER_STEP
         (loss / together).backward()
         done += 1
         bar.update()
-        losses = torch.cat((answer.detach()[None], side.detach(), beside.detach())).cpu()
+        losses = torch.cat((answer.detach()[None], side.detach(), hints.detach())).cpu()
         means = torch.where(means.isnan(), losses, torch.where(losses.isnan(), means, 0.98 * means + 0.02 * losses))
         if done % together == 0 or done == course.end:
             for group in optimizer.param_groups:
@@ -585,12 +744,13 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
 
 
 def learning_rate(done: int, course: Course) -> float:
-    """Rises at the beginning of drills and of readings, falls by half over the readings and to nearly nothing after."""
-    if done <= course.drills:
-        return LEARNING_RATE * min(1, done / WARM_UP)
-    warm = min(1, (done - course.drills) / CLIPS_PER_STEP / WARM_UP)
+    """Rises where something new begins, falls by half over the readings and to nearly nothing after."""
+    if done <= course.practised:
+        begun = done if done <= course.drills else done - course.drills
+        return LEARNING_RATE * min(1, begun / WARM_UP)
+    warm = min(1, (done - course.practised) / CLIPS_PER_STEP / WARM_UP)
     if done <= course.seen:
-        return LEARNING_RATE * warm * (1 - 0.5 * (done - course.drills) / course.readings)
+        return LEARNING_RATE * warm * (1 - 0.5 * (done - course.practised) / course.readings)
     return LEARNING_RATE * (0.26 + 0.24 * math.cos(math.pi * (done - course.seen) / course.clips))
 
 
@@ -618,6 +778,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny checkpoint.")
     parser.add_argument("folder", type=Path, help="for the state, the log and the checkpoint; resumed where it has one")
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
+    parser.add_argument("--letters", type=int, default=1000, help="practice without a clip (default: %(default)s)")
     parser.add_argument("--remembered", type=int, default=2500, help="clips for readings (default: %(default)s)")
     parser.add_argument("--readings", type=int, default=30_000, help="of the decoder alone (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2500, help="that all learns from, last (default: %(default)s)")
@@ -626,7 +787,7 @@ def main() -> None:
     parser.add_argument("--validated", type=int, default=60, help="clips that accuracy is measured on")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    course = Course(options.drills, options.remembered, options.readings, options.clips)
+    course = Course(options.drills, options.letters, options.remembered, options.readings, options.clips)
     train(options.folder, course, torch.device(options.device), options.workers, options.validated)
 
 

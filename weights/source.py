@@ -24,14 +24,14 @@ SMALL_FILES = [
 ]
 
 
-def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str = "thinker.") -> Path:
+def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str | None = "thinker.") -> Path:
     """The folder of a checkpoint.
 
     source: "tiny", the checkpoint that is shipped with this package (a folder of that name is "./tiny"); or an existing
     folder, returned as it is; or a hub id `owner/name`, of which the files that are not in the hub's cache yet are
-    fetched: configuration, tokenizer, index, and the shards that hold tensors named `tensor_prefix`…; never code,
-    pickles or other parts of the model. revision: branch, tag or commit of a hub id. The hub library's environment
-    variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
+    fetched: configuration, tokenizer, index, and the shards that hold tensors named `tensor_prefix`… (None: no shards);
+    never code, pickles or other parts of the model. revision: branch, tag or commit of a hub id. The hub library's
+    environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
     Raises CheckpointError where the checkpoint cannot be found or fetched.
     """
     local = SHIPPED if source == SHIPPED.name else Path(source)
@@ -42,6 +42,8 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
     folder = _fetch(source, revision, SMALL_FILES)
+    if tensor_prefix is None:
+        return folder
     if (folder / INDEX_FILE).is_file():
         shards = sorted(set(read_weight_map(folder, tensor_prefix).values()))
     else:

@@ -42,6 +42,7 @@ class VisionSizes:
     video_min_pixels: int = 128 * 28**2
     video_max_pixels: int = 768 * 28**2
     max_video_tokens: int = 128_000
+    video_total_pixels: int | None = None
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -213,10 +214,10 @@ def target_size(height: int, width: int, *, factor: int = 28, min_pixels: int, m
 def clip_max_pixels(num_frames: int, sizes: VisionSizes) -> int:
     """The most pixels a frame may have in a clip of `num_frames`, so that the whole clip stays in bounds.
 
-    The clip's budget is 90 % of `max_video_tokens` tokens' worth of pixels, shared evenly; a frame keeps at
-    least 1.05 times the minimum. `cap_pixels_per_frame` of transformers, `total_pixels` of qwen-omni-utils.
+    The clip's budget, shared evenly, is `video_total_pixels` or else 90 % of `max_video_tokens` tokens' worth; a frame
+    keeps at least 1.05 times the minimum. `cap_pixels_per_frame` of transformers, `total_pixels` of qwen-omni-utils.
     """
-    total = int(sizes.max_video_tokens * sizes.factor**2 * 0.9)
+    total = sizes.video_total_pixels or int(sizes.max_video_tokens * sizes.factor**2 * 0.9)
     share = total * sizes.temporal_patch_size // num_frames
     return max(min(sizes.video_max_pixels, share), int(sizes.video_min_pixels * 1.05))
 

@@ -48,18 +48,24 @@ class Processor:
         max_frames: int = 768,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        total_pixels: int | None = None,
         on_frame: Callable[[int, int], None] | None = None,
     ) -> Inputs:
         """A conversation with media → the tensors of one request, on the CPU.
 
         messages: `omni.processing.chat.encode_chat` describes them, `omni.processing.media` what a medium may be.
         use_audio_in_video: whether clips are heard; one without sound is seen alone. fps, max_frames: of clips.
-        min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). on_frame:
-        called with (frames done, frames in all) of each clip while it is decoded.
+        min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). total_pixels: of
+        all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. on_frame: called
+        with (frames done, frames in all) of each clip while it is decoded.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
         ids = encode_chat(self.tokenizer, self.template, messages)  # before minutes go into decoding
         sizes = _bounded(self.sizes, min_pixels, max_pixels)
+        if total_pixels is not None and total_pixels < 1:
+            raise InputError(f"total_pixels must be at least 1, not {total_pixels}.")
+        if total_pixels is not None:
+            sizes = replace(sizes, video_total_pixels=total_pixels)
         tokens = self.config.tokens
         blocks: list[tuple[int, list[int]]] = []
         images: list[tuple[Tensor, Tensor]] = []

@@ -12,6 +12,8 @@ from seats.method import Method
 from seats.methods.divprune import DivPrune
 from seats.methods.dycoke import DyCoke
 from seats.methods.fastv import FastV
+from seats.methods.fastvid import FastVID
+from seats.methods.omnizip import OmniZip
 from seats.methods.random import Random
 from seats.methods.visionzip import VisionZip
 
@@ -24,6 +26,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "divprune": partial(DivPrune, both=False),
     "divprune-om": DivPrune,
     "dycoke": DyCoke,
+    "fastvid": FastVID,
+    "omnizip": OmniZip,
 }
 """Name → what makes the method, given video_ratio and audio_ratio. A new method is a file here and a line."""
 

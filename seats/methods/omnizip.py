@@ -183,17 +183,17 @@ def to_budget(
 
     initial: (B, W) float64. sizes, run: (B, W) int64. guided: (B, W) bool. The first run of the smallest share and the
     first of the largest stay as they are. The others are scaled; what is then missing is given to each of them alike,
-    once. Where all shares are equal, the first run counts twice in the scale, and the second step repairs it.
+    once, so that where `bounds` hold some of them back the rest is missed.
     """
     tokens = sizes.double()
     lost = initial * tokens
     target = removed * total(tokens, guided)
     smallest = run.gather(1, initial.masked_fill(~guided, float("inf")).argmin(dim=1, keepdim=True))
     largest = run.gather(1, initial.masked_fill(~guided, float("-inf")).argmax(dim=1, keepdim=True))
-    fixed = [guided & (run == one) for one in (smallest, largest)]
-    others = guided & ~fixed[0] & ~fixed[1]
+    fixed = guided & ((run == smallest) | (run == largest))
+    others = guided & ~fixed
     of_others = total(lost, others)
-    scale = (target - total(lost, fixed[0]) - total(lost, fixed[1])) / of_others
+    scale = (target - total(lost, fixed)) / of_others
     scaled = torch.where(others, (initial * scale).clamp(*bounds), initial)
     missing = target - total(scaled * tokens, guided)
     repaired = (scaled + missing / total(tokens, others)).clamp(*bounds)

@@ -106,7 +106,7 @@ def test_prefill_runs_at_full_size(built) -> None:
     with torch.device("meta"):
         thinker = Thinker(config)
         features = {"video": torch.empty(1 + levels, 144, hidden)}
-        sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), False, directly)
+        sound, _ = thinker.audio.encode_sound(torch.empty(128, 7777), None, directly)
     prompt = whole_prompt(200)
     plan = plan_without_selection(config.decoder.num_layers, prompt.counts(None))
     none = torch.empty(0, dtype=torch.long)

@@ -28,6 +28,7 @@ class Config:
 
     class decoder:  # noqa: N801
         num_layers = 28
+        hidden_size = 3584
 
 
 def make(name: str, video: float, audio: float) -> Method:
@@ -77,7 +78,7 @@ def test_no_more_is_kept_than_was_promised(
                     kept_alone.features[0][kept_alone.keep[0]], kept_together.features[row][kept_together.keep[row]]
                 )
         promised, _ = method.entering(windows[row], sounds)
-        assert 1 <= kept <= promised
+        assert (name != "omnizip") <= kept <= promised  # OmniZip has no floor: of one token it keeps none
         if name not in ("omnizip", "fastvid"):  # these learn from the data how many
             assert kept == promised
 

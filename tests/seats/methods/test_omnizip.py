@@ -36,7 +36,7 @@ class Clip:
 def clip(seed: int, layout: str) -> Clip:
     """Random features in one of the layouts of the two families, with one or two videos of different sizes."""
     chance = random.Random(seed)
-    kinds, grids = "t", []
+    kinds, grids = "t" * chance.randint(0, 1), []
     for _ in range(chance.choice((1, 2))):
         size, count = chance.randint(1, 9), chance.randint(1, 8)
         grids += [size] * count
@@ -325,6 +325,15 @@ def test_shares_are_brought_near_the_budget(saliency: list[float], removed: floa
     shares = to_budget(initial, sizes, run, torch.ones_like(run, dtype=torch.bool), removed, (0.35, 0.75))
     torch.testing.assert_close(shares[0, ::2], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=5e-5)
     assert torch.equal(shares[:, ::2], shares[:, 1::2])
+
+
+def test_two_groups_are_left_at_what_their_sound_gives() -> None:
+    """Whatever the ratio asks for, also where both have the same share of sound, all of it here."""
+    video, sound = torch.randn(36, CHANNELS), torch.randn(10, CHANNELS)
+    one = Clip(("v" * 18 + "a" * 5) * 2, [9] * 4, video, sound, torch.arange(10).float())
+    frames = media([one], "v")
+    kept, _ = OmniZip(video_ratio=0.2, audio_ratio=1.0).before(frames, media([one], "a"))
+    assert kept is not None and kept.keep.sum(dim=-1).tolist() == [[5, 5, 5, 5]]
 
 
 def test_sound_kept_counts_anchors() -> None:

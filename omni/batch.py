@@ -1,0 +1,447 @@
+"""python -m omni.batch questions.jsonl answers.jsonl: a data set of questions, answered on Ray Data.
+
+A row is {"id", "media", "question"} and any setting of `omni.generate` under its long name with underscores, which
+goes before the command line's. media: a path, a list of them, or null; paths are relative to the questions' folder.
+Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "tokens", "stats"}, or
+{"id", "error"}; they come as they are ready. What is written already is not asked again: a run that was stopped goes
+on when started anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+import weights
+from omni.config import DTYPES, OmniConfig, read_config
+from omni.generate import ERRORS, messages, method_of, model_parser, settings_parser
+from omni.inputs import InputError, Inputs
+from omni.model import Generation, load
+from omni.processing.processor import Processor
+
+COLUMNS = ("id", "media", "question")
+READERS = 2
+"""Cores for reading the questions, which Ray does with tasks of its own."""
+NO_ID = "the row has no id, which must be text or a whole number."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 for a bad request, 130 when interrupted. A row's error is no error of the run."""
+    options = argument_parser().parse_args(arguments)
+    try:
+        run(options)
+    except ERRORS as error:
+        print(f"omni-batch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("omni-batch: stopped; the same command goes on where it was.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="omni-batch",
+        description="Answer a data set of questions about clips, pictures and sounds.",
+        parents=[model_parser(), settings_parser()],
+    )
+    parser.add_argument("questions", type=Path, help="JSON lines or Parquet: id, media, question, settings")
+    parser.add_argument("answers", type=Path, help="JSON lines or Parquet; one that is there is completed")
+    parser.add_argument("--address", help="of a Ray cluster, or auto (default: this machine)")
+    parser.add_argument("--replicas", type=int, help="of the model (default: one to a GPU, or to four cores)")
+    parser.add_argument("--cores", type=int, help="of each replica on a CPU (default: all, shared out)")
+    parser.add_argument("--decoders", type=int, help="processes that read media (default: half of the cores)")
+    parser.add_argument("--batch", type=int, default=8, help="questions asked together (default: %(default)s)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises InputError for files and settings that no row can be answered with."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("data sets need Ray: pip install 'seats-omni[ray]'.") from None
+    for name in ("replicas", "cores", "decoders", "batch"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1.")
+    source = Source(options.questions)
+    journal = Journal(options.answers)
+    folder = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
+    method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
+    ids, unreadable = source.scan()
+    done = journal.ids | {row["id"] for row in unreadable}
+    started = time.perf_counter()
+    journal.write([json.dumps(row) for row in unreadable if row["id"] not in journal.ids])
+    errors = sum(row["id"] not in journal.ids for row in unreadable)
+    left = [each for each in ids if each not in journal.ids]
+    if left:
+        errors += answer(ray, options, source, journal, done)
+    seconds = time.perf_counter() - started
+    new = len(left) + sum(row["id"] not in journal.ids for row in unreadable)
+    journal.finish()
+    print(
+        f"{new} rows in {seconds:.1f} s ({new / max(seconds, 1e-9):.2f} a second), {errors} of them errors; "
+        f"{len(ids) + len(unreadable) - new} were there before: {options.answers}",
+        file=sys.stderr,
+    )
+
+
+def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journal, done: set[Any]) -> int:
+    """Answers what is left and returns how many errors there were."""
+    from ray.data import ActorPoolStrategy
+
+    pool = start(ray, options)
+    try:
+        rows = source.rows(ray.data).repartition(target_num_rows_per_block=options.batch)
+        prepared = rows.map_batches(
+            Prepare,
+            fn_constructor_args=(options, pool, ray.put(done)),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=pool.decoders),
+            num_cpus=1,
+        )
+        answered = prepared.map_batches(
+            Answer,
+            fn_constructor_args=(options, pool),
+            batch_size=2 * options.batch,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=pool.replicas),
+            num_cpus=pool.reserved,
+            num_gpus=int(pool.device.startswith("cuda")),
+        )
+        errors = 0
+        for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+            lines = batch["answer"].to_pylist()
+            journal.write(lines)
+            errors += sum("error" in json.loads(line) for line in lines)
+        return errors
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Processes that read media, and replicas of the model, each with so many threads. reserved: cores that Ray sets
+    aside for one."""
+
+    decoders: int
+    replicas: int
+    threads: int
+    reserved: int
+    device: str
+
+    def dtype(self, options: argparse.Namespace, config: OmniConfig) -> torch.dtype:
+        """As `omni.load` chooses."""
+        if options.dtype:
+            return DTYPES[options.dtype]
+        return torch.float32 if self.device == "cpu" else config.dtype
+
+
+def start(ray: Any, options: argparse.Namespace) -> Pool:
+    """Ray on this machine or in a cluster, and how its cores and GPUs are shared out."""
+    if options.address is None:
+        cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    else:
+        ray.init(address=options.address, logging_level="warning")
+        found = ray.cluster_resources()
+        cores, gpus = int(found.get("CPU", 1)), int(found.get("GPU", 0))
+    device = options.device or ("cuda" if gpus else "cpu")
+    on_gpu = device.startswith("cuda")
+    replicas = options.replicas or (gpus if on_gpu else max(1, cores // 4))
+    decoders = options.decoders or max(1, cores // 2 - READERS)
+    threads = options.cores or (1 if on_gpu else max(1, (cores if options.address is None else cores // 2) // replicas))
+    if options.address is not None:
+        return Pool(decoders, replicas, threads, reserved=threads, device=device)
+    # On one machine decoders and replicas take turns on the same cores, so Ray is told of more than there are.
+    promised = decoders + replicas + READERS
+    ray.init(num_cpus=promised, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    return Pool(decoders, replicas, threads, reserved=1, device=device)
+
+
+class Source:
+    """The file of questions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputError(f"{path} is not there.")
+        self.is_parquet = kind_of(path) == ".parquet"
+
+    def scan(self) -> tuple[list[Any], list[dict[str, Any]]]:
+        """The ids of the rows, and answers to lines that are none. Raises InputError where two have one id."""
+        ids: dict[Any, int] = {}
+        unreadable = []
+        for number, found in enumerate(self._ids(), 1):
+            if isinstance(found, InputError):
+                unreadable.append({"id": f"line {number}", "error": str(found)})
+            elif found in ids:
+                raise InputError(f"{self.path}: rows {ids[found]} and {number} have the same id {found!r}.")
+            else:
+                ids[found] = number
+        return list(ids), unreadable
+
+    def _ids(self) -> Iterator[Any]:
+        if self.is_parquet:
+            import pyarrow.parquet
+
+            try:
+                with pyarrow.parquet.ParquetFile(self.path) as file:
+                    names = set(file.schema_arrow.names)
+                    if not set(COLUMNS) <= names:
+                        raise InputError(f"{self.path} has no column {', '.join(sorted(set(COLUMNS) - names))}.")
+                    for batch in file.iter_batches(columns=["id"]):
+                        for found in batch["id"].to_pylist():
+                            yield found if isinstance(found, (str, int)) else InputError(NO_ID)
+            except pyarrow.ArrowInvalid as error:
+                raise InputError(f"{self.path} is no Parquet file: {error}") from None
+        else:
+            with self.path.open("rb") as lines:
+                for line in lines:
+                    if line.strip():
+                        try:
+                            yield parse(line)["id"]
+                        except InputError as error:
+                            yield error
+
+    def rows(self, data: Any) -> Any:
+        """As a dataset of Ray, relative media made absolute."""
+        return data.read_parquet(str(self.path)) if self.is_parquet else data.read_text(str(self.path))
+
+
+def kind_of(path: Path) -> str:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"{path} must end with .jsonl or .parquet.")
+    return path.suffix
+
+
+def parse(line: str | bytes) -> dict[str, Any]:
+    """A line of JSON as a row. Raises InputError where it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"the line is no JSON: {error}.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), (str, int)):
+        raise InputError(NO_ID)
+    return row
+
+
+class Journal:
+    """Answers as they come, a line each: the file of answers itself, or beside it one that Parquet is made from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path if kind_of(path) == ".jsonl" else path.with_suffix(".partial.jsonl")
+        if path.is_file() and self.file != path and not self.file.is_file():
+            raise InputError(f"{path} is there and whole: remove it to answer anew.")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.ids: set[Any] = set()
+        end = 0
+        if self.file.is_file():
+            with self.file.open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        break  # it was being written when the run ended
+                    self.ids.add(parse(line)["id"])
+                    end += len(line)
+            os.truncate(self.file, end)
+
+    def write(self, lines: list[str]) -> None:
+        if lines:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Makes Parquet of the lines, where that is wanted: whole or not at all."""
+        if self.file == self.path or not self.file.is_file():
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        new = self.path.with_suffix(".partial.parquet")
+        kinds = {"id": None, "text": None, "thought": None, "tokens": None, "stats": None, "error": None}
+        with self.file.open(encoding="utf-8") as lines:
+            rows = [kinds | json.loads(line) for line in lines]
+        for row in rows:
+            row["id"] = str(row["id"])
+            row["stats"] = row["stats"] and json.dumps(row["stats"])
+        schema = pyarrow.schema(
+            [(name, pyarrow.list_(pyarrow.int64()) if name == "tokens" else pyarrow.string()) for name in kinds]
+        )
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), new)
+        new.replace(self.path)
+        self.file.unlink()
+
+
+class RowSettings(argparse.ArgumentParser):
+    """The command line's settings, in a row."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument --')}.")
+
+
+def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Namespace:
+    """The settings of a row: its own, then the command line's. Raises InputError."""
+    parser = settings_parser(RowSettings)
+    known = vars(parser.parse_args([]))
+    arguments = []
+    for name, value in row.items():
+        if name in known and value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            arguments += ([flag] if value else []) if isinstance(value, bool) else [f"{flag}={value}"]
+    return parser.parse_args(arguments, copy(options))
+
+
+class Prepare:
+    """Reads media and makes tensors: one of the processes on CPUs."""
+
+    def __init__(self, options: argparse.Namespace, pool: Pool, done: Any) -> None:
+        """done: ids that are answered, a set or Ray's reference to one."""
+        torch.set_num_threads(1)
+        if not isinstance(done, set):
+            import ray
+
+            done = ray.get(done)
+        self.options, self.done = options, done
+        self.folder = options.questions.resolve().parent
+        checkpoint = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
+        self.config = read_config(checkpoint)
+        self.processor = Processor(checkpoint, self.config)
+        self.dtype = pool.dtype(options, self.config)
+
+    def __call__(self, table: Any) -> Any:
+        """A row → id and settings as JSON, tensors as safetensors; nothing for one that is answered or unreadable."""
+        (row,) = table.to_pylist()
+        if set(row) == {"text"}:
+            try:
+                row = parse(row["text"])
+            except InputError:
+                row = {"id": None}
+        if row["id"] is None or row["id"] in self.done:
+            return {"row": [], "tensors": []}
+        try:
+            made = self.prepared(row)
+        except Exception as error:  # whatever a file can do, it is this row's alone
+            made = {"row": json.dumps({"id": row["id"], "error": reason(error)}), "tensors": b""}
+        return {name: [value] for name, value in made.items()}
+
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        options = row_options(row, self.options)
+        if not isinstance(row.get("question"), str):
+            raise InputError("the row has no question.")
+        media = row.get("media")
+        sources = [] if media is None else [media] if isinstance(media, str) else list(media)
+        options.question, options.media = row["question"], [str(self.folder / source) for source in sources]
+        started = time.perf_counter()
+        inputs = self.processor.prepare(
+            messages(options),
+            use_audio_in_video=not options.no_audio,
+            fps=options.fps,
+            max_frames=options.max_frames,
+            max_pixels=options.max_pixels,
+        )
+        seconds = time.perf_counter() - started
+        settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
+        told = {"id": row["id"], "settings": settings, "media_seconds": seconds, "heard": inputs.use_audio_in_video}
+        return {"row": json.dumps(told), "tensors": packed(inputs, self.dtype)}
+
+
+def packed(inputs: Inputs, dtype: torch.dtype) -> bytes:
+    """As safetensors, what the encoders see in their dtype already: half the size in bfloat16."""
+    from safetensors.torch import save
+
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    for name in ("pixel_values", "pixel_values_videos", "input_features"):
+        tensors[name] = None if tensors[name] is None else tensors[name].to(dtype)
+    return save({name: value.contiguous() for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+def unpacked(tensors: bytes, heard: bool) -> Inputs:
+    from safetensors.torch import load
+
+    return Inputs(**load(tensors), use_audio_in_video=heard)
+
+
+def reason(error: Exception) -> str:
+    """In words where it is one of ours."""
+    return str(error) if isinstance(error, (*ERRORS, MemoryError, ValueError)) else f"{type(error).__name__}: {error}"
+
+
+class Answer:
+    """A replica of the model."""
+
+    def __init__(self, options: argparse.Namespace, pool: Pool) -> None:
+        torch.set_num_threads(pool.threads)
+        self.most = options.batch
+        self.model = load(
+            options.model,
+            device=pool.device,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            revision=options.revision,
+            compile=options.compile,
+        )
+
+    def __call__(self, table: Any) -> dict[str, Any]:
+        """Rows of `Prepare` → answers as lines of JSON. Those of one plan and the same settings run together."""
+        lines: list[str] = []
+        groups: dict[Any, list[tuple[dict[str, Any], Inputs]]] = {}
+        for row, tensors in zip(table["row"].to_pylist(), table["tensors"].to_pylist(), strict=True):
+            told = json.loads(row)
+            if "error" in told:
+                lines.append(row)
+                continue
+            try:
+                inputs = unpacked(tensors, told["heard"])
+                settings = argparse.Namespace(**told["settings"])
+                plan = self.model.engine.plan(inputs, method_of(settings, self.model.config))
+            except Exception as error:
+                lines.append(json.dumps({"id": told["id"], "error": reason(error)}))
+                continue
+            # What is drawn at random depends on who is asked beside it.
+            alone = told["id"] if settings.temperature else None
+            key = plan, json.dumps(told["settings"]), alone
+            groups.setdefault(key, []).append((told, inputs))
+        for group in groups.values():
+            for start in range(0, len(group), self.most):
+                lines += self.answers(group[start : start + self.most])
+        return {"answer": lines}
+
+    def answers(self, group: list[tuple[dict[str, Any], Inputs]]) -> list[str]:
+        settings = argparse.Namespace(**group[0][0]["settings"])
+        try:
+            found = self.model.generate(
+                [inputs for _, inputs in group],
+                seats=method_of(settings, self.model.config),
+                kv=settings.kv,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=settings.seed,
+            )
+        except Exception as error:
+            if len(group) > 1:  # whose fault it is shows when each is asked alone
+                return [line for one in group for line in self.answers([one])]
+            return [json.dumps({"id": group[0][0]["id"], "error": reason(error)})]
+        return [line_of(told, generation) for (told, _), generation in zip(group, found, strict=True)]
+
+
+def line_of(told: dict[str, Any], generation: Generation) -> str:
+    stats = {**asdict(generation.stats), "media_seconds": told["media_seconds"]}
+    report = {"text": generation.text, "thought": generation.thought, "tokens": generation.tokens, "stats": stats}
+    return json.dumps({"id": told["id"], **report}, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The model `seats_omni` for lmms-eval (EvolvingLMMs-Lab/lmms-eval, 0.7), which finds it by its entry point.
+
+    lmms-eval --model seats_omni --model_args pretrained=Qwen/Qwen2.5-Omni-7B,retention=0.1,max_frames=128 \
+        --tasks worldsense --batch_size 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+import omni
+from omni.config import DTYPES
+from omni.inputs import InputError, Inputs
+from seats.methods import method_for
+
+
+def manifest() -> ModelManifest:
+    return ModelManifest(model_id="seats_omni", chat_class_path="omni.lmms.SeatsOmni")
+
+
+class SeatsOmni(lmms):
+    """pretrained, revision, device, dtype, compile: `omni.load`. method, retention, video_ratio, audio_ratio:
+    `seats.method_for`; retention=1 keeps every token. kv: `Omni.prefill`. fps, max_frames, min_pixels, max_pixels,
+    total_pixels: `Omni.prepare`. use_audio_in_video: whether clips are heard. system_prompt: instead of the chat
+    template's, or a file that has it. max_new_tokens: where a task says nothing. batch_size: requests together, of one
+    plan each.
+
+    Several processes (`accelerate launch`) share the requests out, one replica of the model each. A request that fails
+    ends the run: a benchmark with holes is none.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "Qwen/Qwen2.5-Omni-7B",
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        compile: bool = False,
+        method: str = "seats",
+        retention: float = 0.35,
+        video_ratio: float | None = None,
+        audio_ratio: float | None = None,
+        kv: str = "pruned",
+        fps: float = 2.0,
+        max_frames: int = 768,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
+        use_audio_in_video: bool = True,
+        system_prompt: str | None = None,
+        max_new_tokens: int = 512,
+        batch_size: int | str = 1,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        unknown.pop("max_batch_size", None)  # lmms-eval's own, of no use here
+        if unknown:
+            raise InputError(f"seats_omni has no setting {', '.join(sorted(unknown))}.")
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self._world_size > 1:
+            self.accelerator = accelerator
+            device = device if device == "cpu" or not torch.cuda.is_available() else str(accelerator.device)
+        self.model = omni.load(
+            str(pretrained),
+            revision=revision,
+            device=device,
+            dtype=DTYPES[dtype] if dtype else None,
+            compile=bool(compile),
+        )
+        given = {"video_ratio": video_ratio, "audio_ratio": audio_ratio}
+        everything = float(retention) == 1 and set(given.values()) <= {None, 1}
+        self.method = None if everything else method_for(method, self.model.config, float(retention), **given)
+        self.kv = kv
+        self.media: dict[str, Any] = {
+            "use_audio_in_video": bool(use_audio_in_video),
+            "fps": float(fps),
+            "max_frames": int(max_frames),
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "total_pixels": total_pixels,
+        }
+        self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
+        self.max_new_tokens, self.batch_size = int(max_new_tokens), int(batch_size)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        from tqdm import tqdm
+
+        answers: dict[int, str] = {}
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model responding") as bar:
+            for numbers, inputs, options in self.batches(requests):
+                generations = self.model.generate(inputs, seats=self.method, kv=self.kv, **options)
+                for number, generation in zip(numbers, generations, strict=True):
+                    answers[number] = generation.text
+                    context, _, settings, *_ = requests[number].args
+                    self.cache_hook.add_partial("generate_until", (context, settings), generation.text)
+                bar.update(len(numbers))
+        return [answers[number] for number in range(len(requests))]
+
+    def batches(self, requests: list[Any]) -> Iterator[tuple[list[int], list[Inputs], dict[str, Any]]]:
+        """Requests by number, prepared, whose plan and settings are the same, `batch_size` of them at most.
+
+        Not more than eight batches are held at a time, so that a benchmark of hours of video fits in memory.
+        """
+        waiting: dict[Any, tuple[list[int], list[Inputs], dict[str, Any]]] = {}
+        for number, request in enumerate(requests):
+            _, doc_to_messages, settings, doc_id, task, split = request.args
+            inputs = self.prepare(doc_to_messages(self.task_dict[task][split][doc_id]))
+            options = self.options(settings)
+            key = self.model.engine.plan(inputs, self.method), tuple(sorted(options.items()))
+            batch = waiting.setdefault(key, ([], [], options))
+            batch[0].append(number)
+            batch[1].append(inputs)
+            if len(batch[0]) == self.batch_size:
+                yield waiting.pop(key)
+            elif len(waiting) == 8:
+                yield waiting.pop(next(iter(waiting)))
+        yield from waiting.values()
+
+    def prepare(self, messages: list[dict[str, Any]]) -> Inputs:
+        """lmms-eval's chat messages, whose media are under "url", → tensors."""
+        ours = []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [part_of(part) for part in content]
+            ours.append({"role": message["role"], "content": content})
+        if self.system_prompt is not None:
+            ours = [message for message in ours if message["role"] != "system"]
+            ours.insert(0, {"role": "system", "content": self.system_prompt})
+        return self.model.prepare(ours, **self.media)
+
+    def options(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """A task's settings as `Omni.generate` takes them."""
+        sampled = settings.get("do_sample", True) and settings.get("temperature")
+        options: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens", self.max_new_tokens))}
+        if sampled:
+            options |= {"temperature": float(settings["temperature"]), "top_p": float(settings.get("top_p") or 1.0)}
+        return options
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("seats_omni generates; it does not score given answers.")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("seats_omni answers one question at a time.")
+
+
+def part_of(part: dict[str, Any]) -> dict[str, Any]:
+    """One part of a message. Raises InputError for a cut of a clip, which is not made here."""
+    kind = part["type"]
+    if kind == "text":
+        return {"type": "text", "text": part["text"]}
+    if part.get("start_time") is not None or part.get("end_time") is not None:
+        raise InputError("seats_omni takes whole clips: cut them beforehand, not by start_time and end_time.")
+    source = part.get("url", part.get(kind))
+    if isinstance(source, dict):  # a decoded sound of `datasets`
+        source = source["array"], source["sampling_rate"]
+    return {"type": kind, kind: source}

@@ -1,0 +1,166 @@
+"""Data sets: rows are read, answered together where they can be, written once; what is wrong with one stays with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import omni
+from omni.batch import Answer, Journal, Pool, Prepare, Source, argument_parser, main, row_options
+from omni.inputs import InputError
+
+pyarrow = pytest.importorskip("pyarrow")
+ALONE = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> dict[Any, dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows), "an answer stands twice"
+    return {row["id"]: row for row in rows}
+
+
+def options(checkpoint: Path, questions: Path, *more: str) -> argparse.Namespace:
+    return argument_parser().parse_args(
+        [
+            "--model",
+            str(checkpoint),
+            "--max-new-tokens",
+            "5",
+            *more,
+            str(questions),
+            str(questions.parent / "out.jsonl"),
+        ]
+    )
+
+
+def test_rows_go_before_the_command_line() -> None:
+    given = argument_parser().parse_args(["--retention", "0.25", "--fps", "1", "q.jsonl", "a.jsonl"])
+    row = {"id": 1, "retention": 0.1, "max_new_tokens": 3, "no_audio": True, "fps": None, "answer": "left alone"}
+    found = row_options(row, given)
+    assert (found.retention, found.max_new_tokens, found.no_audio, found.fps) == (0.1, 3, True, 1)
+    assert given.retention == 0.25 and not given.no_audio
+    with pytest.raises(InputError, match=r"retention: must be above 0 and at most 1"):
+        row_options({"retention": 2}, given)
+    with pytest.raises(InputError, match=r"kv: invalid choice"):
+        row_options({"kv": "all"}, given)
+
+
+def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
+    questions = write(tmp_path / "q.jsonl", {"id": "a"}, "{broken", "", {"question": "?"}, "[1]", {"id": 2})
+    ids, unreadable = Source(questions).scan()
+    assert ids == ["a", 2]
+    assert [row["id"] for row in unreadable] == ["line 2", "line 3", "line 4"]
+    assert "is no JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
+
+
+def test_ids_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rows 1 and 3 have the same id 'a'"):
+        Source(write(tmp_path / "q.jsonl", {"id": "a"}, {"id": "b"}, {"id": "a"})).scan()
+
+
+@pytest.mark.parametrize("name", ["q.csv", "gone.jsonl"])
+def test_files_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "q.csv").write_text("id\n1\n")
+    with pytest.raises(InputError, match=r"must end with \.jsonl or \.parquet|is not there"):
+        Source(tmp_path / name)
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
+    """What a killed run left half-written is no answer."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "one", "text": "x"}\n{"id": "two", "te')
+    journal = Journal(path)
+    assert journal.ids == {"one"}
+    journal.write(['{"id": "two", "text": "y"}'])
+    assert read(path).keys() == {"one", "two"}
+    assert Journal(path).ids == {"one", "two"}
+
+
+def test_parquet_comes_whole_or_not_at_all(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    journal = Journal(path)
+    journal.write(['{"id": 7, "text": "x", "thought": "", "tokens": [1, 2], "stats": {"macs": 3}}'])
+    assert not path.exists()
+    assert Journal(path).ids == {7}
+    journal.write(['{"id": "b", "error": "no"}'])
+    journal.finish()
+    rows = parquet.read_table(path).to_pylist()
+    assert [row["id"] for row in rows] == ["7", "b"]
+    assert rows[0]["tokens"] == [1, 2] and json.loads(rows[0]["stats"]) == {"macs": 3}
+    assert rows[1]["error"] == "no" and rows[1]["text"] is None
+    assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
+    with pytest.raises(InputError, match="is there and whole"):
+        Journal(path)
+
+
+def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path, clip: Path, model: omni.Omni) -> None:
+    """Rows of two lengths and settings, with a clip, without, and with what cannot be answered among them."""
+    rows = [
+        {"id": "clip", "media": str(clip), "question": "What happens?"},
+        {"id": "same", "media": [str(clip)], "question": "What is seen?"},
+        {"id": "all", "media": str(clip), "question": "What happens?", "retention": 1},
+        {"id": "text", "media": None, "question": "Who are you?"},
+        {"id": "gone", "media": "gone.mp4", "question": "?"},
+        {"id": "mute", "media": None},
+        {"id": "wrong", "media": None, "question": "?", "seed": -1},
+        {"id": "done", "media": None, "question": "?"},
+    ]
+    given = options(checkpoint, tmp_path / "q.jsonl")
+    prepare, answer = Prepare(given, ALONE, {"done"}), Answer(given, ALONE)
+    made = [prepare(pyarrow.table({"text": [json.dumps(row)]})) for row in rows]
+    assert made[-1] == {"row": [], "tensors": []}
+    table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
+    found = {line["id"]: line for line in map(json.loads, answer(table)["answer"])}
+    assert found.keys() == {row["id"] for row in rows} - {"done"}
+    assert "gone.mp4 does not exist" in found["gone"]["error"]
+    assert found["mute"]["error"] == "the row has no question."
+    assert found["wrong"]["error"].startswith("seed: must be from 0")
+    for row in rows[:4]:
+        content: list[dict[str, str]] = [{"type": "text", "text": row["question"]}]
+        if row["media"]:
+            content.insert(0, {"type": "video", "video": str(clip)})
+        inputs = model.prepare([{"role": "user", "content": content}])
+        seats = None if row.get("retention") == 1 else omni.generate.method_of(given, model.config)
+        alone = model.generate(inputs, seats=seats, max_new_tokens=5)
+        assert found[row["id"]]["tokens"] == alone.tokens
+        assert found[row["id"]]["text"] == alone.text
+        assert found[row["id"]]["stats"]["segments"] == alone.stats.segments
+
+
+def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every row once, also when the run goes on from what an earlier one wrote; then nothing is left to do."""
+    pytest.importorskip("ray")
+    rows = [{"id": number, "media": None, "question": f"Question {number}?"} for number in range(12)]
+    questions = write(tmp_path / "q.jsonl", *rows, "{broken", {"id": "gone", "media": "gone.png", "question": "?"})
+    answers = tmp_path / "a.jsonl"
+    answers.write_text('{"id": 3, "text": "from before"}\n{"id": 4, "te')
+    command = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3", "--batch", "4"]
+    assert main([*command, str(questions), str(answers)]) == 0
+    found = read(answers)
+    assert found.keys() == {*range(12), "line 13", "gone"}
+    assert found[3]["text"] == "from before"
+    assert [each for each in found if "error" in found[each]] == ["line 13", "gone"]
+    assert "13 rows" in capfd.readouterr().err
+    assert main([*command, str(questions), str(answers)]) == 0
+    assert "0 rows" in capfd.readouterr().err
+    assert read(answers) == found
+
+
+def test_what_fits_no_row_is_said_first(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"})
+    command = ["--model", str(checkpoint), str(questions), str(tmp_path / "a.jsonl")]
+    assert main(["--method", "fastv", "--retention", "0.1", *command]) == 1
+    assert capsys.readouterr().err.startswith("omni-batch: token selection cannot run: FastV cannot keep")
+    assert main(["--batch", "0", *command]) == 1
+    assert not (tmp_path / "a.jsonl").exists()
