@@ -780,7 +780,7 @@ def main() -> None:
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
     parser.add_argument("--letters", type=int, default=1000, help="practice without a clip (default: %(default)s)")
     parser.add_argument("--remembered", type=int, default=2500, help="clips for readings (default: %(default)s)")
-    parser.add_argument("--readings", type=int, default=30_000, help="of the decoder alone (default: %(default)s)")
+    parser.add_argument("--readings", type=int, default=12_000, help="of the decoder alone (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2500, help="that all learns from, last (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips (default: %(default)s)")
