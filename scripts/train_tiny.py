@@ -10,9 +10,9 @@ encoders made of the same clips, from a part of the tokens, which is several tim
 clips, each drawn anew. Many questions share a clip in one sequence and do not see each other.
 
 Some layers on the way are told what they are for, in the same words: after a few, a token of sound is to say what is on
-screen and to count, and one of an option to say its letter; after some more, the last token of a question is to look at what it asks for
-and say what the answer is about, then to look at the option that says so. Without these hints all of that is found by
-chance, after a long time.
+screen and to count, and one of an option to say its letter; after some more, the last token of a question is to look at
+what it asks for and say what the answer is about, then to look at the option that says so. Without these hints all of
+that is found by chance, after a long time.
 """
 
 from __future__ import annotations
@@ -486,7 +486,8 @@ class Student(nn.Module):
         """media: (n, hidden) what the encoders made of video, then of sound; None where there is no clip.
 
         Returns (n, vocab) logits where answers are predicted, and (7,) losses of the hints: colour, shape and beeps
-        by token of sound, letters by token of options, what questions look at, what answers are about, what option they look at.
+        by token of sound, letters by token of options, what questions look at, what answers are about, what option
+        they look at.
         """
         thinker, clip = self.thinker, example.clip
         x, _ = thinker.embed(example.ids[None], example.source[None], None if media is None else media[None, None])
