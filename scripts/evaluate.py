@@ -40,7 +40,7 @@ from seats import Method, SeatsConfig
 from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs, Step
 from seats.methods import NAMES
-from seats.selection import AUDIO, TEXT, VIDEO, rank_in_group
+from seats.selection import AUDIO, VIDEO, highest_of_each
 
 RETENTIONS = (0.35, 0.25, 0.15, 0.10)
 
@@ -79,11 +79,10 @@ class Windowless(SeatsConfig):
 
     def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
         assert step.video is not None and step.audio is not None
-        limits = torch.zeros(len(kind), 4, dtype=torch.long, device=kind.device)
-        for medium, ratio in ((VIDEO, step.video), (AUDIO, step.audio)):
-            limits[:, medium] = keep_counts((kind == medium).sum(-1), ratio)
-        group = kind.long()
-        return (kind == TEXT) | (rank_in_group(scores, group) < limits.gather(1, group))
+        video, audio = (
+            keep_counts((kind == medium).sum(-1), ratio) for medium, ratio in ((VIDEO, step.video), (AUDIO, step.audio))
+        )
+        return highest_of_each(scores, kind, video, audio)
 
 
 def stage_one_alone(config: SeatsConfig) -> SeatsConfig:

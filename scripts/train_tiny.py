@@ -3,15 +3,16 @@
     python scripts/train_tiny.py .train                  # resumes what is there; writes .train/checkpoint at the end
 
 Clips are made without a file. First the encoders alone learn to say what is seen and heard at each of their tokens, in
-the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound. Then the
+the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound and of how
+many beeps there were so far. Then the
 decoder practises to name options by their letters, on text alone. Then it learns to answer, many times about what the
 encoders made of the same clips, from a part of the tokens, which is several times as fast. Then all learns from whole
 clips, each drawn anew. Many questions share a clip in one sequence and do not see each other.
 
 Some layers on the way are told what they are for, in the same words: after a few, a token of sound is to say what is on
-screen, and one of an option its letter; after some more, the last token of a question is to look at what it asks for
-and say what the answer is about, then to look at the option that says so. Without these hints all of that is found by
-chance, after a long time.
+screen and to count, and one of an option to say its letter; after some more, the last token of a question is to look at
+what it asks for and say what the answer is about, then to look at the option that says so. Without these hints all of
+that is found by chance, after a long time.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ QUESTIONS, CHOICES = 14, 0.5
 SHARES = 0.1, 0.7
 """Of the tokens of remembered clips, that are left in: fewer cost less, and what is left out is done without."""
 BESIDE_LAYER = 3
-"""After this layer of the decoder tokens of sound say what is on screen, and those of options their letter."""
+"""After this layer of the decoder tokens of sound say what is on screen and count, and those of options say their
+letter."""
 ANSWER_LAYER = 5
 """In this layer the last token of a question looks at what is asked for, and after it says what the answer is about; of
 options not the letter yet."""
@@ -124,14 +126,14 @@ def sample_text() -> str:
 
 @dataclass(frozen=True)
 class Lesson:
-    """about: the words of the answer, which `answer` is or which its letter stands for. sought: which sight or sound of
-    the scene knows it."""
+    """about: the words of the answer, which `answer` is or which its letter stands for. sought: which tokens of the
+    clip know it, as `where` says."""
 
     kind: str
     prompt: str
     answer: str
     about: str
-    sought: world.Sight | world.Sound | None = None
+    sought: tuple[int, int] | None = None
     weight: float = 1.0
 
 
@@ -165,12 +167,15 @@ def lessons(scene: world.Scene, draw: np.random.Generator, count: int, choices: 
     return [*found, Lesson("everything", "Tell everything that happens.", told, "", weight=2.0)]
 
 
-def where(scene: world.Scene, kind: str, which: int) -> world.Sight | world.Sound:
-    """What of a scene answers a question of that kind about its event number `which`."""
+def where(scene: world.Scene, kind: str, which: int) -> tuple[int, int]:
+    """What of a scene answers a question of that kind about its event number `which`: 0 and the number of its colour, 1
+    and that of its sound, or 2 and that of beeps so far, as tokens are labelled; in a scene no two have the same."""
     if kind == "beeps":
-        return next(sound for sound in scene.sounds if sound.beeps)
+        return 2, max(sound.beeps for sound in scene.sounds) - 1
     event = 0 if kind.startswith("first") else which
-    return scene.sights[event] if kind in ("colour", "shape", "first sight") else scene.sounds[event]
+    if kind in ("colour", "shape", "first sight"):
+        return 0, 1 + list(world.COLOURS).index(scene.sights[event].colour)
+    return 1, 1 + world.SOUNDS.index(scene.sounds[event].name)
 
 
 def letters(number: int) -> list[Lesson]:
@@ -188,8 +193,8 @@ class Clip:
 
     patches, grid, mel: as in `Inputs`, of one clip. ids, positions, source: (S,), (3, S), (S,) as in
     `omni.stages.Request`; next_position: of what follows. seen: (2, n) colour and shape at each token of video, heard:
-    (n,) the sound at each of sound, beside: (2, n) colour and shape on screen then; 0 nothing. media: what the encoders
-    make of it, (n, hidden), where that is known.
+    (2, n) the sound at each of sound and how many beeps there were so far, less one, beside: (2, n) colour and shape on
+    screen then; 0 nothing. media: what the encoders make of it, (n, hidden), where that is known.
     """
 
     scene: world.Scene
@@ -221,7 +226,7 @@ class Example:
     answer, wanted: (n,) these tokens, lesson: (n,) of which question. ends: (m,) last tokens of questions, said: (m,) a
     word of the answer, by number, shares: (m,) one divided by how many of these there are. options: (k,) tokens of
     options, marks: (k,) number of their letters. asks: (q, 1) last tokens of questions that something of the
-    clip answers, sought: (q, 2) whether that is seen or heard, 0 or 1, and the number of its colour or of its sound.
+    clip answers, sought: (q, 2) what that is, as `where` says.
     picks: (o, 2) last tokens of questions with options, and the number of the right letter.
     """
 
@@ -315,7 +320,7 @@ class Clips(Dataset[Clip]):
         """No clip at all, for questions that need none."""
         empty, none = torch.empty(0), torch.empty(0, dtype=torch.long)
         two = none.view(2, 0)
-        return Clip(world.Scene(0, (), (), 0), empty, none, empty, none, empty.expand(3, 0), none, 300, two, none, two)
+        return Clip(world.Scene(0, (), (), 0), empty, none, empty, none, empty.expand(3, 0), none, 300, two, two, two)
 
     def option_tokens(self, ids: list[int]) -> list[tuple[int, int]]:
         """Places of the words of options in a prompt, each with the number of its letter."""
@@ -353,7 +358,7 @@ class Clips(Dataset[Clip]):
             words = self.telling(each.about)
             said += [(first, word, 1 / len(words)) for word in words]
             if each.sought is not None:
-                asks.append((first, *number_of(each.sought)))
+                asks.append((first, *each.sought))
             if answer[0] in self.words["letter"]:
                 picks.append((first, self.words["letter"].index(answer[0])))
             marks += [(len(ids) + place, letter) for place, letter in self.option_tokens(prompt)]
@@ -387,13 +392,6 @@ class Clips(Dataset[Clip]):
         )
 
 
-def number_of(event: world.Sight | world.Sound) -> tuple[int, int]:
-    """0 and a sight's colour, 1 and a sound, by number, as tokens are labelled: in a scene no two have the same."""
-    if isinstance(event, world.Sight):
-        return 0, 1 + list(world.COLOURS).index(event.colour)
-    return 1, 1 + world.SOUNDS.index(event.name)
-
-
 def drill(number: int) -> world.Scene:
     """Another shape every second, and sounds without a pause."""
     draw = np.random.default_rng([len(world.SPLITS), number])
@@ -425,10 +423,14 @@ def what_is_seen(scene: world.Scene) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def what_is_heard(scene: world.Scene, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """(tokens,): number of the sound at each token, 25 of which are a second, 0 where there is none."""
-    labels = np.zeros(tokens, np.int64)
+    """(2, tokens): number of the sound at each token, 25 of which are a second, and how many beeps there were so far,
+    less one; 0 where there is none."""
+    labels = np.zeros((2, tokens), np.int64)
     for sound in scene.sounds:
-        labels[round(25 * sound.start) : round(25 * (sound.start + sound.seconds))] = 1 + world.SOUNDS.index(sound.name)
+        start, end = (round(25 * at) for at in (sound.start, sound.start + sound.seconds))
+        labels[0, start:end] = 1 + world.SOUNDS.index(sound.name)
+        for beep in range(1, sound.beeps):
+            labels[1, round(25 * (sound.start + world.BEEP * beep)) : end] = beep
     return labels
 
 
@@ -470,27 +472,31 @@ class Student(nn.Module):
         return pictures[0], sound
 
     def labelled(self, clip: Clip, pictures: Tensor, sound: Tensor) -> Tensor:
-        """(3,) losses by token of colour, shape and sound."""
+        """(4,) losses by token of colour, shape, sound and beeps."""
         return torch.stack(
             [
                 self.told(pictures, "colour", clip.seen[0]),
                 self.told(pictures, "shape", clip.seen[1]),
-                self.told(sound, "sound", clip.heard),
+                self.told(sound, "sound", clip.heard[0]),
+                self.told(sound, "count", clip.heard[1]),
             ]
         )
 
     def forward(self, example: Example, media: Tensor | None) -> tuple[Tensor, Tensor]:
         """media: (n, hidden) what the encoders made of video, then of sound; None where there is no clip.
 
-        Returns (n, vocab) logits where answers are predicted, and (6,) losses of the hints: colour and shape by token
-        of sound, letters by token of options, what questions look at, what answers are about, what option they look at.
+        Returns (n, vocab) logits where answers are predicted, and (7,) losses of the hints: colour, shape and beeps
+        by token of sound, letters by token of options, what questions look at, what answers are about, what option
+        they look at.
         """
         thinker, clip = self.thinker, example.clip
         x, _ = thinker.embed(example.ids[None], example.source[None], None if media is None else media[None, None])
         rotary = thinker.rotary(example.positions[:, None])
         video = clip.seen.shape[1]
         is_sound = example.source >= video if media is not None else None
-        hints = dict.fromkeys(("colour", "shape", "letter", "look", "answer", "choice"), x.new_zeros(()).float())
+        hints = dict.fromkeys(
+            ("colour", "shape", "count", "letter", "look", "answer", "choice"), x.new_zeros(()).float()
+        )
         for number, layer in enumerate(thinker.layers, 1):
             if number == ANSWER_LAYER and len(example.asks) and media is not None:
                 hints["look"] = looked(cast(Layer, layer), x, rotary, example, example.asks[:, 0], sought_of(example))
@@ -498,8 +504,10 @@ class Student(nn.Module):
                 hints["choice"] = looked(cast(Layer, layer), x, rotary, example, example.picks[:, 0], right_of(example))
             x = through(cast(Layer, layer), x, rotary, example)
             if number == BESIDE_LAYER and is_sound is not None:
-                features, labels = plain(x[0, is_sound]), clip.beside[:, example.source[is_sound] - video]
-                hints |= {name: self.told(features, name, labels[i]) for i, name in enumerate(("colour", "shape"))}
+                features, labels = plain(x[0, is_sound]), torch.cat((clip.beside, clip.heard[1:]))
+                labels = labels[:, example.source[is_sound] - video]
+                told = zip(("colour", "shape", "count"), labels, strict=True)
+                hints |= {name: self.told(features, name, label) for name, label in told}
             if number == BESIDE_LAYER and len(example.options):
                 said = F.linear(plain(x[0, example.options]), self.embeddings("letter")).float()
                 hints["letter"] = F.cross_entropy(said, example.marks)
@@ -536,9 +544,10 @@ def looked(
 def sought_of(example: Example) -> Tensor:
     """Which tokens of the clip answer each of the questions that it answers: (q, S) bool."""
     clip = example.clip
-    labels = torch.cat((clip.seen[0], clip.heard + 100 * (clip.heard > 0)))[example.source.clamp(min=0)]
-    labels = labels.masked_fill(example.source < 0, 0)
-    return labels == (example.sought[:, 1] + 100 * example.sought[:, 0])[:, None]
+    videos, sounds = clip.seen.shape[1], clip.heard.shape[1]
+    table = torch.cat((F.pad(clip.seen[:1], (0, sounds)), F.pad(clip.heard, (videos, 0))))
+    labels = table[:, example.source.clamp(min=0)].masked_fill(example.source < 0, 0)
+    return labels[example.sought[:, 0]] == example.sought[:, 1:]
 
 
 def right_of(example: Example) -> Tensor:
@@ -554,15 +563,17 @@ def plain(x: Tensor) -> Tensor:
 
 
 def words_of(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Ids of the word that tells each colour, shape and sound from the others; of letters; of all that answers say."""
+    """Ids of the word that tells each colour, shape, sound and count from the others; of letters; of all that answers
+    say."""
     sounds = ("low", "high", "rising", "falling", "beeps")
     found = {
         name: [tokenizer.encode(f" {word}") for word in words]
         for name, words in (("colour", world.COLOURS), ("shape", world.SHAPES), ("sound", sounds))
     }
+    found["count"] = [tokenizer.encode(count) for count in "2345"]
     found["letter"] = [tokenizer.encode(letter) for letter in "ABCD"]
-    others = [tokenizer.encode(count) for count in "2345"] + [tokenizer.encode(f" {when}") for when in WHEN]
-    found["answer"] = [*found["colour"], *found["shape"], *found["sound"], *others]
+    when = [tokenizer.encode(f" {word}") for word in WHEN]
+    found["answer"] = [*found["colour"], *found["shape"], *found["sound"], *found["count"], *when]
     assert all(len(ids) == 1 for many in found.values() for ids in many), "a word that is not one token"
     return {name: [ids[0] for ids in many] for name, many in found.items()}
 
@@ -697,16 +708,16 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((10,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    means, saved = torch.full((12,), math.nan), time.monotonic()  # of the answers' loss and of those by token
     for clip in stream(student, data, course, done, device, workers):
-        answer, hints = torch.full((), math.nan, device=device), torch.full((6,), math.nan, device=device)
+        answer, hints = torch.full((), math.nan, device=device), torch.full((7,), math.nan, device=device)
         is_practice = course.drills <= done < course.practised
         with mixed:
-            media, side = clip.media, torch.full((3,), math.nan, device=device)
+            media, side = clip.media, torch.full((4,), math.nan, device=device)
             if not is_practice:
                 if media is None:
                     media = torch.cat(student.encode(clip))
-                side = student.labelled(clip, *media.split([clip.seen.shape[1], clip.heard.shape[0]]))
+                side = student.labelled(clip, *media.split([clip.seen.shape[1], clip.heard.shape[1]]))
             loss = side.nansum()
             if done >= course.drills:
                 draw = np.random.default_rng([done, 4])
@@ -780,7 +791,7 @@ def main() -> None:
     parser.add_argument("--drills", type=int, default=3000, help="of the encoders, first (default: %(default)s)")
     parser.add_argument("--letters", type=int, default=1000, help="practice without a clip (default: %(default)s)")
     parser.add_argument("--remembered", type=int, default=2500, help="clips for readings (default: %(default)s)")
-    parser.add_argument("--readings", type=int, default=30_000, help="of the decoder alone (default: %(default)s)")
+    parser.add_argument("--readings", type=int, default=12_000, help="of the decoder alone (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2500, help="that all learns from, last (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips (default: %(default)s)")

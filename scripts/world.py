@@ -24,6 +24,8 @@ SIDE, FPS, RATE = 112, 4, 16_000
 """Pixels of a frame, frames a second, samples a second."""
 SHORTEST, LONGEST = 8, 32
 """Seconds of a clip."""
+BEEP = 0.3
+"""Seconds from one beep of a row to the next."""
 
 COLOURS = {
     "red": (225, 45, 45),
@@ -143,7 +145,7 @@ def draw_sight(draw: np.random.Generator, start: float, end: float, colour: str,
 def draw_sound(draw: np.random.Generator, name: str, earliest: float, end: float) -> Sound:
     """A sound of that name between two times, 1.6 s apart or more."""
     beeps = int(draw.integers(2, 6)) if "beeps" in name else 0
-    length = 0.3 * beeps if beeps else float(draw.uniform(0.8, 1.4))
+    length = BEEP * beeps if beeps else float(draw.uniform(0.8, 1.4))
     low, high = {"a row of beeps": (600, 900), "a low tone": (180, 320), "a rising sweep": (180, 320)}.get(
         name, (1400, 2400)
     )
@@ -287,7 +289,7 @@ def waveform(scene: Scene) -> NDArray[np.float32]:
         wave = np.sin(2 * math.pi * np.cumsum(hertz) / RATE)
         edge = np.minimum(time, each.seconds - time) / 0.02
         if each.beeps:
-            within = time % 0.3  # a beep of 0.18 s, then silence
+            within = time % BEEP  # a beep of 0.18 s, then silence
             edge = np.where(within < 0.18, np.minimum(within, 0.18 - within) / 0.01, 0)
         start = round(each.start * RATE)
         sound[start : start + len(time)] += draw.uniform(0.15, 0.35) * wave * np.clip(edge, 0, 1)

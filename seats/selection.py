@@ -135,6 +135,17 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(-1, order, place)
 
 
+def highest_of_each(scores: Tensor, kind: Tensor, video: Tensor, audio: Tensor) -> Tensor:
+    """All of the text, and of the whole sequence so many video and audio tokens of the highest score: (B, S) bool.
+
+    scores, kind: as in `select`. video, audio: (B,) int64. Ties go to the lower index.
+    """
+    none = torch.zeros_like(video)
+    limits = torch.stack((none, video, audio, none), dim=1)
+    group = kind.long()
+    return (kind == TEXT) | (rank_in_group(scores, group) < limits.gather(1, group))
+
+
 def compact(keep: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The indices of what is kept, in order, in a fixed number of slots.
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
 from seats.methods.ranking import apart, intact, part, sound_intact, unit
@@ -35,18 +36,13 @@ class DivPrune(BeforeDecoder):
     def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
         of_video, of_audio = torch.tensor([sum(video)]), torch.tensor([sum(audio)])
         if self.both:
-            return int(rounded(of_video, self.video_ratio) + rounded(of_audio, self.audio_ratio)), 0
+            return int(keep_counts(of_video, self.video_ratio) + keep_counts(of_audio, self.audio_ratio)), 0
         ratios = sound_intact(of_video, of_audio, self.video_ratio, self.audio_ratio)
-        return int(rounded(of_video, ratios[0]) + part(of_audio, ratios[1])), 0
+        return int(keep_counts(of_video, ratios[0]) + part(of_audio, ratios[1])), 0
 
     def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
         share_out = apart if self.both else intact
         return share_out(most_diverse, video, audio, (self.video_ratio, self.audio_ratio))
-
-
-def rounded(tokens: Tensor, ratio: float | Tensor) -> Tensor:
-    """max(1, round(ratio · n)), 0 of none: int64."""
-    return (ratio * tokens.double()).round().long().clamp(min=1).minimum(tokens)
 
 
 def most_diverse(media: Media, ratio: float | Tensor) -> Kept:
@@ -54,7 +50,7 @@ def most_diverse(media: Media, ratio: float | Tensor) -> Kept:
     there = media.there.flatten(1)
     features = unit(media.features.flatten(1, 2).masked_fill(~there[..., None], 0), 1e-8)
     most = max(1, round(ratio * there.shape[1])) if isinstance(ratio, float) else there.shape[1]
-    keep = farthest(features, there, rounded(media.sizes.sum(dim=-1), ratio), most)
+    keep = farthest(features, there, keep_counts(media.sizes.sum(dim=-1), ratio), most)
     return Kept(keep.view(media.received.shape))
 
 

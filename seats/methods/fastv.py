@@ -13,7 +13,7 @@ from torch import Tensor
 from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs, Step, require_ratio
 from seats.methods.ranking import apart, noise, sound_intact
-from seats.selection import AUDIO, TEXT, VIDEO, rank_in_group
+from seats.selection import AUDIO, VIDEO, highest_of_each
 
 if TYPE_CHECKING:
     from seats.plan import Counts
@@ -89,7 +89,4 @@ class FastV:
             of_video, of_audio = sound_intact(video, audio, step.video, step.audio)
             wanted = keep_counts(video, of_video), keep_counts(audio, of_audio)
             scores = torch.where(kind == AUDIO, noise(scores.shape[1], scores.device), scores)
-        none = torch.zeros_like(video)
-        limits = torch.stack((none, *wanted, none), dim=1)
-        group = kind.long()
-        return (kind == TEXT) | (rank_in_group(scores, group) < limits.gather(1, group))
+        return highest_of_each(scores, kind, *wanted)
