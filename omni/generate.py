@@ -31,8 +31,13 @@ from seats.methods import NAMES, method_for
 from weights import CheckpointError
 
 CLIP = Path(__file__).parent / "demo" / "clip.mp4"
-QUESTION = "What was on screen when the low tone sounded?"
-"""Of the clip, for the checkpoint `tiny`."""
+QUESTION = """What was on screen when the low tone sounded?
+A. a purple circle
+B. an orange ring
+C. a red triangle
+D. a green star
+Answer with the letter."""
+"""Of the clip, for the checkpoint `tiny`: it is D."""
 
 ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, MediaError, InputError)
 """Every way in which a request can be wrong; anything else is a fault of this library."""

@@ -59,11 +59,12 @@ def test_the_name_takes_no_revision() -> None:
 def test_transformers_agrees(tiny: omni.Omni, asked: list[tuple[Path, str, str]]) -> None:
     """The same folder, the same tensors: logits within 1e-3, and far from flat."""
     transformers = pytest.importorskip("transformers")
-    whole = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(tiny.folder, dtype=torch.float32)
+    # The thinker alone: the class of the whole asks for the voices of a talker, which is a pickle.
+    thinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny.folder, dtype=torch.float32)
     for clip, prompt, _ in asked:
         inputs = tiny.prepare(messages(clip, prompt))
         with torch.inference_mode():
-            expected = whole.thinker(**as_batch(inputs), use_cache=False).logits[0, -1]
+            expected = thinker(**as_batch(inputs), use_cache=False).logits[0, -1]
         assert expected.std() > 1
         torch.testing.assert_close(tiny.prefill(inputs).logits, expected, atol=1e-3, rtol=0)
 
@@ -81,10 +82,9 @@ def test_answers_about_clips_it_has_not_seen(
 
 
 def test_bare_command_answers_right(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demonstration: a line for each retention, the right answer on all of them."""
+    """The demonstration: a line for each retention, the right letter on all of them."""
     assert main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert str(CLIP) in lines[0] and QUESTION in lines[1]
-    rows = [line for line in lines if line.startswith(("100%", "35%", "10%"))]
-    assert len(rows) == 3
-    assert len({row.split()[1:4] != [] and " ".join(row.split()[1:4]) for row in rows}) == 1
+    shown = capsys.readouterr().out
+    assert str(CLIP) in shown and QUESTION in shown
+    rows = [line.split() for line in shown.splitlines() if "%" in line]
+    assert [row[:2] for row in rows] == [["100%", "D"], ["35%", "D"], ["10%", "D"]]

@@ -95,6 +95,7 @@ def test_labels_say_where_things_are(train_tiny: ModuleType) -> None:
     seen, heard = train_tiny.what_is_seen(scene), train_tiny.what_is_heard(scene, 25 * scene.seconds)
     assert set(seen[0]) == {0, *(1 + list(world.COLOURS).index(sight.colour) for sight in scene.sights)}
     assert set(seen[1]) == {0, *(1 + world.SHAPES.index(sight.shape) for sight in scene.sights)}
+    heard, counted = heard
     assert set(heard) == {0, *(1 + world.SOUNDS.index(sound.name) for sound in scene.sounds)}
     by_second = seen[1].reshape(scene.seconds, -1)
     for sight in scene.sights:
@@ -110,7 +111,7 @@ def test_labels_beside_a_sound_are_of_its_sight(train_tiny: ModuleType) -> None:
     import world
 
     scene = world.make_scene("train", 5)
-    heard = train_tiny.what_is_heard(scene, 25 * scene.seconds)
+    heard, _ = train_tiny.what_is_heard(scene, 25 * scene.seconds)
     beside = train_tiny.what_is_beside(scene, 25 * scene.seconds)
     for sight, sound in zip(scene.sights, scene.sounds, strict=True):
         there = beside[:, heard == 1 + world.SOUNDS.index(sound.name)]
@@ -136,11 +137,51 @@ def test_lessons_are_true(train_tiny: ModuleType) -> None:
     assert len({lesson.answer for lesson in chosen}) == 4
 
 
-def test_learning_rate_rises_twice_and_falls(train_tiny: ModuleType) -> None:
-    course = train_tiny.Course(3000, 100, 10_000, 1000)
+def test_learning_rate_rises_where_something_begins_and_falls(train_tiny: ModuleType) -> None:
+    course = train_tiny.Course(drills=3000, letters=1000, remembered=100, readings=10_000, clips=1000)
     rates = [train_tiny.learning_rate(done, course) for done in range(0, course.end + 1, 10)]
     assert rates[0] == 0 and max(rates) <= train_tiny.LEARNING_RATE
-    assert rates[299] == train_tiny.LEARNING_RATE and rates[301] < 0.1 * train_tiny.LEARNING_RATE
+    for begun in (300, 400):
+        assert rates[begun - 1] == train_tiny.LEARNING_RATE and rates[begun + 1] < 0.1 * train_tiny.LEARNING_RATE
     assert rates[-1] < 0.05 * train_tiny.LEARNING_RATE
     # Without a jump between readings and whole clips.
-    assert abs(rates[1300] - rates[1301]) < 0.01 * train_tiny.LEARNING_RATE
+    assert abs(rates[1400] - rates[1401]) < 0.01 * train_tiny.LEARNING_RATE
+
+
+def test_beeps_are_counted_as_they_are_heard(train_tiny: ModuleType) -> None:
+    """From the second beep on, each token of a row says how many there were; tokens of other sounds say nothing."""
+    import world
+
+    for number in range(20):
+        scene = world.make_scene("train", number)
+        _, counted = train_tiny.what_is_heard(scene, 25 * scene.seconds)
+        row = next((sound for sound in scene.sounds if sound.beeps), None)
+        runs = [int(label) for label in counted[np.flatnonzero(np.diff(counted, prepend=0))] if label]
+        assert runs == ([] if row is None else list(range(1, row.beeps)))
+        if row is not None:
+            first = np.flatnonzero(counted)[0] / 25
+            assert abs(first - row.start - world.BEEP) < 0.05
+
+
+def test_what_is_sought_is_where_the_answer_is(train_tiny: ModuleType) -> None:
+    """Every question that the clip answers points at tokens: of that colour, that sound, or that many beeps."""
+    import world
+
+    clips = train_tiny.Clips(weights.locate("tiny"), "validation", 8)
+    clip = clips[1]
+    asked = train_tiny.lessons(clip.scene, np.random.default_rng(0), 60, 0.5)
+    example = clips.ask(clip, asked)
+    sought = train_tiny.sought_of(example)
+    pointing = [lesson for lesson in asked if lesson.sought is not None]
+    assert len(pointing) == len(sought) and {lesson.sought[0] for lesson in pointing} == {0, 1, 2}
+    videos = clip.seen.shape[1]
+    for lesson, there in zip(pointing, sought, strict=True):
+        source = example.source[there]
+        assert len(source) and (source >= 0).all()
+        where, number = lesson.sought
+        if where == 0:
+            assert (source < videos).all() and (clip.seen[0, source] == number).all()
+        else:
+            assert (source >= videos).all() and (clip.heard[where - 1, source - videos] == number).all()
+        if where == 2:
+            assert world.SOUNDS[int(clip.heard[0, source[0] - videos]) - 1] == "a row of beeps"
