@@ -92,10 +92,9 @@ def test_labels_say_where_things_are(train_tiny: ModuleType) -> None:
     import world
 
     scene = world.make_scene("train", 5)
-    seen, heard = train_tiny.what_is_seen(scene), train_tiny.what_is_heard(scene, 25 * scene.seconds)
+    seen, (heard, _) = train_tiny.what_is_seen(scene), train_tiny.what_is_heard(scene, 25 * scene.seconds)
     assert set(seen[0]) == {0, *(1 + list(world.COLOURS).index(sight.colour) for sight in scene.sights)}
     assert set(seen[1]) == {0, *(1 + world.SHAPES.index(sight.shape) for sight in scene.sights)}
-    heard, counted = heard
     assert set(heard) == {0, *(1 + world.SOUNDS.index(sound.name) for sound in scene.sounds)}
     by_second = seen[1].reshape(scene.seconds, -1)
     for sight in scene.sights:
