@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from seats.cost import prefill_macs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -122,6 +124,21 @@ class DecoderConfig:
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    def macs(self, tokens: int, drops: Sequence[tuple[int, int]] = (), layers: int | None = None) -> int:
+        """Multiply-accumulates of a prefill, as `seats.cost.prefill_macs`, with the head; or of some layers alone."""
+        return prefill_macs(
+            tokens,
+            drops,
+            num_layers=self.num_layers if layers is None else layers,
+            hidden_size=self.hidden_size,
+            # Where a few layers of many are dense, the count takes them for sparse ones.
+            intermediate_size=self.experts_per_token * self.expert_size or self.intermediate_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            vocab_size=self.vocab_size if layers is None else 0,
+            head_dim=self.head_dim,
+        )
 
 
 @dataclass(frozen=True)

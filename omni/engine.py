@@ -15,13 +15,13 @@ from torch import Tensor
 
 from omni import stages
 from omni.cache import Cache
+from omni.config import OmniConfig
 from omni.inputs import InputError, Inputs
 from omni.layers import directly
 from omni.processing.positions import Layout, layout
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
-from seats.cost import prefill_macs
 from seats.method import Method
 from seats.plan import Counts, StagePlan, make_plan, plan_without_selection
 
@@ -34,7 +34,8 @@ class Prefill:
 
     kept: the surviving original positions after each selection step, in order; empty where every token is kept.
     relevance: for each step after the first, float32 scores of the positions that it chose from, those of `kept`
-    before it; None where it leaves text alone. cache and next_position are what decoding continues from. Seconds are
+    before it; None where it leaves text alone. config: the model's. method: what chose them, None where every token is
+    kept. cache and next_position are what decoding continues from. Seconds are
     those of the whole batch.
     """
 
@@ -42,6 +43,8 @@ class Prefill:
     kept: list[Tensor]
     relevance: list[Tensor | None] = field(repr=False)
     cache: Cache = field(repr=False)
+    config: OmniConfig = field(repr=False)
+    method: Method | None
     next_position: float
     tokens: dict[str, int]
     segments: list[int]
@@ -166,6 +169,7 @@ class Engine:
         self._synchronize()
         seconds = time.perf_counter() - started - encode_seconds
         ends = [segment.layers[1] for segment in plan.segments[:-1]]
+        decoder = thinker.config.decoder
         prefills = []
         for row, place in enumerate(places):
             survivors = [where[row, : count[row]] for where, count in kept]
@@ -181,11 +185,13 @@ class Engine:
                     kept=survivors if method is not None else [],
                     relevance=scored,
                     cache=cache.row(row) if len(places) > 1 else cache,
+                    config=thinker.config,
+                    method=method,
                     next_position=place.next_position,
                     tokens=place.counts,
                     segments=segments,
-                    macs=self._macs(segments[0], drops),
-                    full_macs=self._macs(place.positions.shape[1], []),
+                    macs=decoder.macs(segments[0], drops),
+                    full_macs=decoder.macs(place.positions.shape[1]),
                     encode_seconds=encode_seconds,
                     prefill_seconds=seconds,
                 )
@@ -232,21 +238,6 @@ class Engine:
         if self.compiled is not None:
             return self.compiled.stepper(sampling, token, position, noise, cache)
         return lambda: step(self.thinker, sampling, token, position, noise, cache)
-
-    def _macs(self, tokens: int, drops: list[tuple[int, int]]) -> int:
-        decoder = self.thinker.config.decoder
-        return prefill_macs(
-            tokens,
-            drops,
-            num_layers=decoder.num_layers,
-            hidden_size=decoder.hidden_size,
-            # Where a few layers of many are dense, the count takes them for sparse ones.
-            intermediate_size=decoder.experts_per_token * decoder.expert_size or decoder.intermediate_size,
-            num_heads=decoder.num_heads,
-            num_kv_heads=decoder.num_kv_heads,
-            vocab_size=decoder.vocab_size,
-            head_dim=decoder.head_dim,
-        )
 
     def _check_context(self, places: Layout, max_new_tokens: int) -> None:
         limit = self.thinker.config.decoder.max_position_embeddings

@@ -173,14 +173,12 @@ def _answer(options: argparse.Namespace) -> None:
         print(file=sys.stderr)  # ends the line of the thought
     print(figures(generation, media_seconds), file=sys.stderr)
     if options.explain:
-        print(explain(inputs, prefills[0], model.config, method), file=sys.stderr)
+        print(explain(inputs, prefills[0]), file=sys.stderr)
     if options.show:
         show(
             inputs,
             prefills[0],
             options.show,
-            config=model.config,
-            seats=method,
             sizes=vision_sizes(model.folder, model.config),
             question=options.question,
             answer=generation.text,

@@ -26,8 +26,6 @@ from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
 from omni.processing.frames import QWEN3_OMNI_SIZES, VisionSizes
 from omni.processing.positions import layout
-from seats.cost import prefill_macs
-from seats.method import Method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,8 +141,6 @@ def show(
     prefill: Prefill,
     path: str | Path,
     *,
-    config: OmniConfig,
-    seats: Method | None = None,
     sizes: VisionSizes | None = None,
     question: str = "",
     answer: str = "",
@@ -152,15 +148,14 @@ def show(
 ) -> None:
     """Draws what each stage kept: a page where `path` ends with .html, a still picture where with .png.
 
-    prefill: of these inputs by a model of this `config`, with these `seats`; None where every token was kept. sizes:
-    the checkpoint's (`vision_sizes`), by which its processor made patches; the family's unless given. The texts are
-    shown as they are. A file that is there is replaced when the new one is whole.
-    Raises InputError for a path that cannot be written or of another ending, for a prefill that is not of these
-    inputs and settings, and where a .png is asked for and there is no matplotlib.
+    prefill: of these inputs. sizes: the checkpoint's (`vision_sizes`), by which its processor made patches; the
+    family's unless given. The texts are shown as they are. A file that is there is replaced when the new one is whole.
+    Raises InputError for a path that cannot be written or of another ending, for a prefill of other inputs, and where a
+    .png is asked for and there is no matplotlib.
     """
     path = check_path(path)
     suffix = path.suffix.lower()
-    view = read(inputs, prefill, config, seats)
+    config, view = prefill.config, read(inputs, prefill)
     if sizes is None:
         sizes = replace(
             QWEN3_OMNI_SIZES if config.family == QWEN3 else VisionSizes(),
@@ -170,7 +165,7 @@ def show(
         )
     tiles, thinned = lay_tiles(view, inputs, config, MOST_TILES[suffix])
     drawn = list(zip(tiles, draw_tiles(tiles, inputs, config, sizes), strict=True))
-    method = "every token kept" if seats is None else str(seats)
+    method = "every token kept" if prefill.method is None else str(prefill.method)
     texts = {"question": question, "answer": answer, "settings": "\n".join(filter(None, (settings, method)))}
     content = (page if suffix == ".html" else still)(view, drawn, texts, thinned)
     _write(path, content)
@@ -195,12 +190,12 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
-def explain(inputs: Inputs, prefill: Prefill, config: OmniConfig, seats: Method | None = None) -> str:
+def explain(inputs: Inputs, prefill: Prefill) -> str:
     """The same as a table in plain text: tokens and multiply-accumulates by stage, tokens by window.
 
     Arguments and errors: `show`.
     """
-    view = read(inputs, prefill, config, seats)
+    view = read(inputs, prefill)
     shown = [kind for kind in KINDS if view.stages[0].tokens[kind]]
     rows = [["stage", "layers", "tokens", "left", *shown, "multiply-acc.", "every token"]]
     for stage in view.stages:
@@ -222,8 +217,9 @@ def explain(inputs: Inputs, prefill: Prefill, config: OmniConfig, seats: Method 
     return "\n".join(text)
 
 
-def read(inputs: Inputs, prefill: Prefill, config: OmniConfig, seats: Method | None) -> View:
+def read(inputs: Inputs, prefill: Prefill) -> View:
     """Which token came how far, and what that cost. Errors: `show`."""
+    config = prefill.config
     places = layout(inputs, config)
     length = places.positions.shape[1]
     if prefill.tokens != places.counts:
@@ -235,10 +231,7 @@ def read(inputs: Inputs, prefill: Prefill, config: OmniConfig, seats: Method | N
         reach[kept] += 1
 
     depth = config.decoder.num_layers
-    steps = seats.steps(depth) if seats is not None and prefill.kept else []
-    other = InputError("the prefill is of another model or ran with other settings: give show the ones of the prefill.")
-    if prefill.kept and len(steps) + 1 != len(prefill.kept):
-        raise other
+    steps = [] if prefill.method is None else prefill.method.steps(depth)
     names, fates = ["All tokens"], ["kept to the end"]
     if prefill.kept:
         names, fates = [*names, "Before the decoder"], ["dropped before the decoder", *fates]
@@ -261,31 +254,12 @@ def read(inputs: Inputs, prefill: Prefill, config: OmniConfig, seats: Method | N
                 name=name,
                 layers=layers,
                 tokens=dict(zip(KINDS, there, strict=True)),
-                macs=_layer_macs(sum(there), layers, config),
-                full_macs=_layer_macs(length, layers, config),
+                macs=config.decoder.macs(sum(there), layers=layers[1] - layers[0]),
+                full_macs=config.decoder.macs(length, layers=layers[1] - layers[0]),
                 scores=spread,
             )
         )
-    head = config.decoder.hidden_size * config.decoder.vocab_size
-    # The count of the layers in between, which the prefill does not name, comes out only with the right ones.
-    if sum(stage.macs for stage in stages) + stages[-1].total * head != prefill.macs:
-        raise other
     return View(kind, reach, stages, _windows(kind), fates, depth, prefill.macs, prefill.full_macs)
-
-
-def _layer_macs(tokens: int, layers: tuple[int, int], config: OmniConfig) -> int:
-    decoder = config.decoder
-    return prefill_macs(
-        tokens,
-        [],
-        num_layers=layers[1] - layers[0],
-        hidden_size=decoder.hidden_size,
-        intermediate_size=decoder.experts_per_token * decoder.expert_size or decoder.intermediate_size,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        vocab_size=0,  # the head is not theirs
-        head_dim=decoder.head_dim,
-    )
 
 
 def _windows(kind: Tensor) -> list[tuple[range, range]]:

@@ -14,7 +14,8 @@ import omni
 import seats
 from omni.encoders.received import received_attention
 from omni.runtime.blank import blank_clip
-from seats.diversity import begin, pick, window_counts
+from seats.budget import keep_counts
+from seats.diversity import begin, pick
 
 SHAPES = 100
 
@@ -74,7 +75,7 @@ def _kernels(device: torch.device) -> dict[str, Any] | str:
         torch.manual_seed(seed)
         windows, tokens, channels = draw.randint(1, 40), draw.randint(1, 700), draw.choice((32, 80, 512))
         sizes = torch.randint(0, tokens + 1, (windows,), device=device)
-        counts = window_counts(sizes, draw.random() or 1.0)
+        counts = keep_counts(sizes, draw.random() or 1.0)
         features = torch.randn(windows, tokens, channels, device=device)
         begun = begin(features, torch.rand(windows, tokens, device=device), sizes)
         keep = torch.zeros(windows, tokens, dtype=torch.bool, device=device)

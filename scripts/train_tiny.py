@@ -1,6 +1,6 @@
 """Trains `tiny`, the checkpoint that is shipped in `weights/tiny`: a thinker that understands the world of `world.py`.
 
-    python scripts/train_tiny.py .train                  # resumes what is there; writes .train/checkpoint at the end
+    python scripts/train_tiny.py .train     # resumes what is there; leaves .train/training.png and .train/checkpoint
 
 Clips are made without a file. First the encoders alone learn to say what is seen and heard at each of their tokens, in
 the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound and of how
@@ -745,6 +745,7 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
             with log_file.open("a", encoding="utf-8") as file:
                 line = {"clips": done, "loss": means[0].item(), "tokens": means[1:].tolist(), "accuracy": accuracy}
                 file.write(json.dumps(line) + "\n")
+            draw(log_file, folder / "training.png")
         if time.monotonic() - saved > 120 or done == course.end:
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
             torch.save(state, state_file.with_suffix(".new"))
@@ -752,6 +753,32 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
             saved = time.monotonic()
     bar.close()
     weights.save_sharded(public_tensors(student.thinker), checkpoint, max_shard_bytes=1 << 30)
+
+
+def draw(log_file: Path, picture: Path) -> None:
+    """Loss of answers, and accuracy by kind of question, with options and without, over the clips learnt from."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
+    clips = [line["clips"] for line in lines]
+    figure, (loss, *accuracies) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    loss.semilogy(clips, [line["loss"] for line in lines], ".-")
+    loss.set(title="answers", xlabel="clips", ylabel="cross-entropy by question, nats")
+    free = {kind for line in lines for kind in line["accuracy"] if kind.endswith(", free") or kind == "everything"}
+    for axes, title, kinds in (
+        (accuracies[0], "four options", sorted(lines[-1]["accuracy"].keys() - free)),
+        (accuracies[1], "free answers", sorted(free)),
+    ):
+        for kind in kinds:
+            right = [100 * line["accuracy"].get(kind, math.nan) for line in lines]
+            axes.plot(clips, right, ".-", label=kind.removesuffix(", free"))
+        axes.set(title=title, xlabel="clips", ylabel="right, % of validation", ylim=(0, 102))
+        axes.legend(fontsize=8, loc="upper left")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
 
 
 def learning_rate(done: int, course: Course) -> float:

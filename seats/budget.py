@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def keep_counts(tokens: Tensor, ratio: float | Tensor) -> Tensor:
-    """(B,) tokens of a modality → (B,) int64 to keep: max(1, round(ratio · tokens)), 0 of none."""
+    """How many to keep of so many tokens: integers → int64, max(1, round(ratio · tokens)), half to even, 0 of none."""
     return (ratio * tokens.double()).round().long().clamp(min=1).minimum(tokens)
 
 

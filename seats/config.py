@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seats.diversity import keep_most_diverse, window_counts
+from seats.budget import keep_counts
+from seats.diversity import keep_most_diverse
 from seats.method import Kept, Media, Needs, Step, require_ratio
 from seats.schedule import keep_ratios
 from seats.selection import select_in_graph
@@ -82,7 +83,7 @@ class SeatsConfig:
 
     def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
         ratios = zip((video, audio), self.encoder_ratios, strict=True)
-        kept = [window_counts(torch.tensor(sizes, dtype=torch.long), ratio) for sizes, ratio in ratios]
+        kept = [keep_counts(torch.tensor(sizes, dtype=torch.long), ratio) for sizes, ratio in ratios]
         return sum(int(counts.sum()) for counts in kept), 0
 
     def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:

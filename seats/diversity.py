@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from seats.budget import keep_counts
 from seats.method import Media, require_ratio
 
 BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -36,7 +37,7 @@ def win_div_prune(features: Tensor, attention: Tensor, window_tokens: int, ratio
         rearrange(F.pad(features, (0, 0, 0, padding)), "(w n) d -> w n d", n=window_tokens),
         rearrange(F.pad(attention, (0, padding)), "(w n) -> w n", n=window_tokens),
         sizes,
-        window_counts(sizes, ratio),
+        keep_counts(sizes, ratio),
     )
     return keep.flatten().nonzero().squeeze(-1)
 
@@ -45,15 +46,7 @@ def keep_most_diverse(media: Media, ratio: float) -> Tensor:
     """Stage I on windows of one modality, which keep so large a share: (B, W, n) bool."""
     sizes = media.sizes.flatten()
     features, weights = media.features.flatten(0, 1), media.received.flatten(0, 1)
-    return max_min_keep(features, weights, sizes, window_counts(sizes, ratio)).view(media.received.shape)
-
-
-def window_counts(sizes: Tensor, ratio: float) -> Tensor:
-    """How many tokens windows of these sizes keep: (W,) integers → (W,) int64.
-
-    max(1, round(ratio · size)), half to even, and never more than there are: 0 of an empty window.
-    """
-    return (ratio * sizes.double()).round().long().clamp(min=1).minimum(sizes)
+    return max_min_keep(features, weights, sizes, keep_counts(sizes, ratio)).view(media.received.shape)
 
 
 @torch.library.custom_op("seats::max_min_keep", mutates_args=(), device_types="cpu")

@@ -60,6 +60,25 @@ def test_ratios_and_kv(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixtu
     assert sizes[0] < sizes[1]
 
 
+def test_what_was_kept_is_shown(
+    checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--explain adds the library's table, --show writes its page with question and answer; the answer is the same."""
+    assert run(checkpoint, clip, "What happens here?") == 0
+    plain = capsys.readouterr().out
+    page = tmp_path / "kept.html"
+    assert run(checkpoint, "--explain", "--show", page, clip, "What happens here?") == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert "\nBefore the decoder" in err and "video + audio tokens by window" in err
+    text = page.read_text()
+    assert "What happens here?" in text and str(checkpoint) in text
+    assert run(checkpoint, "--show", tmp_path / "kept.txt", clip, "What?") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"omni-generate: {tmp_path / 'kept.txt'}: what each stage kept is written as .html or .png."
+    ]
+
+
 def test_qwen3_answers_the_same_way(
     write_checkpoint: Callable[[str], Path], clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,7 @@ def shown(
     pair: Pair, inputs: omni.Inputs, path: Path, seats: Method | None = SETTINGS, **texts: str
 ) -> tuple[omni.Prefill, dict[str, Any]]:
     prefill = pair.model.prefill(inputs, seats=seats)
-    show(inputs, prefill, path, config=pair.model.config, seats=seats, **texts)
+    show(inputs, prefill, path, **texts)
     return prefill, data_of(path) if path.suffix == ".html" else {}
 
 
@@ -146,7 +146,7 @@ def test_frames_are_those_that_went_in(pair: Pair, tmp_path: Path) -> None:
     frames = torch.randint(0, 256, (4, 3, 2, 3)).repeat_interleave(side, 2).repeat_interleave(side, 3).byte()
     inputs.pixel_values_videos, grid = patchify(frames, sizes)
     assert grid.tolist() == inputs.video_grid_thw[0].tolist()
-    view = read(inputs, pair.model.prefill(inputs), pair.model.config, None)
+    view = read(inputs, pair.model.prefill(inputs))
     tiles, _ = lay_tiles(view, inputs, pair.model.config, most=9)
     drawn = draw_tiles(tiles, inputs, pair.model.config, sizes)
     for picture, frame in zip(drawn, frames[::2], strict=True):
@@ -233,7 +233,7 @@ def test_what_cannot_be_written(pair: Pair, tmp_path: Path, monkeypatch: pytest.
 
     def attempt(path: Path, message: str) -> None:
         with pytest.raises(InputError, match=message):
-            show(inputs, prefill, path, config=pair.model.config, seats=SETTINGS)
+            show(inputs, prefill, path)
 
     attempt(tmp_path / "kept.txt", r"kept.txt: what each stage kept is written as .html or .png")
     attempt(tmp_path / "missing" / "kept.html", "there is no folder .*missing")
@@ -257,19 +257,16 @@ def test_what_cannot_be_written(pair: Pair, tmp_path: Path, monkeypatch: pytest.
         patch.setattr(Path, "write_bytes", full)
         attempt(path, "kept.html cannot be written: No space left on device")
     assert [each.read_text() for each in tmp_path.iterdir()] == ["the one before"]
-    show(inputs, prefill, str(path), config=pair.model.config, seats=SETTINGS)
+    show(inputs, prefill, str(path))
     assert data_of(path)["reach"]
 
 
 def test_another_prefill_is_refused(pair: Pair, tmp_path: Path) -> None:
     inputs = make_request(pair, REQUESTS["clip with sound"])
     prefill = pair.model.prefill(inputs, seats=SETTINGS)
-    other = type(SETTINGS)(**{**vars(SETTINGS), "drop_layers": (1, 3)})
-    for seats in (None, other, method_for("fastv-om", pair.model.config, 0.6)):
-        with pytest.raises(InputError, match="with other settings"):
-            show(inputs, prefill, tmp_path / "kept.html", config=pair.model.config, seats=seats)
-    with pytest.raises(InputError, match="the prefill is of a prompt of"):
-        explain(make_request(pair, REQUESTS["sound"]), prefill, pair.model.config, SETTINGS)
+    for call in (lambda other: show(other, prefill, tmp_path / "kept.html"), lambda other: explain(other, prefill)):
+        with pytest.raises(InputError, match="the prefill is of a prompt of"):
+            call(make_request(pair, REQUESTS["sound"]))
     assert not list(tmp_path.iterdir())
 
 
@@ -278,7 +275,7 @@ def test_the_table(pair: Pair, name: str) -> None:
     """A line for each stage with its tokens, and for each window with what it has left."""
     inputs = make_request(pair, MEDIA[name])
     prefill = pair.model.prefill(inputs, seats=SETTINGS)
-    text = explain(inputs, prefill, pair.model.config, SETTINGS)
+    text = explain(inputs, prefill)
     lines = text.splitlines()
     assert len({len(line) for line in lines[:2]}) <= 2 and max(map(len, lines)) < 160
     if not prefill.kept:

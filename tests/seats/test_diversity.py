@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seats import diversity, win_div_prune
-from seats.diversity import max_min_keep, window_counts
+from seats.budget import keep_counts
+from seats.diversity import max_min_keep
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +69,7 @@ def test_every_window_equals_the_loop(seed: int, sizes: list[int], ratio: float)
     """All windows at once, padded with NaN: each as if it were alone."""
     sizes = [*sizes, 1]
     features, weights, _ = windows(seed, sizes)
-    counts = window_counts(torch.tensor(sizes), ratio)
+    counts = keep_counts(torch.tensor(sizes), ratio)
     assert counts.tolist() == [min(n, max(1, round(ratio * n))) for n in sizes]
     result = max_min_keep(features, weights, torch.tensor(sizes), counts)
     assert kept(result) == [
@@ -109,7 +110,7 @@ def test_blocks_of_windows_keep_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     """Bounded memory, one window or two at a time, changes nothing."""
     features, weights, _ = windows(2, [20, 20, 13, 20, 1])
     sizes = torch.tensor([20, 20, 13, 20, 1])
-    counts = window_counts(sizes, 0.3)
+    counts = keep_counts(sizes, 0.3)
     whole = max_min_keep(features, weights, sizes, counts)
     for count in (1, 2):
         monkeypatch.setitem(diversity.BLOCK_BYTES, "cpu", count * 4 * 20 * (2 * 16 + 20))
@@ -121,10 +122,6 @@ def test_is_a_sound_operator() -> None:
     """Schema, fake implementation and tracing agree with what it does."""
     features, weights, _ = windows(3, [9, 6])
     torch.library.opcheck(max_min_keep, (features, weights, torch.tensor([9, 6]), torch.tensor([4, 2])))
-
-
-def test_window_counts_round_half_to_even() -> None:
-    assert window_counts(torch.tensor([5, 7, 1, 0]), 0.5).tolist() == [2, 4, 1, 0]
 
 
 def test_nothing_to_prune() -> None:
@@ -144,14 +141,15 @@ def test_refuses_what_does_not_fit() -> None:
 
 KERNEL = """
 import torch
-from seats.diversity import begin, pick, window_counts
+from seats.budget import keep_counts
+from seats.diversity import begin, pick
 from seats.kernels import pick_on_device
 
 torch.manual_seed(0)
 for sizes, ratio in (([20, 20, 13, 1, 0], 0.3), ([33, 7], 0.9), ([16], 1.0)):
     sizes = torch.tensor(sizes)
     windows, tokens = len(sizes), int(sizes.max())
-    counts = window_counts(sizes, ratio)
+    counts = keep_counts(sizes, ratio)
     begun = begin(torch.randn(windows, tokens, 16), torch.rand(windows, tokens), sizes)
     keep = torch.zeros(windows, tokens, dtype=torch.bool)
     pick_on_device(*begun, sizes, counts, keep)
@@ -186,6 +184,6 @@ def test_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
 def test_cuda_keeps_the_same_as_the_cpu() -> None:
     features, weights, _ = windows(4, [288, 288, 144, 1], channels=64)
     sizes = torch.tensor([288, 288, 144, 1])
-    arguments = (features, weights, sizes, window_counts(sizes, 0.1))
+    arguments = (features, weights, sizes, keep_counts(sizes, 0.1))
     on_device = max_min_keep(*(argument.cuda() for argument in arguments))
     assert torch.equal(on_device.cpu(), max_min_keep(*arguments))

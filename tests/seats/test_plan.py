@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seats
+from seats.budget import keep_counts
 from seats.config import PRESETS
 from seats.cost import prefill_macs
-from seats.diversity import window_counts
 from seats.method import Step
 from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of, make_plan
 from seats.selection import AUDIO, TEXT, VIDEO, run_starts, select
@@ -202,7 +202,7 @@ def test_cost_of_the_papers_clip(capsys: pytest.CaptureFixture[str]) -> None:
             for (name, tokens), window, ratio in zip(
                 list(kept.items()), (2 * GRID_TOKENS, AUDIO_WINDOW), config.encoder_ratios, strict=True
             ):
-                kept[name] = int(window_counts(torch.tensor(sizes(tokens, window)), ratio).sum())
+                kept[name] = int(keep_counts(torch.tensor(sizes(tokens, window)), ratio).sum())
         first = text + sum(kept.values())
         drops = []
         for step, layer in enumerate(config.drop_layers if not config.keeps_everything else ()):

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from seats import win_div_prune
-from seats.diversity import max_min_keep, window_counts
+from seats.budget import keep_counts
+from seats.diversity import max_min_keep
 from seats.relevance import relevance
 from seats.selection import compact, select
 
@@ -20,7 +21,7 @@ OTHER_CLIP = [0] * 5 + ([1] * 3 + [2] * 2) * 6 + [0] * 2 + [1] * 9 + [3] * 9
 
 
 def stage_one(features: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
-    return max_min_keep(features, weights, sizes, window_counts(sizes, 0.3))
+    return max_min_keep(features, weights, sizes, keep_counts(sizes, 0.3))
 
 
 def stage_two(query: Tensor, keys: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:

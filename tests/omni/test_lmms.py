@@ -1,0 +1,124 @@
+"""The model for lmms-eval: what it answers is what the library answers, whatever is batched with what."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import omni
+from omni.inputs import InputError
+from seats import preset_for
+
+
+class CacheHook:
+    def __init__(self) -> None:
+        self.added: list[tuple[str, Any, str]] = []
+
+    def add_partial(self, kind: str, request: Any, answer: str) -> None:
+        self.added.append((kind, request, answer))
+
+
+class StandIn:
+    """What `lmms_eval.api.model.lmms` gives a model, 0.7.3."""
+
+    def __init__(self) -> None:
+        self._rank, self._world_size = 0, 1
+        self.task_dict: dict[str, Any] = {}
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @staticmethod
+    def _resolve_system_prompt(value: str) -> str:
+        return Path(value).read_text().strip() if Path(value).is_file() else value
+
+
+@pytest.fixture
+def lmms(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """`omni.lmms` with lmms-eval where that is installed, which is seldom beside the tests, else with stand-ins."""
+    try:
+        import accelerate  # noqa: F401
+        import lmms_eval.api.model  # noqa: F401
+    except ImportError:
+        found: dict[str, dict[str, Any]] = {
+            "accelerate": {"Accelerator": lambda: SimpleNamespace(process_index=0, num_processes=1)},
+            "lmms_eval": {},
+            "lmms_eval.api": {},
+            "lmms_eval.api.model": {"lmms": StandIn},
+            "lmms_eval.models": {},
+            "lmms_eval.models.registry_v2": {"ModelManifest": SimpleNamespace},
+        }
+        for name, attributes in found.items():
+            module = ModuleType(name)
+            vars(module).update(attributes)
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.delitem(sys.modules, "omni.lmms", raising=False)
+    import omni.lmms
+
+    yield omni.lmms
+    sys.modules.pop("omni.lmms", None)
+
+
+def ask(model: Any, contents: list[list[dict[str, Any]]], settings: dict[str, Any]) -> list[str]:
+    """The questions as requests of one task."""
+    model.task_dict = {"task": {"test": contents}}
+    model.cache_hook = CacheHook()
+
+    def messages(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": content}]
+
+    requests = [
+        SimpleNamespace(args=(str(number), messages, settings, number, "task", "test"))
+        for number in range(len(contents))
+    ]
+    return model.generate_until(requests)
+
+
+def test_answers_are_the_librarys(lmms: ModuleType, checkpoint: Path, clip: Path, model: omni.Omni) -> None:
+    """Of plans in turns, so that batches are not in the order of the requests; media under "url" as lmms-eval has."""
+    evaluated = lmms.SeatsOmni(
+        pretrained=str(checkpoint), device="cpu", retention=0.35, batch_size=2, fps=1, max_frames=4
+    )
+    texts = ["What?", "What happens here?", "Why?", "What happened there?", "When?"]
+    contents = [[{"type": "video", "url": str(clip)}, {"type": "text", "text": text}] for text in texts]
+    contents.insert(2, [{"type": "text", "text": "No media at all."}])
+    found = ask(evaluated, contents, {"max_new_tokens": 6, "do_sample": False})
+    for content, answer in zip(contents, found, strict=True):
+        ours = [{**part, part["type"]: part.get("url", part.get("text"))} for part in content]
+        inputs = model.prepare([{"role": "user", "content": ours}], fps=1, max_frames=4)
+        assert answer == model.generate(inputs, seats=preset_for(model.config, 0.35), max_new_tokens=6).text
+    assert sorted(answer for *_, answer in evaluated.cache_hook.added) == sorted(found)
+
+
+def test_every_token_system_prompt_and_silence(
+    lmms: ModuleType, checkpoint: Path, clip: Path, tmp_path: Path, model: omni.Omni
+) -> None:
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    evaluated = lmms.SeatsOmni(
+        pretrained=str(checkpoint),
+        device="cpu",
+        retention=1,
+        use_audio_in_video=False,
+        system_prompt=str(tmp_path / "system.txt"),
+        max_new_tokens=4,
+    )
+    assert evaluated.method is None
+    (found,) = ask(evaluated, [[{"type": "video", "url": str(clip)}, {"type": "text", "text": "?"}]], {})
+    user = {"role": "user", "content": [{"type": "video", "video": str(clip)}, {"type": "text", "text": "?"}]}
+    inputs = model.prepare([{"role": "system", "content": "Be brief."}, user], use_audio_in_video=False)
+    assert found == model.generate(inputs, max_new_tokens=4).text
+
+
+def test_what_it_cannot_do_is_said(lmms: ModuleType, checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"seats_omni has no setting retenion\."):
+        lmms.SeatsOmni(pretrained=str(checkpoint), retenion=0.1)
+    with pytest.raises(InputError, match=r"dtype must be one of bfloat16, float16, float32, not 'int8'"):
+        lmms.SeatsOmni(pretrained=str(checkpoint), dtype="int8")
+    with pytest.raises(InputError, match="takes whole clips"):
+        lmms.part_of({"type": "video", "url": "clip.mp4", "start_time": 3})
