@@ -151,8 +151,8 @@ PRESETS = {
     "tiny": Preset(
         num_layers=8,
         hidden_size=192,
-        drop_layers=(3, 4, 5),
-        late_layer=7,
+        drop_layers=(1, 2, 4),
+        late_layer=6,
         window_temperature=0.1,
         rows={0.10: (0.10, 0.10), 0.15: (0.15, 0.15), 0.25: (0.25, 0.25), 0.35: (0.35, 0.35), 1.0: (1.0, 1.0)},
     ),
