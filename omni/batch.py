@@ -203,7 +203,7 @@ class Source:
                         raise InputError(f"{self.path} has no column {', '.join(sorted(set(COLUMNS) - names))}.")
                     for batch in file.iter_batches(columns=["id"]):
                         for found in batch["id"].to_pylist():
-                            yield found if isinstance(found, (str, int)) else InputError(NO_ID)
+                            yield found if is_id(found) else InputError(NO_ID)
             except pyarrow.ArrowInvalid as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
@@ -232,9 +232,16 @@ def parse(line: str | bytes) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise InputError(f"the line is no JSON: {error}.") from None
-    if not isinstance(row, dict) or not isinstance(row.get("id"), (str, int)):
+    except RecursionError:
+        raise InputError("the line is no JSON: it is nested too deeply.") from None
+    if not isinstance(row, dict) or not is_id(row.get("id")):
         raise InputError(NO_ID)
     return row
+
+
+def is_id(value: Any) -> bool:
+    """Whether an answer can be told by it: text that UTF-8 can hold, or a whole number."""
+    return type(value) is int or (isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value))
 
 
 class Journal:
@@ -343,7 +350,9 @@ class Prepare:
         if not isinstance(row.get("question"), str):
             raise InputError("the row has no question.")
         media = row.get("media")
-        sources = [] if media is None else [media] if isinstance(media, str) else list(media)
+        sources = [] if media is None else media if isinstance(media, list) else [media]
+        if not all(isinstance(source, str) for source in sources):
+            raise InputError("the row's media must be a path, a list of paths, or null.")
         options.question, options.media = row["question"], [str(self.folder / source) for source in sources]
         started = time.perf_counter()
         inputs = self.processor.prepare(

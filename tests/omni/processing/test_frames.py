@@ -292,14 +292,14 @@ def test_the_file_of_a_checkpoint_has_its_say(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not readable JSON"),
-        ("[]", "must be a JSON object, not list"),
+        ("[]", "it is not a JSON object"),
         ('{"image_mean": 0.5}', "image_mean must be three numbers"),
         ('{"image_mean": [0.5, 0.5, NaN]}', "image_mean must be three numbers"),
         ('{"image_std": [0.5, 0.5, 0]}', "image_std must be three numbers"),
-        ('{"min_pixels": "3136"}', "min_pixels must be a positive integer, not '3136'"),
-        ('{"size": {"longest_edge": 0}}', "max_pixels must be a positive integer, not 0"),
+        ('{"min_pixels": "3136"}', "min_pixels must be a positive integer up to 67108864, not '3136'"),
+        ('{"size": {"longest_edge": 0}}', "max_pixels must be a positive integer up to 67108864, not 0"),
         ('{"min_pixels": 9000, "max_pixels": 8000}', "min_pixels must not exceed max_pixels"),
-        ('{"video_max_pixels": 100.5}', "video_max_pixels must be a positive integer, not 100.5"),
+        ('{"video_max_pixels": 100.5}', "video_max_pixels must be a positive integer up to 67108864, not 100.5"),
         ('{"video_min_pixels": 9000, "video_max_pixels": 8000}', "video_min_pixels must not exceed video_max_pixels"),
     ],
 )

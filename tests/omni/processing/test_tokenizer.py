@@ -98,7 +98,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         pytest.skip(f"needs the public vocabulary in {PUBLIC}")
     folder = tmp_path_factory.mktemp("public")
     for name in ("vocab.json", "merges.txt"):
-        (folder / name).symlink_to(PUBLIC / name)
+        (folder / name).write_bytes((PUBLIC / name).read_bytes())
     reference = _reference(models.BPE.from_file(str(PUBLIC / "vocab.json"), str(PUBLIC / "merges.txt")))
     _add(reference)
     _write_added_tokens(folder, reference)
@@ -266,14 +266,21 @@ def test_bare_added_tokens_are_control_where_they_have_a_role(trained: Pair, tmp
 
 
 DAMAGED_FILES = {
-    "cut JSON": ("vocab.json", '{"!": 0, "\\"', "no JSON"),
-    "a list": ("vocab.json", "[1, 2]", "where an object belongs"),
-    "deep nesting": ("vocab.json", "[" * 100_000, "no JSON"),
+    "cut JSON": ("vocab.json", '{"!": 0, "\\"', "it is not JSON"),
+    "a list": ("vocab.json", "[1, 2]", "not a JSON object"),
+    "deep nesting": ("vocab.json", "[" * 100_000, "nested too deeply"),
+    "one token twice": ("vocab.json", '{"!": 0, "!": 1}', "a name occurs twice"),
+    "a number of a book's length": ("vocab.json", '{"!": ' + "9" * 5000 + "}", "Exceeds the limit"),
+    "an id of a book's length": (
+        "tokenizer_config.json",
+        '{"added_tokens_decoder": {"' + "9" * 5000 + '": {"content": "y"}}}',
+        "without text or number",
+    ),
     "no UTF-8": ("merges.txt", b"\xff\xfe a", "cannot be read"),
     "three parts": ("merges.txt", "#version: 0.2\na b c\n", "merge 1 is not a pair"),
     "one part": ("merges.txt", "a \n", "merge 1 is not a pair"),
     "unknown piece": ("merges.txt", "a 😀\n", "not in the vocabulary"),
-    "config is text": ("tokenizer_config.json", '"x"', "where an object belongs"),
+    "config is text": ("tokenizer_config.json", '"x"', "not a JSON object"),
     "token without text": ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', "without text"),
     "id is a word": ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "number"),
     "entry is text": ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "y"}}', "where an object"),
@@ -344,6 +351,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], list[Adde
     "merge of unknown": ({**IDS, "aqq": 256}, [("a", "qq")], [], "'qq'"),
     "two merges": ({**IDS, "zzz": 256, "zz": 257}, [("z", "zz"), ("zz", "z")], [], "2 merges make 'zzz'"),
     "added is empty": (IDS, [], [AddedToken("", 256, True)], "cannot be"),
+    "added is no UTF-8": (IDS, [], [AddedToken("<\ud800>", 256, True)], "cannot be"),
     "added is negative": (IDS, [], [AddedToken("<x>", -1, True)], "cannot be"),
     "added twice": (IDS, [], [X, AddedToken("<x>", 257, True)], "listed twice"),
     "added on a taken id": (IDS, [], [AddedToken("<x>", IDS["a"], True)], "same id"),
