@@ -367,3 +367,13 @@ def test_damaged_template_files_are_one_error(tmp_path: Path, name: str, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ChatTemplateError, match=message):
         load_template(tmp_path)
+
+
+def test_a_template_of_another_folder_is_not_read(tmp_path: Path) -> None:
+    """Protects: a checkpoint cannot put other files of the machine into a prompt."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (folder / "chat_template.jinja").symlink_to("../secret")
+    with pytest.raises(ChatTemplateError, match="it is a link that leaves the folder"):
+        load_template(folder)

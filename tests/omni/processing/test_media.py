@@ -312,6 +312,26 @@ def test_a_hole_in_the_sound_is_silence(tmp_path: Path) -> None:
     assert loudest_hertz(waveform[32_500:]) == pytest.approx(880, abs=2)
 
 
+def test_silence_is_bounded_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: time stamps that leap again and again claim no more memory than one leap may; nor does sound."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for number in range(6):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16_000, number * 32_000, Fraction(1, 16_000)
+            file.mux(stream.encode(frame))
+    waveform = read_audio(path)
+    assert waveform is not None and len(waveform) == pytest.approx(10.1 * 16_000, abs=200)
+    monkeypatch.setattr("omni.processing.media.sound.MAX_SILENCE", 5)
+    with pytest.raises(MediaError, match="its sound claims 6 s of silence"):
+        read_audio(path)
+    sound = write_sound(tmp_path / "a.wav", tone(440, 2, 16_000)[None], 16_000, "pcm_s16le")
+    monkeypatch.setattr("omni.processing.media.sound.MAX_SECONDS", 1)
+    with pytest.raises(MediaError, match="its sound is longer than"):
+        read_audio(sound)
+
+
 def test_a_silent_clip_has_no_sound(tmp_path: Path) -> None:
     """A clip without a sound stream is no error."""
     assert read_audio(write_clip(tmp_path / "a.mp4", 4, 10)) is None
@@ -478,6 +498,8 @@ def test_what_is_no_media_gets_a_sentence(tmp_path: Path, read: Callable[[Any], 
     for source, message in (
         ("https://example.org/clip.mp4", "Download it first"),
         ("a" * 5000, "cannot be opened"),
+        ("a\0b.mp4", "cannot be the name of a file"),
+        ("a\ud800.mp4", "cannot be the name of a file"),
         (io.BytesIO(), "is empty"),
         (io.StringIO("text"), "binary mode"),
         (17, "no source of media"),

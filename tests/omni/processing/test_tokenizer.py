@@ -383,3 +383,26 @@ def test_holes_and_unmerged_tokens_are_harmless() -> None:
     assert tokenizer.encode(" hi") == [ids["Ġ"], 50_000]
     assert tokenizer.decode([100_000, 8, -3, 10**12]) == " hi"
     assert tokenizer.vocab_size == 100_001
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_files_of_another_folder_are_not_read(trained: Pair, tmp_path: Path, name: str) -> None:
+    """Protects: a checkpoint cannot point at other files of the machine."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in trained.folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(f"../{name}")
+    with pytest.raises(TokenizerError, match=f"{name} cannot be read: it is a link that leaves the folder"):
+        Tokenizer.from_folder(folder)
+
+
+def test_messages_stay_short(trained: Pair, tmp_path: Path) -> None:
+    """Protects: a damaged file does not print itself."""
+    for file in trained.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "merges.txt").write_text("x" * 100_000 + " y\n")
+    with pytest.raises(TokenizerError, match="is not in the vocabulary") as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert len(str(caught.value)) < 300
