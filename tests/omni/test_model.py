@@ -190,7 +190,7 @@ def test_import_is_light() -> None:
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     """Protects: no id reaches the embedding that it has no row for."""
-    for file in checkpoint.glob("*[!s]"):
+    for file in checkpoint.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -72,8 +72,8 @@ def open_container(source: Any) -> Iterator[tuple[Any, str]]:
 
     with open_file(source) as (file, name):
         try:
-            # Playlists and the like may name other files: only this one is read.
-            with av.open(file, options={"protocol_whitelist": "none"}) as container:
+            # Playlists and the like may name other files: only this one is read. Titles may be in any encoding.
+            with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
                 yield container, name
         except MediaError:
             raise

@@ -100,7 +100,8 @@ class _Mixer:
         form = (frame.format.name, frame.layout.name, frame.sample_rate)
         if form != self.form:
             self._flush()
-            self.resampler = av.AudioResampler(format="fltp", layout=form[1], rate=self.sample_rate)
+            # Channels side by side: of eight and more planes PyAV 18 reads one that is not there.
+            self.resampler = av.AudioResampler(format="flt", layout=form[1], rate=self.sample_rate)
             self.form = form
         self.clock += frame.samples / frame.sample_rate
         if self.clock > MAX_SECONDS:
@@ -119,7 +120,7 @@ class _Mixer:
     def _resample(self, frame: Any) -> None:
         for part in self.resampler.resample(frame):
             # The plain mean, as librosa's: libswresample's own mix to one channel is louder than its sources.
-            self._put(torch.from_numpy(part.to_ndarray()).mean(dim=0))
+            self._put(torch.from_numpy(part.to_ndarray()).view(-1, part.layout.nb_channels).mean(dim=1))
 
     def _put(self, piece: Tensor) -> None:
         cut = min(self.early, len(piece))

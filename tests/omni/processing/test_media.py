@@ -312,6 +312,40 @@ def test_a_hole_in_the_sound_is_silence(tmp_path: Path) -> None:
     assert loudest_hertz(waveform[32_500:]) == pytest.approx(880, abs=2)
 
 
+@pytest.mark.parametrize("layout", ["5.1", "7.1", "hexadecagonal"])
+def test_sound_of_many_channels(tmp_path: Path, layout: str) -> None:
+    """Protects: six, eight or sixteen channels are their mean, and no crash of the process."""
+    path = tmp_path / "a.wav"
+    channels = av.AudioLayout(layout).nb_channels
+    values = np.repeat(np.linspace(0, 0.7, channels, dtype=np.float32)[:, None], 16_000, axis=1)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_f32le", rate=16_000, layout=layout)
+        frame = av.AudioFrame.from_ndarray(values.T.reshape(1, -1).copy(), format="flt", layout=layout)
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    waveform = read_audio(path)
+    assert waveform is not None and len(waveform) == 16_000
+    torch.testing.assert_close(waveform, torch.full((16_000,), 0.35))
+
+
+def test_titles_in_any_encoding(tmp_path: Path) -> None:
+    """Protects: a title that is no UTF-8 costs nothing of the sound."""
+    path = tmp_path / "a.flac"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "naive"
+        stream = file.add_stream("flac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    data = path.read_bytes()
+    assert data.count(b"naive") == 1
+    path.write_bytes(data.replace(b"naive", b"na\xefve"))
+    waveform = read_audio(path)
+    assert kind_of(path) == "audio" and waveform is not None and len(waveform) == 1600
+
+
 def test_silence_is_bounded_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: time stamps that leap again and again claim no more memory than one leap may; nor does sound."""
     path = tmp_path / "a.mkv"
