@@ -30,6 +30,7 @@ from omni.generate import ERRORS, messages, method_of, model_parser, settings_pa
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.processor import Processor
+from weights.files import parse_object
 
 COLUMNS = ("id", "media", "question")
 READERS = 2
@@ -242,14 +243,12 @@ def kind_of(path: Path) -> str:
 
 
 def parse(line: str | bytes) -> dict[str, Any]:
-    """A line of JSON as a row. Raises InputError where it is none."""
+    """A JSON object with an id. Raises InputError."""
     try:
-        row = json.loads(line)
+        row = parse_object(line)
     except ValueError as error:
-        raise InputError(f"the line is no JSON: {error}.") from None
-    except RecursionError:
-        raise InputError("the line is no JSON: it is nested too deeply.") from None
-    if not isinstance(row, dict) or not is_id(row.get("id")):
+        raise InputError(f"the line cannot be read: {error}.") from None
+    if not is_id(row.get("id")):
         raise InputError(NO_ID)
     return row
 

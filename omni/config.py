@@ -356,7 +356,7 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
         rope_theta=(rope if rope.has("rope_theta") else section).number("rope_theta", 1, 1e12),
         mrope_section=(mrope_section[0], mrope_section[1], mrope_section[2]),
         rms_norm_eps=section.number("rms_norm_eps", 1e-12, 1),
-        max_position_embeddings=section.count("max_position_embeddings", most=2**31 - 1),
+        max_position_embeddings=section.count("max_position_embeddings", most=MAX_TOKENS),
         # Head and embedding belong to the thinker, so its word goes first; released files say it in text_config.
         tie_word_embeddings=(thinker if thinker.has("tie_word_embeddings") else section).flag("tie_word_embeddings"),
     )

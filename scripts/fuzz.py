@@ -544,8 +544,9 @@ class Child:
 
 
 def shape(message: str) -> str:
-    """An error's first line, without what differs from input to input."""
-    line = re.sub(r"/[\w./-]+", "…", message.split("\n")[0])
+    """An error's first line, of a list the first entry, without what differs from input to input."""
+    lines = message.split("\n")
+    line = re.sub(r"/[\w./-]+", "…", lines[1].strip() if lines[0].endswith(":") and lines[1:] else lines[0])
     line = re.sub(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"|\([^()]*\)|\[[^\]]*\]|-?\d[\d.e+]*", "…", line)
     return line[:110]
 

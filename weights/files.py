@@ -12,6 +12,9 @@ from typing import Any
 MAX_BYTES = 100_000_000
 """The safetensors library's own bound for a header. The largest small file, a tokenizer.json, has a tenth of it."""
 
+MAX_DIGITS = 1000
+"""Of a whole number: Python refuses more than 4300, and what it takes to read them grows with their square."""
+
 
 def stays_inside(path: Path) -> bool:
     """Whether a file of a checkpoint folder is in it, links followed."""
@@ -46,7 +49,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object in which no name occurs twice: readers differ in which of the two they take. Raises ValueError."""
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_distinct)
+        decoded = text if isinstance(text, str) else text.decode()
+        value = json.loads(decoded, object_pairs_hook=_distinct, parse_int=_whole)
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -56,6 +60,12 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

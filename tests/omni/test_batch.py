@@ -61,11 +61,21 @@ def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
     ids, unreadable = Source(questions).scan()
     assert ids == ["a", 2]
     assert [row["id"] for row in unreadable] == ["line 2", "line 3", "line 4"]
-    assert "is no JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
+    assert "it is not JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
 
 
 @pytest.mark.parametrize(
-    "line", ["[" * 100_000, "9" * 5000, '{"id": true}', '{"id": 1.5}', '{"id": "\\ud800"}', '{"id": null}', "\x80"]
+    "line",
+    [
+        "[" * 100_000,
+        "9" * 5000,
+        '{"id": 1, "id": 2}',
+        '{"id": true}',
+        '{"id": 1.5}',
+        '{"id": "\\ud800"}',
+        '{"id": null}',
+        "\x80",
+    ],
 )
 def test_a_line_that_is_no_row_is_only_that(tmp_path: Path, line: str) -> None:
     """Protects: deep nesting, endless numbers, ids that no answer can be told by or written with, no UTF-8."""
@@ -119,7 +129,7 @@ def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
     """Protects: a damaged file of answers is not overwritten, and it is said which file it is."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": 1}\n{"id": \n')
-    with pytest.raises(InputError, match=r"a\.jsonl is no file of answers: the line is no JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl is no file of answers: the line cannot be read: it is not JSON"):
         Journal(path)
 
 

@@ -270,7 +270,7 @@ DAMAGED_FILES = {
     "a list": ("vocab.json", "[1, 2]", "not a JSON object"),
     "deep nesting": ("vocab.json", "[" * 100_000, "nested too deeply"),
     "one token twice": ("vocab.json", '{"!": 0, "!": 1}', "a name occurs twice"),
-    "a number of a book's length": ("vocab.json", '{"!": ' + "9" * 5000 + "}", "Exceeds the limit"),
+    "a number of a book's length": ("vocab.json", '{"!": ' + "9" * 5000 + "}", "it holds a number of 5000 digits"),
     "an id of a book's length": (
         "tokenizer_config.json",
         '{"added_tokens_decoder": {"' + "9" * 5000 + '": {"content": "y"}}}',
