@@ -319,7 +319,7 @@ class RowSettings(argparse.ArgumentParser):
     """The command line's settings, in a row."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument --')}.")
+        raise InputError(f"{message.removeprefix('argument --'):.300}.")
 
 
 def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Namespace:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import multiprocessing
 import re
@@ -345,13 +344,10 @@ def sound_tokenizer(folder: Path) -> Tokenizer:
 
 def make_media(folder: Path) -> list[str]:
     import av
+    from make_clip import make_clip
     from PIL import Image
 
-    spec = importlib.util.spec_from_file_location("make_clip", SCRIPTS / "make_clip.py")
-    assert spec and spec.loader
-    clips = sys.modules["make_clip"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(clips)
-    clips.make_clip(folder / "clip.mp4", 1.0, 0)
+    make_clip(folder / "clip.mp4", 1.0, 0)
     for name in ("clip.mkv", "clip.mov", "clip.ts"):
         with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / name), "w") as file:
             streams = {stream: file.add_stream_from_template(stream) for stream in source.streams}

@@ -54,6 +54,13 @@ def test_rows_go_before_the_command_line() -> None:
         row_options({"retention": 2}, given)
     with pytest.raises(InputError, match=r"kv: invalid choice"):
         row_options({"kv": "all"}, given)
+    with pytest.raises(InputError, match=r"max-new-tokens: must be a whole number, not 'x{79}\.$"):
+        row_options({"max_new_tokens": "x" * 1000}, given)
+    with pytest.raises(InputError, match=r"retention: must be a number, not 'half'"):
+        row_options({"retention": "half"}, given)
+    with pytest.raises(InputError) as caught:
+        row_options({"kv": "x" * 10_000}, given)
+    assert len(str(caught.value)) < 400
 
 
 def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:

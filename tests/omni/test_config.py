@@ -221,6 +221,16 @@ def test_files_of_another_folder_are_not_read(tmp_path: Path) -> None:
         read_config(folder)
 
 
+def test_the_hub_cache_links_to_its_blobs(tmp_path: Path) -> None:
+    """Protects: a snapshot of the hub's cache, whose files are links to its blobs, is read."""
+    snapshot, blobs = tmp_path / "models--o--n/snapshots/0123", tmp_path / "models--o--n/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (write(tmp_path, {}) / "config.json").rename(blobs / "beef")
+    (snapshot / "config.json").symlink_to("../../blobs/beef")
+    assert read_config(snapshot).decoder.head_dim == 16
+
+
 def test_a_name_may_not_occur_twice(tmp_path: Path) -> None:
     """Protects: a size that one reader takes for another."""
     (tmp_path / "config.json").write_text('{"architectures": [], "architectures": ["x"]}')

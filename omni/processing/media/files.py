@@ -58,7 +58,7 @@ def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
         hint = " Download it first." if "://" in name else ""
         raise MediaError(f"{name} does not exist.{hint}") from error
     except OSError as error:
-        raise MediaError(f"{name} cannot be opened: {error.strerror}.") from error
+        raise MediaError(f"{name:.300} cannot be opened: {error.strerror}.") from error
     except ValueError as error:  # a name that the system has no way to write
         raise MediaError(f"{name!r:.80} cannot be the name of a file.") from error
     with file:
