@@ -209,7 +209,7 @@ class Source:
                     for batch in file.iter_batches(columns=["id"]):
                         for found in batch["id"].to_pylist():
                             yield found if is_id(found) else InputError(NO_ID)
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
             with self.path.open("rb") as lines:

@@ -118,6 +118,20 @@ def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
     assert [[json.loads(row)["id"] for row in one] for one in found] == [[0], [], [], [1]]
 
 
+@pytest.mark.parametrize("damage", ["cut", "no UTF-8", "no Parquet"])
+def test_damaged_parquet_is_named(tmp_path: Path, damage: str) -> None:
+    """Protects: whatever is wrong with the file, one sentence with its name."""
+    from pyarrow import parquet
+
+    path = tmp_path / "q.parquet"
+    ids = pyarrow.array([b"\xff"] if damage == "no UTF-8" else [b"a"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"id": ids, "media": ["a.png"], "question": ["?"]}), path)
+    if damage != "no UTF-8":
+        path.write_bytes(b"PAR1" if damage == "no Parquet" else path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"q\.parquet is no Parquet file"):
+        Source(path).scan()
+
+
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: what was answered so far is whole, and the run ends in a sentence."""
     journal = Journal(tmp_path / "a.jsonl")
