@@ -261,8 +261,6 @@ def read_config(folder: Path) -> OmniConfig:
             raise ConfigError(
                 f"the {owner} encoder yields {width} channels but the decoder takes {decoder.hidden_size}."
             )
-    if len(config.vision.deepstack_blocks) > decoder.num_layers:
-        raise ConfigError("vision_config.deepstack_visual_indexes are more than text_config has layers.")
     owners: dict[int, str] = {}
     for name, id in vars(config.tokens).items():
         if id >= decoder.vocab_size:
