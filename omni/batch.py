@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ from omni.generate import ERRORS, messages, method_of, model_parser, settings_pa
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.processor import Processor
+from weights.files import parse_object
 
 COLUMNS = ("id", "media", "question")
 READERS = 2
@@ -181,16 +183,19 @@ class Source:
 
     def scan(self) -> tuple[list[Any], list[dict[str, Any]]]:
         """The ids of the rows, and answers to lines that are none. Raises InputError where two have one id."""
-        ids: dict[Any, int] = {}
+        ids = []
+        numbers: dict[Any, int] = {}
         unreadable = []
         for number, found in enumerate(self._ids(), 1):
+            id = f"line {number}" if isinstance(found, InputError) else found
+            if id in numbers:
+                raise InputError(f"{self.path}: rows {numbers[id]} and {number} have the same id {id!r:.80}.")
+            numbers[id] = number
             if isinstance(found, InputError):
-                unreadable.append({"id": f"line {number}", "error": str(found)})
-            elif found in ids:
-                raise InputError(f"{self.path}: rows {ids[found]} and {number} have the same id {found!r}.")
+                unreadable.append({"id": id, "error": str(found)})
             else:
-                ids[found] = number
-        return list(ids), unreadable
+                ids.append(id)
+        return ids, unreadable
 
     def _ids(self) -> Iterator[Any]:
         if self.is_parquet:
@@ -203,8 +208,8 @@ class Source:
                         raise InputError(f"{self.path} has no column {', '.join(sorted(set(COLUMNS) - names))}.")
                     for batch in file.iter_batches(columns=["id"]):
                         for found in batch["id"].to_pylist():
-                            yield found if isinstance(found, (str, int)) else InputError(NO_ID)
-            except pyarrow.ArrowInvalid as error:
+                            yield found if is_id(found) else InputError(NO_ID)
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
             with self.path.open("rb") as lines:
@@ -216,8 +221,19 @@ class Source:
                             yield error
 
     def rows(self, data: Any) -> Any:
-        """As a dataset of Ray, relative media made absolute."""
-        return data.read_parquet(str(self.path)) if self.is_parquet else data.read_text(str(self.path))
+        """As a dataset of Ray: of Parquet the rows, of lines where each begins.
+
+        Ray's own reader of text also cuts lines at what JSON allows in a text, such as U+2028, and stops at the first
+        byte that is no UTF-8.
+        """
+        if self.is_parquet:
+            return data.read_parquet(str(self.path))
+        return data.from_items([{"start": start} for start in self.starts()])
+
+    def starts(self) -> list[int]:
+        """The first byte of every line."""
+        with self.path.open("rb") as lines:
+            return list(accumulate((len(line) for line in lines), initial=0))[:-1]
 
 
 def kind_of(path: Path) -> str:
@@ -227,14 +243,19 @@ def kind_of(path: Path) -> str:
 
 
 def parse(line: str | bytes) -> dict[str, Any]:
-    """A line of JSON as a row. Raises InputError where it is none."""
+    """A JSON object with an id. Raises InputError."""
     try:
-        row = json.loads(line)
+        row = parse_object(line)
     except ValueError as error:
-        raise InputError(f"the line is no JSON: {error}.") from None
-    if not isinstance(row, dict) or not isinstance(row.get("id"), (str, int)):
+        raise InputError(f"the line cannot be read: {error}.") from None
+    if not is_id(row.get("id")):
         raise InputError(NO_ID)
     return row
+
+
+def is_id(value: Any) -> bool:
+    """Whether an answer can be told by it: text that UTF-8 can hold, or a whole number."""
+    return type(value) is int or (isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value))
 
 
 class Journal:
@@ -253,16 +274,24 @@ class Journal:
                 for line in lines:
                     if not line.endswith(b"\n"):
                         break  # it was being written when the run ended
-                    self.ids.add(parse(line)["id"])
+                    try:
+                        self.ids.add(parse(line)["id"])
+                    except InputError as error:
+                        raise InputError(f"{self.file} is no file of answers: {error}") from None
                     end += len(line)
             os.truncate(self.file, end)
 
     def write(self, lines: list[str]) -> None:
         if lines:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write("".join(f"{line}\n" for line in lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(
+                    f"{self.file} cannot be written: {error.strerror}. Then the same command goes on where it was."
+                ) from None
 
     def finish(self) -> None:
         """Makes Parquet of the lines, where that is wanted: whole or not at all."""
@@ -290,7 +319,7 @@ class RowSettings(argparse.ArgumentParser):
     """The command line's settings, in a row."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument --')}.")
+        raise InputError(f"{message.removeprefix('argument --'):.300}.")
 
 
 def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Namespace:
@@ -325,11 +354,13 @@ class Prepare:
     def __call__(self, table: Any) -> Any:
         """A row → id and settings as JSON, tensors as safetensors; nothing for one that is answered or unreadable."""
         (row,) = table.to_pylist()
-        if set(row) == {"text"}:
-            try:
-                row = parse(row["text"])
-            except InputError:
-                row = {"id": None}
+        if set(row) == {"start"}:
+            with self.options.questions.open("rb") as lines:
+                lines.seek(row["start"])
+                try:
+                    row = parse(lines.readline())
+                except InputError:
+                    row = {"id": None}
         if row["id"] is None or row["id"] in self.done:
             return {"row": [], "tensors": []}
         try:
@@ -343,7 +374,9 @@ class Prepare:
         if not isinstance(row.get("question"), str):
             raise InputError("the row has no question.")
         media = row.get("media")
-        sources = [] if media is None else [media] if isinstance(media, str) else list(media)
+        sources = [] if media is None else media if isinstance(media, list) else [media]
+        if not all(isinstance(source, str) for source in sources):
+            raise InputError("the row's media must be a path, a list of paths, or null.")
         options.question, options.media = row["question"], [str(self.folder / source) for source in sources]
         started = time.perf_counter()
         inputs = self.processor.prepare(

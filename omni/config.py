@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seats.cost import prefill_macs
+from weights.files import read_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,6 +26,15 @@ ARCHITECTURES = {
     "Qwen3OmniMoeForConditionalGeneration": QWEN3,
 }
 """Public architecture name → family."""
+
+# Several times what public models have: beyond these a file is damaged or hostile, and modules, names and
+# tensors are counted out before anything is held against the weights.
+MAX_LAYERS = 256
+MAX_WIDTH = 2**20
+MAX_HEADS = 4096
+MAX_TOKENS = 2**24
+MAX_MEL_FRAMES = 60_000
+"""Ten minutes: sounds are padded to whole windows."""
 
 
 class ConfigError(ValueError):
@@ -191,42 +200,42 @@ class _Section:
                 return self.values[key]
         raise ConfigError(f"{self.name} lacks {' or '.join(keys)!s}.")
 
-    def count(self, *keys: str) -> int:
+    def count(self, *keys: str, most: int) -> int:
         """A positive integer, under the first of `keys` that is there."""
         value = self._get(keys)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ConfigError(f"{self.name}.{keys[0]} must be a positive integer, not {value!r}.")
+        if type(value) is not int or not 0 < value <= most:
+            raise ConfigError(f"{self.name}.{keys[0]} must be a positive integer up to {most}, not {value!r:.80}.")
         return value
 
     def token(self, *keys: str) -> int:
         value = self._get(keys)
-        if type(value) is not int or value < 0:
-            raise ConfigError(f"{self.name}.{keys[0]} must be a token id, not {value!r}.")
+        if type(value) is not int or not 0 <= value < MAX_TOKENS:
+            raise ConfigError(f"{self.name}.{keys[0]} must be a token id, not {value!r:.80}.")
         return value
 
-    def number(self, *keys: str) -> float:
-        value = self._get(keys)
-        if type(value) not in (int, float) or not value > 0:
-            raise ConfigError(f"{self.name}.{keys[0]} must be a positive number, not {value!r}.")
+    def number(self, key: str, least: float, most: float) -> float:
+        value = self._get((key,))
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise ConfigError(f"{self.name}.{key} must be a number from {least:g} to {most:g}, not {value!r:.80}.")
         return float(value)
 
     def flag(self, key: str) -> bool:
         """True or false; false where the key is absent."""
         value = self.values.get(key, False)
         if type(value) is not bool:
-            raise ConfigError(f"{self.name}.{key} must be true or false, not {value!r}.")
+            raise ConfigError(f"{self.name}.{key} must be true or false, not {value!r:.80}.")
         return value
 
     def counts(self, key: str) -> tuple[int, ...]:
         value = self._get((key,))
         if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-            raise ConfigError(f"{self.name}.{key} must be a list of integers, not {value!r}.")
+            raise ConfigError(f"{self.name}.{key} must be a list of integers, not {value!r:.80}.")
         return tuple(value)
 
     def expect(self, key: str, *allowed: object) -> None:
         """Refuses a value that would change the computation; an absent key means the family's own."""
         if self.has(key) and self.values[key] not in allowed:
-            raise ConfigError(f"{self.name}.{key} = {self.values[key]!r} is not supported, only {allowed[0]!r}.")
+            raise ConfigError(f"{self.name}.{key} = {self.values[key]!r:.80} is not supported, only {allowed[0]!r}.")
 
 
 def read_config(folder: Path) -> OmniConfig:
@@ -236,11 +245,13 @@ def read_config(folder: Path) -> OmniConfig:
     """
     root = _Section(_read_json(folder / "config.json"), "config.json")
     names = root.values.get("architectures") or ["none"]
-    family = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
-    if family is None:
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES] if type(names) is list else []
+    if not known:
+        named = ", ".join(map(str, names)) if type(names) is list else repr(names)
         raise ConfigError(
-            f"{folder / 'config.json'} describes {', '.join(map(str, names))}; supported: {', '.join(ARCHITECTURES)}."
+            f"{folder / 'config.json'} describes {ascii(named)[1:-1][:80]}; supported: {', '.join(ARCHITECTURES)}."
         )
+    family = ARCHITECTURES[known[0]]
     thinker = root.section("thinker_config")
     decoder = _decoder(thinker.section("text_config"), thinker, family)
     config = OmniConfig(
@@ -256,8 +267,8 @@ def read_config(folder: Path) -> OmniConfig:
             audio_start=thinker.token("audio_start_token_id"),
             audio_end=thinker.token("audio_end_token_id"),
         ),
-        positions_per_second=thinker.count("position_id_per_seconds"),
-        seconds_per_chunk=thinker.number("seconds_per_chunk") if family == QWEN2_5 else None,
+        positions_per_second=thinker.count("position_id_per_seconds", most=1000),
+        seconds_per_chunk=thinker.number("seconds_per_chunk", 0.1, 1000) if family == QWEN2_5 else None,
         dtype=_dtype(root, thinker),
         stop_token_ids=_stop_token_ids(folder, root, thinker),
     )
@@ -266,30 +277,37 @@ def read_config(folder: Path) -> OmniConfig:
             raise ConfigError(
                 f"the {owner} encoder yields {width} channels but the decoder takes {decoder.hidden_size}."
             )
+    owners: dict[int, str] = {}
+    for name, id in vars(config.tokens).items():
+        if id >= decoder.vocab_size:
+            raise ConfigError(f"the id {id} of the {name} token is not below text_config's vocab_size.")
+        if owners.setdefault(id, name) != name:
+            raise ConfigError(f"the {owners[id]} token and the {name} token have the same id {id}.")
     return config
 
 
 def _vision(section: _Section, family: str) -> VisionConfig:
     section.expect("hidden_act", "silu" if family == QWEN2_5 else "gelu_pytorch_tanh")
     config = VisionConfig(
-        depth=section.count("depth"),
-        hidden_size=section.count("hidden_size"),
-        intermediate_size=section.count("intermediate_size"),
-        num_heads=section.count("num_heads"),
-        in_channels=section.count("in_channels", "in_chans"),
-        patch_size=section.count("patch_size"),
-        temporal_patch_size=section.count("temporal_patch_size"),
-        spatial_merge_size=section.count("spatial_merge_size"),
-        out_hidden_size=section.count("out_hidden_size"),
+        depth=section.count("depth", most=MAX_LAYERS),
+        hidden_size=section.count("hidden_size", most=MAX_WIDTH),
+        intermediate_size=section.count("intermediate_size", most=MAX_WIDTH),
+        num_heads=section.count("num_heads", most=MAX_HEADS),
+        in_channels=section.count("in_channels", "in_chans", most=3),
+        patch_size=section.count("patch_size", most=256),
+        temporal_patch_size=section.count("temporal_patch_size", most=16),
+        spatial_merge_size=section.count("spatial_merge_size", most=16),
+        out_hidden_size=section.count("out_hidden_size", most=MAX_WIDTH),
     )
     if config.hidden_size % (4 * config.num_heads):
         raise ConfigError(f"{section.name}: hidden_size must be a multiple of 4 · num_heads for 2-D rotary.")
     if family == QWEN2_5:
-        window = section.count("window_size")
+        window = section.count("window_size", most=MAX_WIDTH)
         if window % (config.patch_size * config.spatial_merge_size):
             raise ConfigError(f"{section.name}: window_size must be a multiple of patch_size · spatial_merge_size.")
         return replace(config, window_size=window, full_attention_blocks=section.counts("fullatt_block_indexes"))
-    embeddings, deepstack = section.count("num_position_embeddings"), section.counts("deepstack_visual_indexes")
+    embeddings = section.count("num_position_embeddings", most=MAX_WIDTH)
+    deepstack = section.counts("deepstack_visual_indexes")
     if math.isqrt(embeddings) ** 2 != embeddings:
         raise ConfigError(f"{section.name}.num_position_embeddings must be a square number, not {embeddings}.")
     if list(deepstack) != sorted(set(deepstack)) or any(block >= config.depth for block in deepstack):
@@ -301,13 +319,13 @@ def _audio(section: _Section, family: str) -> AudioConfig:
     section.expect("activation_function", "gelu")
     section.expect("scale_embedding", False)
     config = AudioConfig(
-        num_mel_bins=section.count("num_mel_bins"),
-        hidden_size=section.count("d_model"),
-        num_layers=section.count("encoder_layers"),
-        num_heads=section.count("encoder_attention_heads"),
-        intermediate_size=section.count("encoder_ffn_dim"),
-        n_window=section.count("n_window"),
-        output_size=section.count("output_dim"),
+        num_mel_bins=section.count("num_mel_bins", most=1024),
+        hidden_size=section.count("d_model", most=MAX_WIDTH),
+        num_layers=section.count("encoder_layers", most=MAX_LAYERS),
+        num_heads=section.count("encoder_attention_heads", most=MAX_HEADS),
+        intermediate_size=section.count("encoder_ffn_dim", most=MAX_WIDTH),
+        n_window=section.count("n_window", most=MAX_MEL_FRAMES),
+        output_size=section.count("output_dim", most=MAX_WIDTH),
     )
     if config.hidden_size % (2 * config.num_heads):
         raise ConfigError(f"{section.name}: d_model must be an even multiple of encoder_attention_heads.")
@@ -315,10 +333,10 @@ def _audio(section: _Section, family: str) -> AudioConfig:
         if config.n_window % 2:
             raise ConfigError(f"{section.name}: n_window must be even, so that pooled pairs stay inside a chunk.")
         return config
-    window = section.count("n_window_infer")
+    window = section.count("n_window_infer", most=MAX_MEL_FRAMES)
     if window % config.chunk_frames:
         raise ConfigError(f"{section.name}: n_window_infer must be a multiple of 2 · n_window.")
-    return replace(config, n_window_infer=window, conv_channels=section.count("downsample_hidden_size"))
+    return replace(config, n_window_infer=window, conv_channels=section.count("downsample_hidden_size", most=MAX_WIDTH))
 
 
 def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig:
@@ -328,29 +346,31 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
     rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
     rope.expect("rope_type", "default", "mrope")
     rope.expect("type", "default", "mrope")
-    num_heads = section.count("num_attention_heads")
-    hidden_size = section.count("hidden_size")
+    num_heads = section.count("num_attention_heads", most=MAX_HEADS)
+    hidden_size = section.count("hidden_size", most=MAX_WIDTH)
     if not section.has("head_dim") and hidden_size % num_heads:
         raise ConfigError(f"{section.name}: hidden_size must be a multiple of num_attention_heads.")
-    head_dim = section.count("head_dim") if section.has("head_dim") else hidden_size // num_heads
+    head_dim = section.count("head_dim", most=MAX_WIDTH) if section.has("head_dim") else hidden_size // num_heads
     mrope_section = rope.counts("mrope_section")
     if len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
         raise ConfigError(f"{rope.name}.mrope_section must be three counts that sum to {head_dim // 2}.")
     sparse = family == QWEN3
-    num_layers = section.count("num_hidden_layers")
+    num_layers = section.count("num_hidden_layers", most=MAX_LAYERS)
     config = DecoderConfig(
-        vocab_size=section.count("vocab_size"),
+        vocab_size=section.count("vocab_size", most=MAX_TOKENS),
         hidden_size=hidden_size,
         # A decoder of experts alone need not say how wide a dense layer would be.
-        intermediate_size=0 if sparse and not section.has("intermediate_size") else section.count("intermediate_size"),
+        intermediate_size=(
+            section.count("intermediate_size", most=MAX_WIDTH) if not sparse or section.has("intermediate_size") else 0
+        ),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=section.count("num_key_value_heads"),
+        num_kv_heads=section.count("num_key_value_heads", most=MAX_HEADS),
         head_dim=head_dim,
-        rope_theta=(rope if rope.has("rope_theta") else section).number("rope_theta"),
+        rope_theta=(rope if rope.has("rope_theta") else section).number("rope_theta", 1, 1e12),
         mrope_section=(mrope_section[0], mrope_section[1], mrope_section[2]),
-        rms_norm_eps=section.number("rms_norm_eps"),
-        max_position_embeddings=section.count("max_position_embeddings"),
+        rms_norm_eps=section.number("rms_norm_eps", 1e-12, 1),
+        max_position_embeddings=section.count("max_position_embeddings", most=MAX_TOKENS),
         # Head and embedding belong to the thinker, so its word goes first; released files say it in text_config.
         tie_word_embeddings=(thinker if thinker.has("tie_word_embeddings") else section).flag("tie_word_embeddings"),
     )
@@ -359,7 +379,7 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
     if not sparse:
         return config
     section.expect("attention_bias", False)
-    step = section.count("decoder_sparse_step")
+    step = section.count("decoder_sparse_step", most=MAX_LAYERS)
     dense = set(section.counts("mlp_only_layers")) if section.has("mlp_only_layers") else set()
     dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
     if dense and not config.intermediate_size:
@@ -368,9 +388,9 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
         config,
         qk_norm=True,
         mrope_interleaved=True,
-        num_experts=section.count("num_experts"),
-        experts_per_token=section.count("num_experts_per_tok"),
-        expert_size=section.count("moe_intermediate_size"),
+        num_experts=section.count("num_experts", most=512),
+        experts_per_token=section.count("num_experts_per_tok", most=512),
+        expert_size=section.count("moe_intermediate_size", most=MAX_WIDTH),
         normalise_experts=section.flag("norm_topk_prob"),
         dense_layers=tuple(sorted(layer for layer in dense if layer < num_layers)),
     )
@@ -385,7 +405,7 @@ def _dtype(root: _Section, thinker: _Section) -> torch.dtype:
             if section.has(key):
                 name = str(section.values[key]).removeprefix("torch.")
                 if name not in DTYPES:
-                    raise ConfigError(f"{section.name}.{key} = {name!r} is not one of {', '.join(DTYPES)}.")
+                    raise ConfigError(f"{section.name}.{key} = {name!r:.80} is not one of {', '.join(DTYPES)}.")
                 return DTYPES[name]
     return torch.bfloat16  # what every public checkpoint of the family stores
 
@@ -402,9 +422,9 @@ def _stop_token_ids(folder: Path, root: _Section, thinker: _Section) -> tuple[in
 
 
 def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; a checkpoint folder holds config.json.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a checkpoint folder holds config.json.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+        return read_object(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}.") from None

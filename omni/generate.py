@@ -279,9 +279,17 @@ def _device(name: str | None) -> torch.device | None:
     return device
 
 
+def _number(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r:.80}") from None
+
+
 def _positive(kind: type) -> Any:
     def parse(text: str) -> Any:
-        value = kind(text)
+        value = _number(kind, text)
         if not 0 < value < float("inf"):
             raise argparse.ArgumentTypeError("must be more than 0")
         return value
@@ -290,21 +298,21 @@ def _positive(kind: type) -> Any:
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be 0 or more")
     return value
 
 
 def _ratio(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError("must be above 0 and at most 1")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = _number(int, text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
     return value

@@ -7,7 +7,6 @@ data: nothing they say is believed before it is held against the file's real siz
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 
+from weights.files import MAX_BYTES, parse_object, read_object, stays_inside
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-MAX_JSON_BYTES = 100_000_000
-"""The safetensors library's own bound for a header."""
 MAX_LINES = 20
 MAX_LINE_LENGTH = 240
 
@@ -100,12 +99,10 @@ def read_weight_map(folder: Path, prefix: str) -> dict[str, str]:
     """
     path = folder / INDEX_FILE
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it is longer than {MAX_JSON_BYTES} bytes")
-        weight_map = _parse_object(path.read_bytes()).get("weight_map")
+        weight_map = read_object(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError('it has no "weight_map" object')
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     shard_of = {name: file for name, file in weight_map.items() if name.startswith(prefix)}
     if not shard_of:
@@ -125,11 +122,7 @@ def _shard_path(folder: Path, shard: str) -> Path:
     path = folder / shard
     if not path.is_file():
         raise ValueError("is absent")
-    root = folder.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":  # the hub's cache: files are links into blobs/, beside snapshots/
-        homes.append(root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(home) for home in homes):
+    if not stays_inside(path):
         raise ValueError("is a link that leaves the folder")
     return path
 
@@ -173,10 +166,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         if first == b"version ":
             raise ValueError("is a Git LFS pointer, not the tensors themselves: run `git lfs pull`")
         length = int.from_bytes(first, "little")
-        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
+        if size < 8 or length > min(size - 8, MAX_BYTES):
             raise ValueError(f"is cut short or no safetensors file: {size} bytes, header of {length}")
         try:
-            return _parse_object(file.read(length)), 8 + length, size - 8 - length
+            return parse_object(file.read(length)), 8 + length, size - 8 - length
         except ValueError as error:
             raise ValueError(f"has an unreadable header: {error}") from error
 
@@ -205,24 +198,3 @@ def _check_spans(spans: Sequence[tuple[int, int, str]], data_bytes: int) -> None
             what = "overlaps the tensor" if begin < place else "leaves a gap after the tensor"
             raise ValueError(f"is corrupt: {name!r} {what} before it (data byte {begin}, not {place})")
         place = end
-
-
-def _parse_object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_distinct)
-    except UnicodeDecodeError as error:
-        raise ValueError("it is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON ({error})") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return values

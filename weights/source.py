@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def _fetch(repo_id: str, revision: str | None, files: list[str]) -> Path:
 
 def _reason(error: Exception, revision: str | None) -> str:
     """What went wrong at the hub and what to do about it."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    cache = f"the hub's cache in {constants.HF_HUB_CACHE}"
     wanted = "the default revision" if revision is None else f"revision {revision!r}"
     match error:
         case errors.HFValidationError():
@@ -91,6 +93,10 @@ def _reason(error: Exception, revision: str | None) -> str:
             return f"is not wholly in the hub's cache ({wanted}) and HF_HUB_OFFLINE is set: unset it once to fetch it"
         case errors.LocalEntryNotFoundError():
             return f"is not wholly in the hub's cache ({wanted}) and the hub cannot be reached: check the network"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return f"could not be fetched: the disk of {cache} is full. Make room there, or set HF_HUB_CACHE to another"
+        case OSError(errno=errno.EROFS | errno.EACCES | errno.EPERM):
+            return f"could not be fetched: {cache} cannot be written to. Set HF_HUB_CACHE to a folder that can"
         case _:
             cause = (str(error).splitlines() or [""])[0]
             return f"could not be fetched, try again ({type(error).__name__}: {cause})"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omni.processing.tokenizer import Tokenizer
+from weights.files import parse_object, read_text
 
 _TURNS = (
     "{% for message in messages %}"
@@ -64,10 +65,11 @@ def load_template(folder: Path) -> str | None:
         if not source.is_file():
             continue
         try:
-            settings = json.loads(_read(source))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ChatTemplateError(f"{source} is no JSON ({error}): fetch it again.") from error
-        template = settings.get("chat_template") if isinstance(settings, dict) else settings
+            template = parse_object(_read(source)).get("chat_template")
+        except ChatTemplateError:
+            raise
+        except ValueError as error:
+            raise ChatTemplateError(f"{source} cannot be read: {error}. Fetch it again.") from error
         if template is not None:
             return _text_of(template, source)
     return None
@@ -78,7 +80,7 @@ def _text_of(template: Any, source: Path) -> str:
         named = {str(entry.get("name")): entry.get("template") for entry in template}
         if "default" not in named:
             raise ChatTemplateError(
-                f'{source} has no chat template named "default", only: {", ".join(named) or "none"}.'
+                f'{source} has no chat template named "default", only: {ascii(", ".join(named))[1:-1][:80] or "none"}.'
             )
         template = named["default"]
     if not isinstance(template, str):
@@ -88,9 +90,9 @@ def _text_of(template: Any, source: Path) -> str:
 
 def _read(source: Path) -> str:
     try:
-        return source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChatTemplateError(f"{source} cannot be read ({error}): fetch it again.") from error
+        return read_text(source)
+    except ValueError as error:
+        raise ChatTemplateError(f"{source} cannot be read: {error}. Fetch it again.") from error
 
 
 def encode_chat(

@@ -5,7 +5,6 @@ The rules of both families, as in transformers' `models/qwen2_vl/{video,image}_p
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +16,11 @@ from einops import rearrange
 from torch import Tensor
 
 from omni.config import QWEN3, ConfigError, OmniConfig
+from weights.files import read_object
 
 MAX_ASPECT_RATIO = 200
+MAX_PIXELS = 2**26
+"""Of a frame or picture: a few bytes can claim any size. 8192 x 8192 is twice an 8K frame."""
 
 
 class MediaError(ValueError):
@@ -103,11 +105,9 @@ def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
     if not path.is_file():
         return sizes
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"{path} must be a JSON object, not {type(settings).__name__}.")
+        settings = read_object(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}.") from None
     sizes = replace(sizes, **_stated(settings, path))
     for least, most, name in (
         (sizes.image_min_pixels, sizes.image_max_pixels, "min_pixels"),
@@ -124,7 +124,7 @@ def _stated(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key in ("image_mean", "image_std"):
         if (value := settings.get(key)) is None:
             continue
-        least = 0 if key == "image_std" else -math.inf
+        least = 1e-6 if key == "image_std" else -1e6
         if not isinstance(value, list) or len(value) != 3 or not all(_is_number(item, least) for item in value):
             raise ConfigError(f"{path}: {key} must be three numbers, standard deviations above 0, not {value!r:.80}.")
         stated[key] = tuple(map(float, value))
@@ -141,14 +141,14 @@ def _stated(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
             value = size.get(edge)
         if value is None:
             continue
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{path}: {key} must be a positive integer, not {value!r:.80}.")
+        if type(value) is not int or not 1 <= value <= MAX_PIXELS:
+            raise ConfigError(f"{path}: {key} must be a positive integer up to {MAX_PIXELS}, not {value!r:.80}.")
         stated[field] = value
     return stated
 
 
-def _is_number(value: Any, above: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > above
+def _is_number(value: Any, least: float) -> bool:
+    return type(value) in (int, float) and least <= value <= 1e6
 
 
 def sample_indices(

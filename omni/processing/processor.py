@@ -18,7 +18,7 @@ from omni.processing.frames import VisionSizes, patchify, resize, vision_sizes
 from omni.processing.media import read_audio, read_image, read_video
 from omni.processing.mel import log_mel
 from omni.processing.prompt import clip_block, expand
-from omni.processing.tokenizer import Tokenizer
+from omni.processing.tokenizer import Tokenizer, TokenizerError
 
 
 class Processor:
@@ -30,6 +30,11 @@ class Processor:
     def __init__(self, folder: Path, config: OmniConfig) -> None:
         self.config = config
         self.tokenizer = Tokenizer.from_folder(folder)
+        if self.tokenizer.vocab_size > config.decoder.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model up to "
+                f"{config.decoder.vocab_size - 1}: its files belong to another model."
+            )
         fallback = QWEN3_OMNI_TEMPLATE if config.family == QWEN3 else QWEN2_5_OMNI_TEMPLATE
         self.template = load_template(folder) or fallback
         self.sizes = vision_sizes(folder, config)

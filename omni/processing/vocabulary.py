@@ -5,12 +5,13 @@ They write a byte as one printable character (GPT-2's `bytes_to_unicode`), calle
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from weights.files import read_object, read_text
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -65,7 +66,7 @@ class Vocabulary:
         for token in self.ids:
             if not (token and allowed.issuperset(token)) and token not in added:
                 raise TokenizerError(
-                    f"the vocabulary's token {token!r} is not written in byte characters: only byte-level "
+                    f"the vocabulary's token {token!r:.80} is not written in byte characters: only byte-level "
                     "vocabularies are supported."
                 )
 
@@ -73,9 +74,9 @@ class Vocabulary:
         owners: dict[int, str] = {}
         for token, id in self.ids.items():
             if type(id) is not int or id < 0:
-                raise TokenizerError(f"the vocabulary gives {token!r} the id {id!r}: ids count from 0.")
+                raise TokenizerError(f"the vocabulary gives {token!r:.80} the id {id!r:.80}: ids count from 0.")
             if owners.setdefault(id, token) != token:
-                raise TokenizerError(f"the vocabulary gives {owners[id]!r} and {token!r} the same id {id}.")
+                raise TokenizerError(f"the vocabulary gives {owners[id]!r:.80} and {token!r:.80} the same id {id}.")
         if missing := [byte for byte, character in BYTE_CHARACTERS.items() if character not in self.ids]:
             raise TokenizerError(
                 f"the vocabulary has no token for {len(missing)} of the 256 bytes, {missing[0]:#04x} "
@@ -87,11 +88,11 @@ class Vocabulary:
         made = [left + right for left, right in self.merges]
         parts = {part for pair in self.merges for part in pair}
         if unknown := sorted(parts.union(made) - self.ids.keys()):
-            raise TokenizerError(f"merges use or make {unknown[0]!r}, which is not in the vocabulary.")
+            raise TokenizerError(f"merges use or make {unknown[0]!r:.80}, which is not in the vocabulary.")
         if len(set(made)) < len(made):
             token, times = Counter(made).most_common(1)[0]
             raise TokenizerError(
-                f"{times} merges make {token!r}: only vocabularies with one merge per token are supported."
+                f"{times} merges make {token!r:.80}: only vocabularies with one merge per token are supported."
             )
         return set(made)
 
@@ -99,21 +100,21 @@ class Vocabulary:
         owners = {id: token for token, id in self.ids.items()}
         seen: set[str] = set()
         for token in self.added:
-            if not token.text or token.id < 0:
-                raise TokenizerError(f"the added token {token.text!r} with the id {token.id} cannot be.")
+            if not token.text or token.id < 0 or any("\ud800" <= char <= "\udfff" for char in token.text):
+                raise TokenizerError(f"the added token {token.text!r:.80} with the id {token.id} cannot be.")
             if token.text in seen:
-                raise TokenizerError(f"the added token {token.text!r} is listed twice.")
+                raise TokenizerError(f"the added token {token.text!r:.80} is listed twice.")
             seen.add(token.text)
             if owners.setdefault(token.id, token.text) != token.text:
-                raise TokenizerError(f"{owners[token.id]!r} and {token.text!r} have the same id {token.id}.")
+                raise TokenizerError(f"{owners[token.id]!r:.80} and {token.text!r:.80} have the same id {token.id}.")
             if self.ids.get(token.text, token.id) != token.id:
                 raise TokenizerError(
-                    f"{token.text!r} has the id {self.ids[token.text]} in the vocabulary and {token.id} "
+                    f"{token.text!r:.80} has the id {self.ids[token.text]} in the vocabulary and {token.id} "
                     "among the added tokens."
                 )
             if token.text in made or token.text in BYTE_CHARACTERS.values():
                 raise TokenizerError(
-                    f"the added token {token.text!r} also comes out of plain text, which could not be told from it."
+                    f"the added token {token.text!r:.80} also comes out of plain text, which could not be told from it."
                 )
 
 
@@ -166,9 +167,9 @@ def _added_tokens(folder: Path, whole: dict[str, Any]) -> list[AddedToken]:
     )
     config = _read_object(config_file) if config_file.is_file() else {}
     if by_id := _object(config.get("added_tokens_decoder") or {}, config_file):
+        numbers = {id: int(id) if id.isdecimal() and len(id) < 20 else id for id in by_id}
         return [
-            _added_token({**_object(entry, config_file), "id": int(id) if id.isdecimal() else id}, config_file)
-            for id, entry in by_id.items()
+            _added_token({**_object(entry, config_file), "id": numbers[id]}, config_file) for id, entry in by_id.items()
         ]
     if entries := _list(whole.get("added_tokens") or [], whole_file):
         return [_added_token(_object(entry, whole_file), whole_file) for entry in entries]
@@ -187,7 +188,7 @@ def _added_token(entry: dict[str, Any], file: Path) -> AddedToken:
         raise TokenizerError(f"{file} lists an added token without text or number: the file is damaged.")
     for flag in ("lstrip", "rstrip", "single_word", "normalized"):
         if entry.get(flag):
-            raise TokenizerError(f"{file}: the added token {text!r} is {flag}, which is not supported.")
+            raise TokenizerError(f"{file}: the added token {text!r:.80} is {flag}, which is not supported.")
     return AddedToken(text, id, bool(entry.get("special")))
 
 
@@ -228,15 +229,14 @@ def _list(value: Any, file: Path) -> list[Any]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    text = _read_text(file)
     try:
-        return _object(json.loads(text), file)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{file} is no JSON ({error}): fetch it again.") from error
+        return read_object(file)
+    except ValueError as error:
+        raise TokenizerError(f"{file} cannot be read: {error}. Fetch it again.") from error
 
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{file} cannot be read ({error}): fetch it again.") from error
+        return read_text(file)
+    except ValueError as error:
+        raise TokenizerError(f"{file} cannot be read: {error}. Fetch it again.") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from omni.inputs import InputError
 
 MOST_GRAPHS = 256
 """Graphs of one function that stay; the least recently used goes. A realistic spread of clips needs fewer plans."""
@@ -33,17 +37,27 @@ class Graphs:
     def run(self, key: Hashable, fixed: tuple[Any, ...], *tensors: Any, makes: bool = True) -> Any:
         """function(*fixed, *tensors). fixed: what a key stands for; tensors: nests of tensors and dataclasses.
 
-        A key that has no graph gets one, unless `makes` is False: then the function runs as it is.
+        A key that has no graph gets one, unless `makes` is False: then the function runs as it is. Raises InputError
+        where the compiler cannot write what it makes.
         """
-        if key not in self.graphs:
-            if not makes:
-                return self.function(*fixed, *tensors)
-            compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
-            run = partial(compiled, *fixed)
-            self.graphs[key] = Captured(run, tensors) if self.captures else run
-            self._make_room()
-        self.graphs.move_to_end(key)
-        return self.graphs[key](*tensors)
+        if key not in self.graphs and not makes:
+            return self.function(*fixed, *tensors)
+        try:
+            if key not in self.graphs:
+                compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
+                run = partial(compiled, *fixed)
+                self.graphs[key] = Captured(run, tensors) if self.captures else run
+                self._make_room()
+            self.graphs.move_to_end(key)
+            return self.graphs[key](*tensors)
+        except (RuntimeError, OSError) as error:
+            if reason := refusal_of_the_disk(error):
+                self.graphs.pop(key, None)
+                raise InputError(
+                    f"the compiler's folder cannot be written to ({reason}): make room, set TORCHINDUCTOR_CACHE_DIR to "
+                    "another folder, or do not compile."
+                ) from error
+            raise
 
     def clear(self) -> None:
         self.graphs.clear()
@@ -55,6 +69,18 @@ class Graphs:
     def _make_room(self) -> None:
         while len(self.graphs) > 1 and (len(self.graphs) > MOST_GRAPHS or self.nbytes > GRAPH_BYTES):
             self.graphs.popitem(last=False)
+
+
+def refusal_of_the_disk(error: BaseException) -> str | None:
+    """What the system said where writing failed, in the compiler or in what it calls; None for other errors."""
+    if isinstance(error, OSError):
+        return error.strerror
+    if not type(error).__module__.startswith("torch._"):
+        return None
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return next((words for words in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)) if words in str(error)), None)
 
 
 def renewed(function: Callable[..., Any]) -> Callable[..., Any]:

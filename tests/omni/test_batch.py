@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,13 @@ def test_rows_go_before_the_command_line() -> None:
         row_options({"retention": 2}, given)
     with pytest.raises(InputError, match=r"kv: invalid choice"):
         row_options({"kv": "all"}, given)
+    with pytest.raises(InputError, match=r"max-new-tokens: must be a whole number, not 'x{79}\.$"):
+        row_options({"max_new_tokens": "x" * 1000}, given)
+    with pytest.raises(InputError, match=r"retention: must be a number, not 'half'"):
+        row_options({"retention": "half"}, given)
+    with pytest.raises(InputError) as caught:
+        row_options({"kv": "x" * 10_000}, given)
+    assert len(str(caught.value)) < 400
 
 
 def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
@@ -59,7 +68,90 @@ def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
     ids, unreadable = Source(questions).scan()
     assert ids == ["a", 2]
     assert [row["id"] for row in unreadable] == ["line 2", "line 3", "line 4"]
-    assert "is no JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
+    assert "it is not JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        "9" * 5000,
+        '{"id": 1, "id": 2}',
+        '{"id": true}',
+        '{"id": 1.5}',
+        '{"id": "\\ud800"}',
+        '{"id": null}',
+        "\x80",
+    ],
+)
+def test_a_line_that_is_no_row_is_only_that(tmp_path: Path, line: str) -> None:
+    """Protects: deep nesting, endless numbers, ids that no answer can be told by or written with, no UTF-8."""
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'{"id": "a"}\n' + line.encode("latin-1") + b"\n")
+    ids, unreadable = Source(path).scan()
+    assert ids == ["a"]
+    assert [row["id"] for row in unreadable] == ["line 2"]
+
+
+def test_a_row_may_not_be_called_as_a_broken_one_is(tmp_path: Path) -> None:
+    """Protects: its answer would be missing, as if it were there already."""
+    with pytest.raises(InputError, match="rows 1 and 2 have the same id 'line 2'"):
+        Source(write(tmp_path / "q.jsonl", {"id": "line 2"}, "{broken")).scan()
+
+
+@pytest.mark.parametrize("media", [5, {"a.png": 1}, ["a.png", None], [["a.png"]], True])
+def test_media_are_paths(tmp_path: Path, checkpoint: Path, media: Any) -> None:
+    """Protects: a row's mistake is said in our words."""
+    prepare = Prepare(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
+    with pytest.raises(InputError, match="media must be a path, a list of paths, or null"):
+        prepare.prepared({"id": 1, "question": "?", "media": media})
+
+
+def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
+    """Protects: characters that Unicode calls line ends, and bytes that are no UTF-8, cost no other row."""
+    path = tmp_path / "q.jsonl"
+    rows = [{"id": n, "question": f"a\u2028b\x85c{n}"} for n in range(2)]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    path.write_bytes(b"\n".join([lines[0], b'{"id": "\xff"}', b"", lines[1]]))
+    prepare = Prepare(options(checkpoint, path), ALONE, set())
+    found = [prepare(pyarrow.table({"start": [start]}))["row"] for start in Source(path).starts()]
+    assert [[json.loads(row)["id"] for row in one] for one in found] == [[0], [], [], [1]]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no UTF-8", "no Parquet"])
+def test_damaged_parquet_is_named(tmp_path: Path, damage: str) -> None:
+    """Protects: whatever is wrong with the file, one sentence with its name."""
+    from pyarrow import parquet
+
+    path = tmp_path / "q.parquet"
+    ids = pyarrow.array([b"\xff"] if damage == "no UTF-8" else [b"a"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"id": ids, "media": ["a.png"], "question": ["?"]}), path)
+    if damage != "no UTF-8":
+        path.write_bytes(b"PAR1" if damage == "no Parquet" else path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"q\.parquet is no Parquet file"):
+        Source(path).scan()
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: what was answered so far is whole, and the run ends in a sentence."""
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.write(['{"id": 1}'])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"a\.jsonl cannot be written: No space left on device"):
+        journal.write(['{"id": 2}'])
+    assert 1 in Journal(tmp_path / "a.jsonl").ids
+
+
+def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
+    """Protects: a damaged file of answers is not overwritten, and it is said which file it is."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1}\n{"id": \n')
+    with pytest.raises(InputError, match=r"a\.jsonl is no file of answers: the line cannot be read: it is not JSON"):
+        Journal(path)
 
 
 def test_ids_must_differ(tmp_path: Path) -> None:
@@ -116,9 +208,9 @@ def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path,
         {"id": "wrong", "media": None, "question": "?", "seed": -1},
         {"id": "done", "media": None, "question": "?"},
     ]
-    given = options(checkpoint, tmp_path / "q.jsonl")
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
     prepare, answer = Prepare(given, ALONE, {"done"}), Answer(given, ALONE)
-    made = [prepare(pyarrow.table({"text": [json.dumps(row)]})) for row in rows]
+    made = [prepare(pyarrow.table({"start": [start]})) for start in Source(given.questions).starts()]
     assert made[-1] == {"row": [], "tensors": []}
     table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
     found = {line["id"]: line for line in map(json.loads, answer(table)["answer"])}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from conftest import SOUND, SOUND3, TEXT, TEXT3, VISION, VISION3
 
+import omni
 from omni.config import ConfigError, read_config
+from weights import CheckpointError, save_sharded
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen2_5OmniForConditionalGeneration"],
@@ -132,6 +136,16 @@ def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
             "text_config.hidden_size must be a positive integer",
         ),
         ({"thinker_config.text_config.vocab_size": 10**12}, "vocab_size must be a positive integer"),
+        ({"architectures": 5}, "describes 5; supported"),
+        ({"architectures": [["x"], {}]}, r"describes \['x'\], \{\}; supported"),
+        ({"architectures": ["x" * 10_000]}, "describes x{80}; supported"),
+        ({"thinker_config.text_config.rope_theta": 10**400}, "rope_theta must be a number from 1 to 1e[+]12"),
+        ({"thinker_config.text_config.rope_theta": float("inf")}, "rope_theta must be a number"),
+        ({"thinker_config.text_config.rope_theta": float("nan")}, "rope_theta must be a number"),
+        ({"thinker_config.text_config.rms_norm_eps": 1e9}, "rms_norm_eps must be a number from 1e-12 to 1"),
+        ({"thinker_config.seconds_per_chunk": 1e-300}, "seconds_per_chunk must be a number from 0.1 to 1000"),
+        ({"thinker_config.audio_token_index": 640}, "the id 640 of the audio token is not below .* vocab_size"),
+        ({"thinker_config.audio_token_index": 603}, "the video token and the audio token have the same id 603"),
         ({"thinker_config.text_config.num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"thinker_config.text_config.rope_scaling": {"mrope_section": [1, 1, 1]}}, "sum to 8"),
         (
@@ -153,6 +167,74 @@ def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
 def test_refuses(tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_config(write(tmp_path, changes))
+
+
+ABSURD = {
+    "text_config": "num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size num_experts",
+    "vision_config": "depth hidden_size intermediate_size num_heads patch_size temporal_patch_size spatial_merge_size",
+    "audio_config": "encoder_layers d_model encoder_ffn_dim n_window n_window_infer num_mel_bins",
+}
+
+
+@pytest.mark.parametrize("size", [10**7, 10**9, 2**31 - 1, 10**100])
+@pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in ABSURD.items() for key in keys.split()])
+def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path: Path, key: str, size: int) -> None:
+    """Protects: no module, name or tensor is counted out on the word of a file; it costs no memory and no time."""
+    if key == "text_config.vocab_size" and size == 10**7:
+        return  # of a large vocabulary the weights are the judge
+    tracemalloc.start()
+    with pytest.raises(
+        ConfigError, match=rf"config\.json\.thinker_config\.{key} must be a positive integer up to \d+, not"
+    ):
+        omni.load(write(tmp_path, {f"thinker_config.{key}": size}, BASE3), device="cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+
+
+def test_large_sizes_within_bounds_are_held_against_the_weights(tmp_path: Path) -> None:
+    """Protects: a size that a model might have, but this one has not, is refused before memory is taken."""
+    text = "thinker_config.text_config"
+    write(tmp_path, {f"{text}.vocab_size": 2**24, f"{text}.intermediate_size": 2**20, f"{text}.num_hidden_layers": 200})
+    save_sharded({"thinker.model.norm.weight": torch.ones(64)}, tmp_path, max_shard_bytes=1000)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        omni.load(tmp_path, device="cpu")
+
+
+def test_files_of_another_folder_are_not_read(tmp_path: Path) -> None:
+    """Protects: a checkpoint cannot point at other files of the machine, nor at a pipe that never ends."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (write(tmp_path, {}) / "config.json").rename(tmp_path / "other.json")
+    (folder / "config.json").symlink_to("../other.json")
+    with pytest.raises(ConfigError, match="is a link that leaves the folder"):
+        read_config(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        read_config(folder)
+    (folder / "config.json").unlink()
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(200_000_000)
+    with pytest.raises(ConfigError, match="is longer than 100000000 bytes"):
+        read_config(folder)
+
+
+def test_the_hub_cache_links_to_its_blobs(tmp_path: Path) -> None:
+    """Protects: a snapshot of the hub's cache, whose files are links to its blobs, is read."""
+    snapshot, blobs = tmp_path / "models--o--n/snapshots/0123", tmp_path / "models--o--n/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (write(tmp_path, {}) / "config.json").rename(blobs / "beef")
+    (snapshot / "config.json").symlink_to("../../blobs/beef")
+    assert read_config(snapshot).decoder.head_dim == 16
+
+
+def test_a_name_may_not_occur_twice(tmp_path: Path) -> None:
+    """Protects: a size that one reader takes for another."""
+    (tmp_path / "config.json").write_text('{"architectures": [], "architectures": ["x"]}')
+    with pytest.raises(ConfigError, match="a name occurs twice"):
+        read_config(tmp_path)
 
 
 def test_refuses_what_is_no_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import torch
 from conftest import ENVIRONMENT, TEXT, make_request
 
 import omni
+from omni.config import read_config
 from omni.inputs import InputError
+from omni.processing.processor import Processor
+from omni.processing.tokenizer import TokenizerError
 
 REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
 
@@ -182,3 +186,15 @@ def test_import_is_light() -> None:
     code = f"import sys, omni; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Protects: no id reaches the embedding that it has no row for."""
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["600"] = {"content": "<x>", "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match=r"the tokenizer has ids up to 600, the model up to \d+: its files belong"):
+        Processor(tmp_path, read_config(tmp_path))

@@ -16,10 +16,16 @@ class Hub:
     """repositories: hub id → file name → content. `served` collects (hub id, file) of every content sent.
 
     `gated` repositories list their files and refuse them. Every repository has the revisions main and v1.
+    The connection breaks in the middle of a file named in `cut`, and whenever more of it is asked for.
     """
 
-    def __init__(self, repositories: dict[str, dict[str, bytes]], gated: frozenset[str] = frozenset()) -> None:
-        self.repositories, self.gated = repositories, gated
+    def __init__(
+        self,
+        repositories: dict[str, dict[str, bytes]],
+        gated: frozenset[str] = frozenset(),
+        cut: frozenset[str] = frozenset(),
+    ) -> None:
+        self.repositories, self.gated, self.cut = repositories, gated, cut
         self.served: list[tuple[str, str]] = []
         hub = self
 
@@ -71,7 +77,15 @@ class Hub:
         if request.command == "GET":
             self.served.append((repo_id, file))
         headers = {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        return self.send(request, 200, files[file], headers)
+        start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(files[file]) - 1}/{len(files[file])}"
+        body = files[file][start:]
+        if request.command == "GET" and file in self.cut:
+            headers["Content-Length"] = str(len(body))
+            body = b"" if start else body[: len(body) // 2]
+            request.close_connection = True
+        return self.send(request, 206 if start else 200, body, headers)
 
     def send_json(self, request: BaseHTTPRequestHandler, value: Any) -> None:
         self.send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -81,7 +95,7 @@ class Hub:
 
     def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
         request.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
             request.send_header(key, value)
         request.end_headers()
         if request.command == "GET":

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from omni.processing.frames import MediaError
 
-# A few bytes can claim any size. 8192 x 8192 is twice an 8K frame.
-MAX_PIXELS = 2**26
-
 
 @contextmanager
 def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
@@ -55,11 +52,15 @@ def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
         if status.st_size == 0:
             raise MediaError(f"{name} is empty.")
         file = Path(source).open("rb")  # noqa: SIM115 (closed below)
+    except MediaError:
+        raise
     except FileNotFoundError as error:
         hint = " Download it first." if "://" in name else ""
         raise MediaError(f"{name} does not exist.{hint}") from error
     except OSError as error:
-        raise MediaError(f"{name} cannot be opened: {error.strerror}.") from error
+        raise MediaError(f"{name:.300} cannot be opened: {error.strerror}.") from error
+    except ValueError as error:  # a name that the system has no way to write
+        raise MediaError(f"{name!r:.80} cannot be the name of a file.") from error
     with file:
         yield file, name
 
@@ -71,8 +72,8 @@ def open_container(source: Any) -> Iterator[tuple[Any, str]]:
 
     with open_file(source) as (file, name):
         try:
-            # Playlists and the like may name other files: only this one is read.
-            with av.open(file, options={"protocol_whitelist": "none"}) as container:
+            # Playlists and the like may name other files: only this one is read. Titles may be in any encoding.
+            with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
                 yield container, name
         except MediaError:
             raise

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from omni.processing.frames import MediaError
-from omni.processing.media.files import MAX_PIXELS, as_array, described, is_array, is_pil, open_file
+from omni.processing.frames import MAX_PIXELS, MediaError
+from omni.processing.media.files import as_array, described, is_array, is_pil, open_file
 
 # Formats that Pillow recognises by a signature and decodes by itself: no EPS, which runs another program.
 PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")

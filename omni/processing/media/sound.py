@@ -21,8 +21,10 @@ from omni.processing.media.files import (
     warn_if_short,
 )
 
-# Silence that the time stamps of a damaged file ask for is believed up to this many seconds.
+# A few bytes can claim any length: silence between the time stamps is believed up to six hours in all, sound up to a
+# day, which is a million tokens and more.
 MAX_SILENCE = 6 * 3600
+MAX_SECONDS = 24 * 3600
 
 
 def read_audio(source: Any, *, sample_rate: int = 16_000) -> Tensor | None:
@@ -74,6 +76,7 @@ class _Mixer:
         self.name = name
         self.pieces: list[Tensor] = []
         self.clock: float | None = None
+        self.silence = 0.0
         self.early = 0  # samples from before the start, still to be cut
         self.form: tuple[str, str, int] | None = None
         self.resampler: Any = None
@@ -88,17 +91,21 @@ class _Mixer:
         gap = 0.0 if at is None else at - self.clock
         # Time stamps are rounded, so a small gap is none; the sound of a clip may start with any.
         if gap > (0.1 if self.resampler else 0.0):
-            if gap > MAX_SILENCE:
-                raise MediaError(f"{self.name}: its sound claims {gap:.0f} s of silence. The file is damaged.")
+            self.silence += gap
+            if self.silence > MAX_SILENCE:
+                raise MediaError(f"{self.name}: its sound claims {self.silence:.0f} s of silence. The file is damaged.")
             self._flush()
             self._put(torch.zeros(round(gap * self.sample_rate)))
             self.clock += gap
         form = (frame.format.name, frame.layout.name, frame.sample_rate)
         if form != self.form:
             self._flush()
-            self.resampler = av.AudioResampler(format="fltp", layout=form[1], rate=self.sample_rate)
+            # Channels side by side: of eight and more planes PyAV 18 reads one that is not there.
+            self.resampler = av.AudioResampler(format="flt", layout=form[1], rate=self.sample_rate)
             self.form = form
         self.clock += frame.samples / frame.sample_rate
+        if self.clock > MAX_SECONDS:
+            raise MediaError(f"{self.name}: its sound is longer than {MAX_SECONDS // 3600} hours. Cut it.")
         self._resample(frame)
 
     def finish(self) -> Tensor:
@@ -113,7 +120,7 @@ class _Mixer:
     def _resample(self, frame: Any) -> None:
         for part in self.resampler.resample(frame):
             # The plain mean, as librosa's: libswresample's own mix to one channel is louder than its sources.
-            self._put(torch.from_numpy(part.to_ndarray()).mean(dim=0))
+            self._put(torch.from_numpy(part.to_ndarray()).view(-1, part.layout.nb_channels).mean(dim=1))
 
     def _put(self, piece: Tensor) -> None:
         cut = min(self.early, len(piece))

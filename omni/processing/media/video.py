@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.processing.frames import MediaError, resize, sample_indices, sampled_fps
+from omni.processing.frames import MAX_PIXELS, MediaError, resize, sample_indices, sampled_fps
 from omni.processing.media.files import (
-    MAX_PIXELS,
     as_array,
     described,
     frames_of,

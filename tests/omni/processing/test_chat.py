@@ -351,9 +351,11 @@ def test_template_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("chat_template.jinja", b"\xff", "cannot be read"),
-        ("chat_template.json", b'{"chat_template": "', "no JSON"),
-        ("chat_template.json", b"[" * 100_000, "no JSON"),
-        ("chat_template.json", b"[1]", "neither"),
+        ("chat_template.json", b'{"chat_template": "', "it is not JSON"),
+        ("chat_template.json", b"[" * 100_000, "nested too deeply"),
+        ("chat_template.json", b'{"chat_template": "a", "chat_template": "b"}', "a name occurs twice"),
+        ("chat_template.json", b'{"version": ' + b"9" * 5000 + b"}", "it holds a number of 5000 digits"),
+        ("chat_template.json", b"[1]", "not a JSON object"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "neither"),
         ("tokenizer_config.json", b'{"chat_template": ["x"]}', "neither"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "only: rag"),
@@ -365,3 +367,13 @@ def test_damaged_template_files_are_one_error(tmp_path: Path, name: str, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ChatTemplateError, match=message):
         load_template(tmp_path)
+
+
+def test_a_template_of_another_folder_is_not_read(tmp_path: Path) -> None:
+    """Protects: a checkpoint cannot put other files of the machine into a prompt."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (folder / "chat_template.jinja").symlink_to("../secret")
+    with pytest.raises(ChatTemplateError, match="it is a link that leaves the folder"):
+        load_template(folder)

@@ -312,6 +312,60 @@ def test_a_hole_in_the_sound_is_silence(tmp_path: Path) -> None:
     assert loudest_hertz(waveform[32_500:]) == pytest.approx(880, abs=2)
 
 
+@pytest.mark.parametrize("layout", ["5.1", "7.1", "hexadecagonal"])
+def test_sound_of_many_channels(tmp_path: Path, layout: str) -> None:
+    """Protects: six, eight or sixteen channels are their mean, and no crash of the process."""
+    path = tmp_path / "a.wav"
+    channels = av.AudioLayout(layout).nb_channels
+    values = np.repeat(np.linspace(0, 0.7, channels, dtype=np.float32)[:, None], 16_000, axis=1)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_f32le", rate=16_000, layout=layout)
+        frame = av.AudioFrame.from_ndarray(values.T.reshape(1, -1).copy(), format="flt", layout=layout)
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    waveform = read_audio(path)
+    assert waveform is not None and len(waveform) == 16_000
+    torch.testing.assert_close(waveform, torch.full((16_000,), 0.35))
+
+
+def test_titles_in_any_encoding(tmp_path: Path) -> None:
+    """Protects: a title that is no UTF-8 costs nothing of the sound."""
+    path = tmp_path / "a.flac"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "naive"
+        stream = file.add_stream("flac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    data = path.read_bytes()
+    assert data.count(b"naive") == 1
+    path.write_bytes(data.replace(b"naive", b"na\xefve"))
+    waveform = read_audio(path)
+    assert kind_of(path) == "audio" and waveform is not None and len(waveform) == 1600
+
+
+def test_silence_is_bounded_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: time stamps that leap again and again claim no more memory than one leap may; nor does sound."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for number in range(6):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16_000, number * 32_000, Fraction(1, 16_000)
+            file.mux(stream.encode(frame))
+    waveform = read_audio(path)
+    assert waveform is not None and len(waveform) == pytest.approx(10.1 * 16_000, abs=200)
+    monkeypatch.setattr("omni.processing.media.sound.MAX_SILENCE", 5)
+    with pytest.raises(MediaError, match="its sound claims 6 s of silence"):
+        read_audio(path)
+    sound = write_sound(tmp_path / "a.wav", tone(440, 2, 16_000)[None], 16_000, "pcm_s16le")
+    monkeypatch.setattr("omni.processing.media.sound.MAX_SECONDS", 1)
+    with pytest.raises(MediaError, match="its sound is longer than"):
+        read_audio(sound)
+
+
 def test_a_silent_clip_has_no_sound(tmp_path: Path) -> None:
     """A clip without a sound stream is no error."""
     assert read_audio(write_clip(tmp_path / "a.mp4", 4, 10)) is None
@@ -478,13 +532,16 @@ def test_what_is_no_media_gets_a_sentence(tmp_path: Path, read: Callable[[Any], 
     for source, message in (
         ("https://example.org/clip.mp4", "Download it first"),
         ("a" * 5000, "cannot be opened"),
+        ("a\0b.mp4", "cannot be the name of a file"),
+        ("a\ud800.mp4", "cannot be the name of a file"),
         (io.BytesIO(), "is empty"),
         (io.StringIO("text"), "binary mode"),
         (17, "no source of media"),
         (None, "no source of media"),
     ):
-        with pytest.raises(MediaError, match=message):
+        with pytest.raises(MediaError, match=message) as caught:
             read(source)
+        assert len(str(caught.value)) < 400
 
 
 def test_an_mp4_without_its_index_is_refused(tmp_path: Path) -> None:

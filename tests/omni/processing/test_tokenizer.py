@@ -98,7 +98,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         pytest.skip(f"needs the public vocabulary in {PUBLIC}")
     folder = tmp_path_factory.mktemp("public")
     for name in ("vocab.json", "merges.txt"):
-        (folder / name).symlink_to(PUBLIC / name)
+        (folder / name).write_bytes((PUBLIC / name).read_bytes())
     reference = _reference(models.BPE.from_file(str(PUBLIC / "vocab.json"), str(PUBLIC / "merges.txt")))
     _add(reference)
     _write_added_tokens(folder, reference)
@@ -266,14 +266,21 @@ def test_bare_added_tokens_are_control_where_they_have_a_role(trained: Pair, tmp
 
 
 DAMAGED_FILES = {
-    "cut JSON": ("vocab.json", '{"!": 0, "\\"', "no JSON"),
-    "a list": ("vocab.json", "[1, 2]", "where an object belongs"),
-    "deep nesting": ("vocab.json", "[" * 100_000, "no JSON"),
+    "cut JSON": ("vocab.json", '{"!": 0, "\\"', "it is not JSON"),
+    "a list": ("vocab.json", "[1, 2]", "not a JSON object"),
+    "deep nesting": ("vocab.json", "[" * 100_000, "nested too deeply"),
+    "one token twice": ("vocab.json", '{"!": 0, "!": 1}', "a name occurs twice"),
+    "a number of a book's length": ("vocab.json", '{"!": ' + "9" * 5000 + "}", "it holds a number of 5000 digits"),
+    "an id of a book's length": (
+        "tokenizer_config.json",
+        '{"added_tokens_decoder": {"' + "9" * 5000 + '": {"content": "y"}}}',
+        "without text or number",
+    ),
     "no UTF-8": ("merges.txt", b"\xff\xfe a", "cannot be read"),
     "three parts": ("merges.txt", "#version: 0.2\na b c\n", "merge 1 is not a pair"),
     "one part": ("merges.txt", "a \n", "merge 1 is not a pair"),
     "unknown piece": ("merges.txt", "a 😀\n", "not in the vocabulary"),
-    "config is text": ("tokenizer_config.json", '"x"', "where an object belongs"),
+    "config is text": ("tokenizer_config.json", '"x"', "not a JSON object"),
     "token without text": ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', "without text"),
     "id is a word": ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "number"),
     "entry is text": ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "y"}}', "where an object"),
@@ -344,6 +351,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], list[Adde
     "merge of unknown": ({**IDS, "aqq": 256}, [("a", "qq")], [], "'qq'"),
     "two merges": ({**IDS, "zzz": 256, "zz": 257}, [("z", "zz"), ("zz", "z")], [], "2 merges make 'zzz'"),
     "added is empty": (IDS, [], [AddedToken("", 256, True)], "cannot be"),
+    "added is no UTF-8": (IDS, [], [AddedToken("<\ud800>", 256, True)], "cannot be"),
     "added is negative": (IDS, [], [AddedToken("<x>", -1, True)], "cannot be"),
     "added twice": (IDS, [], [X, AddedToken("<x>", 257, True)], "listed twice"),
     "added on a taken id": (IDS, [], [AddedToken("<x>", IDS["a"], True)], "same id"),
@@ -375,3 +383,26 @@ def test_holes_and_unmerged_tokens_are_harmless() -> None:
     assert tokenizer.encode(" hi") == [ids["Ġ"], 50_000]
     assert tokenizer.decode([100_000, 8, -3, 10**12]) == " hi"
     assert tokenizer.vocab_size == 100_001
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_files_of_another_folder_are_not_read(trained: Pair, tmp_path: Path, name: str) -> None:
+    """Protects: a checkpoint cannot point at other files of the machine."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in trained.folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(f"../{name}")
+    with pytest.raises(TokenizerError, match=f"{name} cannot be read: it is a link that leaves the folder"):
+        Tokenizer.from_folder(folder)
+
+
+def test_messages_stay_short(trained: Pair, tmp_path: Path) -> None:
+    """Protects: a damaged file does not print itself."""
+    for file in trained.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "merges.txt").write_text("x" * 100_000 + " y\n")
+    with pytest.raises(TokenizerError, match="is not in the vocabulary") as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert len(str(caught.value)) < 300

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # reads the environment when it is first imported
 from torch import Tensor
 
+from omni.inputs import InputError
 from omni.runtime import graphs
 from omni.runtime.graphs import Graphs
 
@@ -73,3 +76,24 @@ def test_captured_graphs_stay_within_their_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(graphs, "GRAPH_BYTES", 3 * x.nbytes)
     assert torch.equal(cache.run(4, (4,), x), 4 * x)
     assert list(cache.graphs) == [4]
+
+
+def test_a_folder_that_the_compiler_cannot_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: a full or read-only folder is one sentence; with a sound one the same function compiles."""
+    (tmp_path / "file").touch()
+    cache = Graphs(scaled, captures=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"folder cannot be written to \(Not a directory\): make room, set TORCHIND"):
+        cache.run("key", (2,), torch.ones(17))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert cache.run("key", (2,), torch.ones(17)).sum() == 34
+
+
+def test_other_errors_of_a_graph_stay_what_they_are(compilations: list[dict[str, Any]]) -> None:
+    """Protects: a failure of the model is no failure of the disk."""
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("No space left on device")
+
+    with pytest.raises(RuntimeError, match="No space left"):
+        Graphs(broken, captures=False).run("key", (), torch.ones(1))

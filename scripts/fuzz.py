@@ -1,0 +1,630 @@
+"""Damages real files and reads them: each must end in a right answer or in one clear error.
+
+    python scripts/fuzz.py media --minutes 10
+
+Inputs are read in a child process under bounds of memory and time. What ends in a crash, a hang, a wrong answer or an
+exception that is none of the library's is kept under --findings, and the exit status is 1. To look at one again:
+
+    python scripts/fuzz.py media --again fuzz-findings/media-1/clip.mp4
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import omni
+import weights
+from omni.config import ConfigError
+from omni.generate import ERRORS
+from omni.inputs import InputError
+from omni.processing import chat, sandbox
+from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, ChatTemplateError, encode_chat, load_template
+from omni.processing.frames import MediaError, VisionSizes
+from omni.processing.media import kind_of, read_audio, read_image, read_video
+from omni.processing.tokenizer import Tokenizer, TokenizerError
+from omni.processing.vocabulary import SPLIT_PATTERN
+
+SCRIPTS = Path(__file__).parent
+MEMORY_BYTES = 4 * 2**30
+"""What reading one input may take beside the program itself."""
+SECONDS = 60
+"""The time it may take: a template alone may take 30."""
+MAX_MESSAGE = 6000
+"""Characters of an error. A checkpoint's may list twenty problems."""
+RENDERED_HERE = mock.patch.object(chat, "render", sandbox.render)
+"""Sound templates without a process of their own, which takes longer than all the rest."""
+QUESTION = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What happens, Zoë?"}],
+    }
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """make: writes sound files into a folder, and returns the names of those to damage. read: reads them, the name of
+    the damaged one given, and raises AssertionError where what it got is wrong. errors: how it may refuse."""
+
+    make: Callable[[Path], list[str]]
+    read: Callable[[Path, str], None]
+    errors: tuple[type[Exception], ...]
+
+
+# The two mutators.
+
+WORDS = [b"[" * 50_000, b'{"a":' * 20_000, b"9" * 5000, b"1e999", b"-1", b"NaN", b"null", b'"\\ud800"', b"\xff\xfe"]
+WORDS += [b"\0", b"\r\n", b"\n\n", b"../", b"/etc/passwd", b"\xe2\x80\xa8", b"<|im_end|>", b"  ", b'"', b"{", b"}"]
+WORDS += [b"{% for i in range(10**9) %}x{% endfor %}", b"{{ messages.__class__ }}", b"{{ 'a' * 10**9 }}", b"{{ x"]
+WORDS += [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0\0\0\0\1"]
+
+VALUES = (
+    st.sampled_from([None, True, False, 0, 1, -1, 3, 2**31 - 1, 2**31, 10**9, 2**64, 10**400, 0.5, 1e-300, 1e300])
+    | st.sampled_from([float("nan"), float("inf"), "", "a", "\ud800", "a\0b", "日", "../x", [], {}, [1], [[]]])
+    | st.sampled_from([{"a": 1}, "<|im_end|>", "x" * 10_000, [0] * 1000, "model.safetensors"])
+    | st.integers(-3, 3000)
+    | st.floats()
+    | st.text(max_size=5)
+)
+
+
+class Twice(dict[str, Any]):
+    """Written out, its first name comes again at the end."""
+
+    def items(self) -> Any:
+        pairs = list(super().items())
+        return pairs + pairs[:1]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value, as a path of keys."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+@st.composite
+def mutated_json(draw: st.DrawFn, text: bytes) -> bytes:
+    """A JSON value with one to three places replaced, removed, doubled, nested deeper or copied from elsewhere."""
+    value = [json.loads(text)]
+    for _ in range(draw(st.integers(1, 3))):
+        *path, last = draw(st.sampled_from([path for path in places(value) if path]))
+        holder: Any = value
+        for key in path:
+            holder = holder[key]
+        action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "twice", "nest", "copy"]))
+        if action == "remove" and path:
+            del holder[last]
+        elif action == "twice" and isinstance(holder[last], dict):
+            holder[last] = Twice(holder[last])
+        elif action == "nest":
+            holder[last] = draw(st.sampled_from([[holder[last]], {"a": holder[last]}, [holder[last]] * 2]))
+        elif action == "copy":
+            source: Any = value
+            for key in draw(st.sampled_from(list(places(value)))):
+                source = source[key]
+            holder[last] = copy.deepcopy(source)
+        else:
+            holder[last] = copy.deepcopy(draw(VALUES))
+    return json.dumps(value[0], ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
+
+
+@st.composite
+def mutated_bytes(draw: st.DrawFn, data: bytes) -> bytes:
+    """Bytes with one to four bits flipped, spans cut, doubled or overwritten, words put in, the end cut off."""
+    for _ in range(draw(st.integers(1, 4))):
+        size = len(data)
+        # Headers and indices stand at the ends.
+        place = draw(st.integers(0, size) | st.integers(0, min(size, 600)) | st.integers(max(0, size - 600), size))
+        length = draw(st.integers(1, 64) | st.integers(1, max(1, size)))
+        head, span, tail = data[:place], data[place : place + length], data[place + length :]
+        action = draw(st.sampled_from(["flip", "flip", "flip", "flip", "word", "word", "cut", "end", "double", "move"]))
+        if action == "flip" and place < size:
+            data = head + bytes([data[place] ^ (1 << draw(st.integers(0, 7)))]) + data[place + 1 :]
+        elif action == "word":
+            word = draw(st.sampled_from(WORDS))
+            data = head + word + (span + tail if draw(st.booleans()) else data[place + len(word) :])
+        elif action == "cut":
+            data = head + tail
+        elif action == "end":
+            data = head
+        elif action == "double":
+            data = head + span + span[: 1 << 20] + tail
+        elif action == "move":
+            other = draw(st.integers(0, size))
+            data = head + data[other : other + length] + tail
+    return data
+
+
+def damaged(name: str, data: bytes) -> st.SearchStrategy[bytes]:
+    """What a file may be damaged to: as bytes, and by the structure that its name promises."""
+    if name.endswith(".json"):
+        return mutated_json(data) | mutated_json(data) | mutated_json(data) | mutated_bytes(data)
+    if name.endswith(".safetensors"):
+        start = 8 + int.from_bytes(data[:8], "little")
+        headers = mutated_json(data[8:start]) | mutated_bytes(data[8:start])
+        return headers.map(lambda header: len(header).to_bytes(8, "little") + header + data[start:]) | mutated_bytes(
+            data
+        )
+    if name.endswith(".jsonl"):
+        lines = data.splitlines(keepends=True)
+        one = st.integers(0, len(lines) - 1)
+        return one.flatmap(
+            lambda n: mutated_json(lines[n]).map(lambda new: b"".join([*lines[:n], new, b"\n", *lines[n + 1 :]]))
+        ) | mutated_bytes(data)
+    return mutated_bytes(data)
+
+
+# The targets.
+
+
+def make_checkpoint(folder: Path, family: str = "qwen2.5") -> None:
+    command = [sys.executable, SCRIPTS / "make_checkpoint.py", folder, "--family", family]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def make_shard(folder: Path) -> list[str]:
+    """The last shard of a checkpoint, as if it were the whole."""
+    make_checkpoint(folder)
+    (folder / weights.checkpoint.INDEX_FILE).unlink()
+    *others, last = sorted(folder.glob("*.safetensors"))
+    for shard in others:
+        shard.unlink()
+    return [last.rename(folder / weights.checkpoint.SINGLE_FILE).name]
+
+
+def read_shard(folder: Path, name: str) -> None:
+    """The safetensors library is the judge, but where it refuses what a thinker does not read."""
+    from safetensors import SafetensorError, safe_open
+
+    found = weights.read_index(folder)
+    size = (folder / name).stat().st_size
+    for tensor in found.values():
+        assert tensor.offset + tensor.num_bytes <= size, "a tensor ends after the file"
+    try:
+        with safe_open(folder / name, "pt") as judge:
+            for key, tensor in found.items():
+                part = judge.get_slice(key)
+                assert (tensor.shape, weights.checkpoint.DTYPES[part.get_dtype()]) == (
+                    tuple(part.get_shape()),
+                    tensor.dtype,
+                ), f"{key} is not what the safetensors library reads"
+    except SafetensorError:
+        pass
+
+
+def make_index(folder: Path) -> list[str]:
+    make_checkpoint(folder)
+    return [weights.checkpoint.INDEX_FILE]
+
+
+@cache
+def stored(folder: Path) -> dict[str, weights.StoredTensor]:
+    """What a sound checkpoint holds, by its shards alone."""
+    from safetensors import safe_open
+
+    found = {}
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            found |= dict.fromkeys(file.keys(), shard)
+    return found
+
+
+def read_index(folder: Path, name: str) -> None:
+    shards = stored(folder)
+    for key, tensor in weights.read_index(folder).items():
+        assert tensor.path == shards[key], f"{key} is in {shards[key]}"
+
+
+def make_configs(folder: Path) -> list[str]:
+    from PIL import Image
+
+    names = []
+    for family in ("qwen2.5", "qwen3"):
+        make_checkpoint(folder / family, family)
+        settings = {"min_pixels": 3136, "max_pixels": 50176, "image_mean": [0.5, 0.5, 0.5], "size": {"longest_edge": 9}}
+        (folder / family / "preprocessor_config.json").write_text(json.dumps(settings))
+        Image.linear_gradient("L").resize((64, 48)).save(folder / family / "picture.png")
+        names += [f"{family}/{name}" for name in ("config.json", "generation_config.json", "preprocessor_config.json")]
+    return names
+
+
+def read_model(folder: Path, name: str) -> None:
+    """Loads the checkpoint and asks about a picture and a sound: the answer is numbers."""
+    folder = (folder / name).parent
+    model = omni.load(folder, device="cpu", dtype=torch.float32)
+    sound = {"type": "audio", "audio": torch.sin(torch.arange(16_000) / 9)}
+    picture = {"type": "image", "image": str(folder / "picture.png")}
+    text = {"type": "text", "text": "What happens?"}
+    with RENDERED_HERE:
+        inputs = model.prepare([{"role": "user", "content": [picture, sound, text]}])
+    logits = model.prefill(inputs).logits
+    assert logits.shape == (model.config.decoder.vocab_size,)
+    assert bool(logits.isfinite().all()), "the logits are not numbers"
+    model.generate(inputs, max_new_tokens=2)
+
+
+def make_vocabularies(folder: Path) -> list[str]:
+    """The same tokenizer in the three ways in which checkpoints keep it."""
+    make_checkpoint(folder / "split")
+    for file in [*folder.glob("split/*.safetensors*"), *folder.glob("split/*config.json")]:
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    config = json.loads((folder / "split/tokenizer_config.json").read_text())
+    ids = json.loads((folder / "split/vocab.json").read_text())
+    merges = (folder / "split/merges.txt").read_text().splitlines()[1:]
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    whole = {
+        "added_tokens": [{"id": int(id), **entry} for id, entry in config["added_tokens_decoder"].items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "model": {"type": "BPE", "vocab": ids, "merges": [rule.split(" ") for rule in merges]},
+    }
+    (folder / "whole").mkdir()
+    (folder / "whole/tokenizer.json").write_text(json.dumps(whole))
+    (folder / "bare").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "bare" / name).write_bytes((folder / "split" / name).read_bytes())
+    added = {entry["content"]: int(id) for id, entry in config["added_tokens_decoder"].items()}
+    (folder / "bare/added_tokens.json").write_text(json.dumps(added))
+    roles = {"eos_token": {"content": "<|im_end|>"}, "additional_special_tokens": ["<|im_start|>"]}
+    (folder / "bare/special_tokens_map.json").write_text(json.dumps(roles))
+    return [
+        *(f"split/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")),
+        "whole/tokenizer.json",
+        *(f"bare/{name}" for name in ("added_tokens.json", "special_tokens_map.json", "merges.txt")),
+    ]
+
+
+def read_vocabulary(folder: Path, name: str) -> None:
+    """What it encodes it decodes."""
+    tokenizer = Tokenizer.from_folder((folder / name).parent)
+    text = "What happens, Zoë?\n<|im_start|> e\u0301 日本 12 it's <|im_end|>"
+    for control in (True, False):
+        ids = tokenizer.encode(text, control)
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
+        found = tokenizer.decode(ids, skip_control=False)
+        assert found == unicodedata.normalize("NFC", text), f"{text!r} came back as {found!r}"
+    tokenizer.decode(range(tokenizer.vocab_size if tokenizer.vocab_size < 10_000 else 10_000), skip_control=False)
+
+
+def make_templates(folder: Path) -> list[str]:
+    make_vocabularies(folder)
+    for file in folder.rglob("chat_template.json"):
+        file.unlink()
+    names = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+    for name in names:
+        (folder / name).mkdir()
+    (folder / names[0] / names[0]).write_text(QWEN2_5_OMNI_TEMPLATE)
+    (folder / names[1] / names[1]).write_text(json.dumps({"chat_template": QWEN2_5_OMNI_TEMPLATE}))
+    named = [{"name": "default", "template": QWEN2_5_OMNI_TEMPLATE}, {"name": "tools", "template": "x"}]
+    (folder / names[2] / names[2]).write_text(json.dumps({"chat_template": named}))
+    return [f"{name}/{name}" for name in names]
+
+
+def read_template(folder: Path, name: str) -> None:
+    tokenizer = sound_tokenizer(folder / "split")
+    template = load_template((folder / name).parent)
+    if template is not None:
+        ids = encode_chat(tokenizer, template, QUESTION)
+        assert all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids)
+
+
+@cache
+def sound_tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+def make_media(folder: Path) -> list[str]:
+    import av
+    from make_clip import make_clip
+    from PIL import Image
+
+    make_clip(folder / "clip.mp4", 1.0, 0)
+    for name in ("clip.mkv", "clip.mov", "clip.ts"):
+        with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / name), "w") as file:
+            streams = {stream: file.add_stream_from_template(stream) for stream in source.streams}
+            for packet in source.demux():
+                if packet.dts is not None:
+                    packet.stream = streams[packet.stream]
+                    file.mux(packet)
+    with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.avi"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture in source.decode(video=0):
+            file.mux(stream.encode(picture.reformat(64, 48)))
+        file.mux(stream.encode())
+    sounds = {"a.wav": "pcm_s16le", "a.flac": "flac", "a.mp3": "libmp3lame", "a.opus": "libopus"}
+    sounds |= {"a.m4a": "aac"}
+    wave = 0.3 * torch.sin(torch.arange(24_000) / 20)[None]
+    for name, codec in sounds.items():
+        with av.open(str(folder / name), "w") as file:
+            stream = file.add_stream(codec, rate=48_000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(wave.numpy(), format="fltp", layout="mono")
+            frame.sample_rate = 48_000
+            resampler = av.AudioResampler(format=stream.format.name, frame_size=stream.frame_size or 1024)
+            for part in [*resampler.resample(frame), *resampler.resample(None)]:
+                file.mux(stream.encode(part))
+            file.mux(stream.encode())
+    pictures = [Image.linear_gradient("L").resize((64, 48)).rotate(45 * turn).convert("RGB") for turn in range(6)]
+    for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm", "jp2", "avif"):
+        pictures[0].save(folder / f"still.{kind}")
+    for kind in ("gif", "png", "webp"):
+        pictures[0].save(folder / f"moving.{kind}", save_all=True, append_images=pictures[1:], duration=100)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_media(folder: Path, name: str) -> None:
+    """As what it is, and as what it may be taken for."""
+    kind = kind_of(folder / name)
+    if kind == "image":
+        picture = read_image(folder / name)
+        assert picture.dtype == torch.uint8 and picture.dim() == 3 and len(picture) == 3
+    sound = None if kind == "image" else read_audio(folder / name)
+    if sound is not None:
+        assert sound.dim() == 1 and len(sound) and bool(sound.isfinite().all())
+    if kind == "video":
+        clip = read_video(folder / name, max_frames=16, size_for=VisionSizes(video_max_pixels=2**17).clip_size)
+        assert clip.frames.dtype == torch.uint8 and clip.frames.dim() == 4 and len(clip.frames) % 2 == 0
+        assert 0 < clip.fps < float("inf") and 0 < clip.duration < float("inf")
+
+
+def make_rows(folder: Path) -> list[str]:
+    from PIL import Image
+
+    make_checkpoint(folder / "model")
+    Image.linear_gradient("L").resize((64, 48)).save(folder / "a.png")
+    Image.linear_gradient("L").resize((48, 64)).save(folder / "b.png")
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "media": "a.png", "question": "What is seen?", "retention": 0.5, "seed": 3, "temperature": 0.7},
+        {"id": 7, "media": ["a.png", "b.png"], "question": "Which?", "max_pixels": 3136, "no_audio": True},
+        {"id": "ü", "media": None, "question": "Who?", "max_new_tokens": 9, "system": "Be brief.", "kv": "layerwise"},
+    ]
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    answers = [{"id": "a", "text": "x", "tokens": [1]}, {"id": 7, "error": "no"}]
+    (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in answers))
+    return ["questions.jsonl", "questions.jsonl", "answers.jsonl"]
+
+
+def read_rows(folder: Path, name: str) -> None:
+    """Each row is prepared or refused by itself; what its answer is written as can be read again."""
+    from omni.batch import Journal, Source, parse
+
+    if name == "answers.jsonl":
+        Journal(folder / name).write([json.dumps({"id": "new"})])
+        assert "new" in Journal(folder / name).ids
+        return
+    source = Source(folder / name)
+    ids, unreadable = source.scan()
+    prepare, refused = preparer(folder), []
+    for line in (folder / name).read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = parse(line)
+            assert row["id"] in ids
+            with RENDERED_HERE:
+                prepared = prepare.prepared(row)
+            assert json.loads(prepared["row"])["id"] == row["id"] and prepared["tensors"]
+        except ERRORS as error:
+            refused.append(error)
+    journal = folder / "journal.jsonl"
+    journal.unlink(missing_ok=True)
+    Journal(journal).write([json.dumps({"id": id}, ensure_ascii=False) for id in ids])
+    assert Journal(journal).ids == set(ids)
+    assert len(ids) + len(unreadable) >= len(refused) - 1
+    if refused:
+        raise refused[0]
+
+
+@cache
+def preparer(folder: Path) -> Any:
+    from omni.batch import Pool, Prepare, argument_parser
+
+    arguments = ["--model", str(folder / "model"), str(folder / "questions.jsonl"), str(folder / "a.jsonl")]
+    pool = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
+    return Prepare(argument_parser().parse_args(arguments), pool, set())
+
+
+TARGETS = {
+    "safetensors": Target(make_shard, read_shard, (weights.CheckpointError,)),
+    "index": Target(make_index, read_index, (weights.CheckpointError,)),
+    "config": Target(make_configs, read_model, (ConfigError, weights.CheckpointError, InputError, TokenizerError)),
+    "tokenizer": Target(make_vocabularies, read_vocabulary, (TokenizerError,)),
+    "template": Target(make_templates, read_template, (ChatTemplateError, TokenizerError)),
+    "media": Target(make_media, read_media, (MediaError,)),
+    "rows": Target(make_rows, read_rows, (InputError, MediaError, ChatTemplateError, TokenizerError)),
+}
+
+
+# One input, and many.
+
+
+def examine(target: Target, folder: Path, name: str, data: bytes) -> tuple[str, str]:
+    """("right", ""), ("error", its type and message) or ("unexpected", the traceback) of one damaged file."""
+    path = folder / name
+    sound = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            target.read(folder, name)
+    except target.errors as error:
+        message = str(error)
+        if not 10 < len(message) < MAX_MESSAGE:
+            return "unexpected", f"{type(error).__name__} of {len(message)} characters: {message[:300]}"
+        return "error", f"{type(error).__name__}: {message}"
+    except BaseException:
+        return "unexpected", traceback.format_exc()
+    finally:
+        path.write_bytes(sound)
+    return "right", ""
+
+
+def work(name: str, folder: Path, connection: Connection) -> None:
+    """The child: (file, content) → what became of it and the most memory so far, in bytes."""
+    torch.set_num_threads(1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while True:
+        file, data = connection.recv()
+        found = examine(TARGETS[name], folder, file, data)
+        connection.send((*found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+class Child:
+    """A process that reads inputs until one is too much for it; then there is another."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.process: Any = None
+        self.peak = 0
+
+    def read(self, file: str, data: bytes) -> tuple[str, str]:
+        sound = (self.folder / file).read_bytes()
+        if self.process is None:
+            self.connection, theirs = multiprocessing.Pipe()
+            context = multiprocessing.get_context("spawn")
+            self.process = context.Process(target=work, args=(self.name, self.folder, theirs), daemon=True)
+            self.process.start()
+            theirs.close()
+            self.connection.send((file, sound))  # what is loaded once takes its time
+            self.connection.recv()
+        self.connection.send((file, data))
+        try:
+            if self.connection.poll(SECONDS):
+                kind, text, peak = self.connection.recv()
+                self.peak = max(self.peak, peak)
+                return kind, text
+            kind, text = "hang", f"no end after {SECONDS} s"
+        except EOFError:
+            self.process.join()
+            kind, text = "crash", f"exit status {self.process.exitcode}"
+        self.stop()
+        (self.folder / file).write_bytes(sound)
+        return kind, text
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def shape(message: str) -> str:
+    """An error's first line, of a list the first entry, without what differs from input to input."""
+    lines = message.split("\n")
+    line = re.sub(r"/[\w./-]+", "…", lines[1].strip() if lines[0].endswith(":") and lines[1:] else lines[0])
+    line = re.sub(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"|\([^()]*\)|\[[^\]]*\]|-?\d[\d.e+]*", "…", line)
+    return line[:110]
+
+
+def inputs(files: dict[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
+    return st.sampled_from(sorted(files)).flatmap(lambda name: st.tuples(st.just(name), damaged(name, files[name])))
+
+
+def fuzz(name: str, minutes: float, start: int, findings: Path) -> int:
+    """Returns how many findings there were."""
+    found: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        names = TARGETS[name].make(Path(folder))
+        files = {file: (Path(folder) / file).read_bytes() for file in names}
+        child = Child(name, Path(folder))
+        for file, data in files.items():
+            kind, text = child.read(file, data)
+            if kind != "right":
+                raise SystemExit(f"{file} is sound, but: {kind}: {text}")
+        ends = time.monotonic() + 60 * minutes
+        seen: Counter[str] = Counter()
+
+        def one(case: tuple[str, bytes]) -> None:
+            file, data = case
+            if time.monotonic() > ends:
+                return
+            kind, text = child.read(file, data)
+            found[kind] += 1
+            if kind == "error":
+                errors[shape(text)] += 1
+            elif kind != "right":
+                seen[key := shape(f"{kind} {text.strip().splitlines()[-1]}")] += 1
+                if seen[key] == 1:
+                    place = findings / f"{name}-{len(seen)}"
+                    (place / file).parent.mkdir(parents=True, exist_ok=True)
+                    (place / file).write_bytes(data)
+                    (place / "what.txt").write_text(f"{kind}\n{text}\n", errors="backslashreplace")
+                    print(f"{kind}: {place / file}\n{text}\n".encode(errors="replace").decode(), flush=True)
+
+        for number in count(start * 1_000_000):
+            rounds = settings(
+                max_examples=200,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            seed(number)(rounds(given(inputs(files))(one)))()
+            if time.monotonic() > ends:
+                break
+        child.stop()
+    bad = {kind: found[kind] for kind in ("crash", "hang", "unexpected")}
+    for message, times in errors.most_common():
+        print(f"{times:7} {message}".encode(errors="replace").decode())
+    for message, times in seen.most_common():
+        print(f"{times:7} FINDING {message}".encode(errors="replace").decode())
+    print(
+        f"{name}: {sum(found.values())} inputs in {minutes:g} minutes, {found['right']} right answers, "
+        f"{found['error']} refused with {len(errors)} different errors, {bad['crash']} crashes, {bad['hang']} hangs, "
+        f"{bad['unexpected']} unexpected; at most {child.peak / 2**20:.0f} MiB"
+    )
+    return sum(bad.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--minutes", type=float, default=10, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="default: %(default)s")
+    parser.add_argument("--again", type=Path, help="a finding to read once more")
+    options = parser.parse_args()
+    if options.again is None:
+        return int(fuzz(options.target, options.minutes, options.seed, options.findings) > 0)
+    with tempfile.TemporaryDirectory() as folder:
+        names = TARGETS[options.target].make(Path(folder))
+        name = next(name for name in names if options.again.as_posix().endswith(name))
+        kind, text = examine(TARGETS[options.target], Path(folder), name, options.again.read_bytes())
+        print(kind, text)
+    return int(kind == "unexpected")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
