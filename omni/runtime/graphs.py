@@ -40,8 +40,11 @@ class Graphs:
                 return self.function(*fixed, *tensors)
             compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
             run = partial(compiled, *fixed)
-            self.graphs[key] = Captured(run, tensors) if self.captures else run
+            graph = Captured(run, tensors) if self.captures else run
+            outputs = graph(*tensors)
+            self.graphs[key] = graph  # now that it is whole: what is interrupted while it compiles is no graph
             self._make_room()
+            return outputs
         self.graphs.move_to_end(key)
         return self.graphs[key](*tensors)
 

@@ -60,6 +60,28 @@ def test_a_key_without_a_graph_runs_as_it_is_where_none_may_be_made(compilations
     assert len(compilations) == 1
 
 
+def test_what_is_interrupted_while_it_is_made_is_no_graph(compilations: list[dict[str, Any]]) -> None:
+    """Ctrl-C while a graph compiles, which it does when it is first called: the next call makes it anew, and where none
+    may be made the function runs as it is."""
+    interrupts = [True]
+
+    def interrupted(factor: int, x: Tensor) -> Tensor:
+        if interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+        return factor * x
+
+    cache = Graphs(interrupted, captures=False)
+    with pytest.raises(KeyboardInterrupt):
+        cache.run(2, (2,), torch.ones(1))
+    assert not cache.graphs
+    assert cache.run(2, (2,), torch.ones(1), makes=False).item() == 2
+    assert len(compilations) == 1
+    assert cache.run(2, (2,), torch.ones(1)).item() == 2
+    assert list(cache.graphs) == [2]
+    assert len(compilations) == 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_graphs_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays answer from what is copied in, and graphs whose tensors take too much go."""
