@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import random
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def fresh_answers(checkpoint: Path, folder: Path, plans: list[dict[str, Any]]) -
 
 def soak(model: Omni, folder: Path, plans: list[dict[str, Any]], expected: list[list[int]], requests: int) -> bool:
     """Prints memory, rate and how many answers differed; whether all is as it should be."""
-    run = max(1, requests // (PASSES * len(plans)))
+    run = math.ceil(requests / (PASSES * len(plans)))
     draw = random.Random(1)
     done = closed = differed = 0
     resident = [resident_memory()]
