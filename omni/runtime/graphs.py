@@ -8,9 +8,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 from torch.utils import _pytree as pytree
 
 MOST_GRAPHS = 256
@@ -38,9 +40,11 @@ class Graphs:
         if key not in self.graphs:
             if not makes:
                 return self.function(*fixed, *tensors)
-            compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
-            run = partial(compiled, *fixed)
+            function = renewed(self.function)
+            run = partial(torch.compile(function, fullgraph=True, dynamic=False), *fixed)
             graph = Captured(run, tensors) if self.captures else run
+            # The compiler's records lead from a code object to itself: neither it nor its graph would go by itself.
+            finalize(graph, reset_code, function.__code__).atexit = False
             outputs = graph(*tensors)
             self.graphs[key] = graph  # now that it is whole: what is interrupted while it compiles is no graph
             self._make_room()
