@@ -16,6 +16,7 @@ from torch import Tensor
 from omni import stages
 from omni.cache import Cache
 from omni.config import OmniConfig
+from omni.context import check_context
 from omni.inputs import InputError, Inputs
 from omni.layers import directly
 from omni.processing.positions import Layout, layout
@@ -101,14 +102,17 @@ class Engine:
             raise ValueError(f"kv must be one of {', '.join(KV)}, not {kv!r}.")
         if not requests:
             raise ValueError("there is no request to run.")
-        places = [layout(inputs, self.thinker.config) for inputs in requests]
-        for place in places:
-            self._check_context(place, new)
+        config = self.thinker.config
+        places = [layout(inputs, config) for inputs in requests]
         if method is not None:
-            method.check(self.thinker.config.decoder.num_layers)
-        selects = self._selects(places, method)
+            method.check(config.decoder.num_layers)
+        method = method if self._selects(places, method) else None
+        prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
+        plan = self._plan(prompts, method, rounded=self.compiled is not None)
+        for inputs, place, prompt in zip(requests, places, prompts, strict=True):
+            check_context(inputs, place, prompt, config, method, new)
         with self.running():
-            return self._prefill(requests, places, new, method if selects else None, pruned=kv == "pruned")
+            return self._prefill(requests, places, prompts, plan, new, pruned=kv == "pruned")
 
     def _selects(self, places: list[Layout], method: Method | None) -> bool:
         """Whether there is something to select from. Raises ValueError where that differs between requests."""
@@ -140,11 +144,16 @@ class Engine:
         return plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
 
     def _prefill(
-        self, requests: Sequence[Inputs], places: list[Layout], new: int, method: Method | None, *, pruned: bool
+        self,
+        requests: Sequence[Inputs],
+        places: list[Layout],
+        prompts: list[stages.Prompt],
+        plan: StagePlan,
+        new: int,
+        *,
+        pruned: bool,
     ) -> tuple[list[Prefill], Cache]:
-        thinker = self.thinker
-        prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
-        plan = self._plan(prompts, method, rounded=self.compiled is not None)
+        thinker, method = self.thinker, plan.method
         call = directly if self.compiled is None else self.compiled.call
         run = partial(stages.prefill, thinker) if self.compiled is None else self.compiled.prefill
 
@@ -238,16 +247,6 @@ class Engine:
         if self.compiled is not None:
             return self.compiled.stepper(sampling, token, position, noise, cache)
         return lambda: step(self.thinker, sampling, token, position, noise, cache)
-
-    def _check_context(self, places: Layout, max_new_tokens: int) -> None:
-        limit = self.thinker.config.decoder.max_position_embeddings
-        length = places.positions.shape[1]
-        if length + max_new_tokens > limit:
-            counts = ", ".join(f"{count} {name}" for name, count in places.counts.items() if count)
-            raise InputError(
-                f"the prompt has {length} tokens ({counts}) and the answer may take {max_new_tokens}, together more "
-                f"than the model's {limit}: lower fps, max_frames, max_pixels or max_new_tokens, or cut the clip."
-            )
 
     def _synchronize(self) -> None:
         """So that seconds are those of the work, not of its launch."""

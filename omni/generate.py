@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = None
         return 1
     except KeyboardInterrupt:
+        print("\nomni-generate: interrupted.", file=sys.stderr)  # on a line of its own, after a bar or half an answer
         return 130
     return 0
 

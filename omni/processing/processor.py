@@ -78,8 +78,7 @@ class Processor:
         seconds: list[float] = []
         sounds: list[Tensor] = []
         media = _media(messages)
-        waveforms = [_hear(kind, source, use_audio_in_video) for kind, source in media]
-        mels = self._log_mels(waveforms)
+        mels = self._log_mels([_hear(kind, source, use_audio_in_video) for kind, source in media])
         for (kind, source), mel in zip(media, mels, strict=True):
             if kind == "image":
                 picture = read_image(source)
@@ -111,6 +110,7 @@ class Processor:
                 if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
                     sounds.append(mel)
                     heard = count
+                del video  # its frames are not held beside those of the next clip, or beside the sound
                 grid = clips[-1][1].tolist()
                 blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
         fields: dict[str, Any] = {}
@@ -122,16 +122,25 @@ class Processor:
         if sounds:
             lengths = torch.tensor([mel.shape[1] for mel in sounds])
             longest = int(lengths.max())
-            fields["input_features"] = torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds])
+            # One sound is not copied, either.
+            fields["input_features"] = (
+                sounds[0][None]
+                if len(sounds) == 1
+                else torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds])
+            )
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
 
-    def _log_mels(self, waveforms: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Spectrograms of a prompt's sounds, padded as the family's processor pads them."""
+    def _log_mels(self, waveforms: list[Tensor | None]) -> list[Tensor | None]:
+        """Spectrograms of a prompt's sounds, padded as the family's processor pads them. Empties `waveforms`."""
         bins, padded_to = self.config.audio.num_mel_bins, None
         if self.config.family == QWEN3:
             padded_to = max((len(waveform) for waveform in waveforms if waveform is not None), default=0)
-        return [None if waveform is None else log_mel(waveform, bins, padded_to) for waveform in waveforms]
+        mels: list[Tensor | None] = []
+        while waveforms:  # of hours of sound one is held as both
+            waveform = waveforms.pop(0)
+            mels.append(None if waveform is None else log_mel(waveform, bins, padded_to))
+        return mels
 
 
 def _hear(kind: str, source: Any, use_audio_in_video: bool) -> Tensor | None:

@@ -100,7 +100,12 @@ class Compiled:
             warm_up(run)
             for tensor, value in zip((token, position, cache.lengths), before, strict=True):
                 tensor.copy_(value)
-        return capture(run).replay
+        captured = capture(run)
+
+        def replay(_: object = self.steps.graphs[key]) -> None:  # holds the memory of what was captured
+            captured.replay()
+
+        return replay
 
     def clear(self) -> None:
         """Drops all graphs and what they hold."""

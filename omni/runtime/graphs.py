@@ -10,9 +10,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 from torch.utils import _pytree as pytree
 
 from omni.inputs import InputError
@@ -40,24 +42,28 @@ class Graphs:
         A key that has no graph gets one, unless `makes` is False: then the function runs as it is. Raises InputError
         where the compiler cannot write what it makes.
         """
-        if key not in self.graphs and not makes:
-            return self.function(*fixed, *tensors)
         try:
-            if key not in self.graphs:
-                compiled = torch.compile(renewed(self.function), fullgraph=True, dynamic=False)
-                run = partial(compiled, *fixed)
-                self.graphs[key] = Captured(run, tensors) if self.captures else run
-                self._make_room()
-            self.graphs.move_to_end(key)
-            return self.graphs[key](*tensors)
+            if key in self.graphs:
+                self.graphs.move_to_end(key)
+                return self.graphs[key](*tensors)
+            if not makes:
+                return self.function(*fixed, *tensors)
+            function = renewed(self.function)
+            run = partial(torch.compile(function, fullgraph=True, dynamic=False), *fixed)
+            graph = Captured(run, tensors) if self.captures else run
+            # The compiler's records lead from a code object to itself: neither it nor its graph would go by itself.
+            finalize(graph, reset_code, function.__code__).atexit = False
+            outputs = graph(*tensors)
         except (RuntimeError, OSError) as error:
             if reason := refusal_of_the_disk(error):
-                self.graphs.pop(key, None)
                 raise InputError(
                     f"the compiler's folder cannot be written to ({reason}): make room, set TORCHINDUCTOR_CACHE_DIR to "
                     "another folder, or do not compile."
                 ) from error
             raise
+        self.graphs[key] = graph  # now that it is whole: what is interrupted while it compiles is no graph
+        self._make_room()
+        return outputs
 
     def clear(self) -> None:
         self.graphs.clear()

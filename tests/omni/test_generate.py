@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ENVIRONMENT
 
 import omni
 from omni.generate import main
@@ -155,6 +159,22 @@ def test_bad_request_is_one_sentence(
     assert last.startswith("omni-generate: ")
     assert words in last
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("pipe", ["stderr", "stdout"])
+def test_an_interrupt_ends_the_command_at_once(checkpoint: Path, clip: Path, pipe: str) -> None:
+    """SIGINT while the model loads and the clip is decoded (a bar is on stderr), and in the middle of an answer: status
+    130, one line that says so, no traceback."""
+    options = ["--model", checkpoint, "--device", "cpu", "--max-new-tokens", "20000"]
+    command = [sys.executable, "-m", "omni.generate", *options, clip, "What happens here?"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        stream = getattr(process, pipe)
+        assert stream.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "omni-generate: interrupted."
+    assert b"Traceback" not in err
 
 
 def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ class _Mixer:
     def __init__(self, sample_rate: int, name: str) -> None:
         self.sample_rate = sample_rate
         self.name = name
-        self.pieces: list[Tensor] = []
+        self.sound = bytearray()  # float32; grows in place, where a list of hours of pieces would be there twice
         self.clock: float | None = None
         self.silence = 0.0
         self.early = 0  # samples from before the start, still to be cut
@@ -110,7 +110,7 @@ class _Mixer:
 
     def finish(self) -> Tensor:
         self._flush()
-        return torch.cat(self.pieces) if self.pieces else torch.empty(0)
+        return torch.frombuffer(self.sound, dtype=torch.float32) if self.sound else torch.empty(0)
 
     def _flush(self) -> None:
         if self.resampler is not None:
@@ -125,7 +125,7 @@ class _Mixer:
     def _put(self, piece: Tensor) -> None:
         cut = min(self.early, len(piece))
         self.early -= cut
-        self.pieces.append(piece[cut:])
+        self.sound += piece[cut:].numpy().tobytes()
 
 
 def _resample_array(array: Tensor, rate: float, sample_rate: int) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,50 @@ def test_a_key_without_a_graph_runs_as_it_is_where_none_may_be_made(compilations
     cache.run(5, (5,), torch.ones(1))
     assert cache.run(5, (5,), torch.ones(1), makes=False).item() == 5
     assert len(compilations) == 1
+
+
+def test_what_is_interrupted_while_it_is_made_is_no_graph(compilations: list[dict[str, Any]]) -> None:
+    """Ctrl-C while a graph compiles, which it does when it is first called: the next call makes it anew, and where none
+    may be made the function runs as it is."""
+    interrupts = [True]
+
+    def interrupted(factor: int, x: Tensor) -> Tensor:
+        if interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+        return factor * x
+
+    cache = Graphs(interrupted, captures=False)
+    with pytest.raises(KeyboardInterrupt):
+        cache.run(2, (2,), torch.ones(1))
+    assert not cache.graphs
+    assert cache.run(2, (2,), torch.ones(1), makes=False).item() == 2
+    assert len(compilations) == 1
+    assert cache.run(2, (2,), torch.ones(1)).item() == 2
+    assert list(cache.graphs) == [2]
+    assert len(compilations) == 2
+
+
+def test_a_graph_that_goes_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler made is freed with it, so that graphs can make room for ever; the one that stays still runs."""
+    made: list[weakref.ref] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        made.append(weakref.ref(graph))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    cache = Graphs(scaled, captures=False)
+    for key in (2, 3, 4):
+        assert cache.run(key, (key,), torch.ones(1)).item() == key
+    gc.collect()
+    assert [graph() is not None for graph in made] == [False, False, True]
+    assert cache.run(4, (4,), torch.ones(1)).item() == 4
+    assert len(made) == 3
+    cache.clear()
+    gc.collect()
+    assert made[-1]() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
