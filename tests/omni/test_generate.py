@@ -191,7 +191,7 @@ def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--temperature", "-1", "What?"],
         ["--seed", str(2**64), "What?"],
         ["--retention", "0", "What?"],
-        [],
+        ["--json"],
     ],
 )
 def test_bad_options_are_usage_errors(arguments: list[str]) -> None:
