@@ -86,7 +86,7 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
             f"![Accuracy by the layer after which media are removed](figures/{name}-layers.svg)",
             "",
             f"Video, sound or both removed after layer n, {layers['questions']} validation questions about "
-            f"{layers['clips']} clips. Layers 1 to {layers['shallow']} are shallow, those from {layers['late']} on",
+            f"{layers['clips']} clips. Layers up to {layers['shallow']} are shallow, those from {layers['late']} on",
             f"late; suggested: drop_layers {tuple(layers['drop_layers'])}, late_layer {layers['late_layer']}.",
         ]
     return "\n".join(lines) + "\n"
