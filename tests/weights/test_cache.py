@@ -6,11 +6,10 @@ import errno
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, ask
 
 from weights.source import _reason
 
@@ -18,29 +17,7 @@ SHARD = "model-00001-of-00001.safetensors"
 INDEX = json.dumps({"weight_map": {"thinker.a": SHARD}}).encode()
 FILES = {"config.json": b"{}", "vocab.json": b"{}", "model.safetensors.index.json": INDEX, SHARD: os.urandom(300_000)}
 REPOSITORIES = {"acme/omni": FILES}
-CODE = """if True:
-    import json, weights
-    try:
-        print(json.dumps(str(weights.locate("acme/omni"))))
-    except weights.CheckpointError as error:
-        print(json.dumps(f"CheckpointError: {error}"))
-"""
-
-
-def ask(cache: Path, endpoint: str, within: tuple[str, ...] = (), **environment: str) -> list[str]:
-    """`locate` in a process of its own: the folder, or the error. within: what the process is started by."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    hub = {"HF_HUB_CACHE": str(cache), "HF_HOME": str(cache.parent / "home"), "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
-    done = subprocess.run(
-        [*within, sys.executable, "-c", CODE],
-        env={**kept, **hub, "no_proxy": "*", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+OMNI = ("acme/omni", None)
 
 
 def mounted(script: str, folder: Path) -> tuple[str, ...]:
@@ -61,14 +38,14 @@ def test_a_download_that_breaks_off_is_never_taken_for_whole(tmp_path: Path) -> 
     """Protects: half a file is an error now and offline, and the next run fetches what is missing."""
     cache = tmp_path / "cache"
     hub = Hub(REPOSITORIES, cut=frozenset({SHARD}))
-    (broken,) = ask(cache, hub.address)
+    (broken,) = ask(cache, hub.address, OMNI)
     hub.close()
     assert broken.startswith("CheckpointError: acme/omni could not be fetched, try again")
     assert not [path for path in cache.rglob(SHARD) if path.exists()]
-    (offline,) = ask(cache, hub.address, HF_HUB_OFFLINE="1")
+    (offline,) = ask(cache, hub.address, OMNI, HF_HUB_OFFLINE="1")
     assert offline.startswith("CheckpointError: acme/omni is not wholly in the hub's cache")
     hub = Hub(REPOSITORIES)
-    (folder,) = ask(cache, hub.address)
+    (folder,) = ask(cache, hub.address, OMNI)
     hub.close()
     assert is_whole(folder)
 
@@ -79,7 +56,7 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(tmp_path: Path) -> None:
     cache.mkdir()
     script = 'mount -t tmpfs -o size=200k none "$0"; "$@"; mount -o remount,size=9m "$0"; "$@"'
     hub = Hub(REPOSITORIES)
-    full, folder = ask(cache, hub.address, mounted(script, cache))
+    full, folder = ask(cache, hub.address, OMNI, within=mounted(script, cache))
     hub.close()
     assert full == (
         f"CheckpointError: acme/omni could not be fetched: the disk of the hub's cache in {cache} is full. Make room "
@@ -94,16 +71,16 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path) -> None:
     cache.mkdir()
     read_only = 'mount --bind "$0" "$0"; mount -o remount,ro,bind "$0"; exec "$@"'
     hub = Hub(REPOSITORIES)
-    (refused,) = ask(cache, hub.address, mounted(read_only, cache))
+    (refused,) = ask(cache, hub.address, OMNI, within=mounted(read_only, cache))
     assert refused == (
         f"CheckpointError: acme/omni could not be fetched: the hub's cache in {cache} cannot be written to. Set "
         "HF_HUB_CACHE to a folder that can."
     )
-    (folder,) = ask(cache, hub.address)
+    (folder,) = ask(cache, hub.address, OMNI)
     assert is_whole(folder)
-    assert ask(cache, hub.address, mounted(read_only, cache)) == [folder]
+    assert ask(cache, hub.address, OMNI, within=mounted(read_only, cache)) == [folder]
     hub.close()
-    assert ask(cache, hub.address, mounted(read_only, cache)) == [folder]
+    assert ask(cache, hub.address, OMNI, within=mounted(read_only, cache)) == [folder]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, ask
 
 from weights import CheckpointError, locate
 from weights.source import _reason
@@ -38,33 +35,6 @@ REPOSITORIES = {
     "acme/pattern": {"model.safetensors.index.json": index({"thinker.x": "*"}), "modeling.py": b""},
     "acme/gated": {"config.json": b"{}"},
 }
-
-
-def ask(cache: Path, endpoint: str, *requests: tuple[str, str | None], **environment: str) -> list[str]:
-    """`locate` in a fresh process, where the real hub library reads its environment: folders, or error texts."""
-    code = """if True:
-        import json, sys, weights
-        for source, revision in json.loads(sys.argv[1]):
-            try:
-                answer = str(weights.locate(source, revision=revision))
-            except weights.CheckpointError as error:
-                answer = f"CheckpointError: {error}"
-            print(json.dumps(answer))
-    """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    hub = {"HF_HUB_CACHE": str(cache), "HF_HOME": str(cache / "home"), "HF_ENDPOINT": endpoint}
-    proxies = {"NO_PROXY": "*", "no_proxy": "*"}
-    command = [sys.executable, "-c", code, json.dumps(requests)]
-    done = subprocess.run(
-        command,
-        env={**kept, **hub, **proxies, **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
