@@ -30,7 +30,7 @@ from omni.generate import ERRORS, messages, method_of, model_parser, settings_pa
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.processor import Processor
-from weights.files import parse_object
+from weights.files import fits_utf8, parse_object
 
 COLUMNS = ("id", "media", "question")
 READERS = 2
@@ -255,7 +255,7 @@ def parse(line: str | bytes) -> dict[str, Any]:
 
 def is_id(value: Any) -> bool:
     """Whether an answer can be told by it: text that UTF-8 can hold, or a whole number."""
-    return type(value) is int or (isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value))
+    return type(value) is int or (isinstance(value, str) and fits_utf8(value))
 
 
 class Journal:

@@ -25,6 +25,11 @@ def stays_inside(path: Path) -> bool:
     return any(path.resolve().is_relative_to(home) for home in homes)
 
 
+def fits_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON may write half of a surrogate pair."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def read_text(path: Path) -> str:
     """The text of a regular file. Raises ValueError."""
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights.files import read_object, read_text
+from weights.files import fits_utf8, read_object, read_text
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -100,7 +100,7 @@ class Vocabulary:
         owners = {id: token for token, id in self.ids.items()}
         seen: set[str] = set()
         for token in self.added:
-            if not token.text or token.id < 0 or any("\ud800" <= char <= "\udfff" for char in token.text):
+            if not token.text or token.id < 0 or not fits_utf8(token.text):
                 raise TokenizerError(f"the added token {token.text!r:.80} with the id {token.id} cannot be.")
             if token.text in seen:
                 raise TokenizerError(f"the added token {token.text!r:.80} is listed twice.")
