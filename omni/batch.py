@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, fields
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -177,6 +176,8 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.starts: list[int] = []
+        """Of lines, not of Parquet: the first byte of each that can be read, once `scan` has been through them."""
         if not path.is_file():
             raise InputError(f"{path} is not there.")
         self.is_parquet = kind_of(path) == ".parquet"
@@ -212,28 +213,29 @@ class Source:
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
+            start = 0
             with self.path.open("rb") as lines:
                 for line in lines:
                     if line.strip():
                         try:
-                            yield parse(line)["id"]
+                            id = parse(line)["id"]
+                            self.starts.append(start)
+                            yield id
                         except InputError as error:
                             yield error
+                    start += len(line)
 
     def rows(self, data: Any) -> Any:
-        """As a dataset of Ray: of Parquet the rows, of lines where each begins.
+        """As a dataset of Ray, after `scan`: of Parquet the rows, of lines where each begins.
 
         Ray's own reader of text also cuts lines at what JSON allows in a text, such as U+2028, and stops at the first
         byte that is no UTF-8.
         """
         if self.is_parquet:
             return data.read_parquet(str(self.path))
-        return data.from_items([{"start": start} for start in self.starts()])
+        import pyarrow
 
-    def starts(self) -> list[int]:
-        """The first byte of every line."""
-        with self.path.open("rb") as lines:
-            return list(accumulate((len(line) for line in lines), initial=0))[:-1]
+        return data.from_arrow(pyarrow.table({"start": self.starts}))
 
 
 def kind_of(path: Path) -> str:
@@ -357,10 +359,7 @@ class Prepare:
         if set(row) == {"start"}:
             with self.options.questions.open("rb") as lines:
                 lines.seek(row["start"])
-                try:
-                    row = parse(lines.readline())
-                except InputError:
-                    row = {"id": None}
+                row = parse(lines.readline())
         if row["id"] is None or row["id"] in self.done:
             return {"row": [], "tensors": []}
         try:

@@ -12,8 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from answers import is_right
 
-WORLD = Path(os.environ.get("SMALL_WORLD", ".world/test"))
-"""Clips and questions of `world.py`."""
+WORLD = Path(".world/test")
+"""Clips and questions of `world.py`, as small_world.yaml has it."""
 HUB = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
 
 

@@ -114,8 +114,11 @@ def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     path.write_bytes(b"\n".join([lines[0], b'{"id": "\xff"}', b"", lines[1]]))
     prepare = Prepare(options(checkpoint, path), ALONE, set())
-    found = [prepare(pyarrow.table({"start": [start]}))["row"] for start in Source(path).starts()]
-    assert [[json.loads(row)["id"] for row in one] for one in found] == [[0], [], [], [1]]
+    source = Source(path)
+    ids, unreadable = source.scan()
+    assert ids == [0, 1] and [row["id"] for row in unreadable] == ["line 2"]
+    found = [prepare(pyarrow.table({"start": [start]}))["row"] for start in source.starts]
+    assert [[json.loads(row)["id"] for row in one] for one in found] == [[0], [1]]
 
 
 @pytest.mark.parametrize("damage", ["cut", "no UTF-8", "no Parquet"])
@@ -210,7 +213,9 @@ def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path,
     ]
     given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
     prepare, answer = Prepare(given, ALONE, {"done"}), Answer(given, ALONE)
-    made = [prepare(pyarrow.table({"start": [start]})) for start in Source(given.questions).starts()]
+    source = Source(given.questions)
+    source.scan()
+    made = [prepare(pyarrow.table({"start": [start]})) for start in source.starts]
     assert made[-1] == {"row": [], "tensors": []}
     table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
     found = {line["id"]: line for line in map(json.loads, answer(table)["answer"])}
