@@ -76,9 +76,13 @@ def run(options: argparse.Namespace) -> None:
     for name in ("replicas", "cores", "decoders", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1.")
+    # Processes on other nodes have other working directories.
+    options.questions = options.questions.resolve()
     source = Source(options.questions)
     journal = Journal(options.answers)
     folder = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
+    if folder == Path(options.model):
+        options.model = str(folder.resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
     ids, unreadable = source.scan()
     done = journal.ids | {row["id"] for row in unreadable}
@@ -332,7 +336,8 @@ def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Na
     for name, value in row.items():
         if name in known and value is not None:
             flag = f"--{name.replace('_', '-')}"
-            arguments += ([flag] if value else []) if isinstance(value, bool) else [f"{flag}={value}"]
+            switch = isinstance(value, bool) and isinstance(known[name], bool)
+            arguments += [flag] * value if switch else [f"{flag}={value}"]
     return parser.parse_args(arguments, copy(options))
 
 

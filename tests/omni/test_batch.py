@@ -6,6 +6,8 @@ import argparse
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,8 @@ def test_rows_go_before_the_command_line() -> None:
         row_options({"max_new_tokens": "x" * 1000}, given)
     with pytest.raises(InputError, match=r"retention: must be a number, not 'half'"):
         row_options({"retention": "half"}, given)
+    with pytest.raises(InputError, match=r"retention: must be a number, not 'False'"):
+        row_options({"retention": False}, given)
     with pytest.raises(InputError) as caught:
         row_options({"kv": "x" * 10_000}, given)
     assert len(str(caught.value)) < 400
@@ -261,3 +265,51 @@ def test_what_fits_no_row_is_said_first(tmp_path: Path, checkpoint: Path, capsys
     assert capsys.readouterr().err.startswith("omni-batch: token selection cannot run: FastV cannot keep")
     assert main(["--batch", "0", *command]) == 1
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def batch(folder: Path, *arguments: str) -> str:
+    """Runs it with a small checkpoint beside the questions, everything under relative paths; what it printed."""
+    command = [sys.executable, "-m", "omni.batch", "--model", "checkpoint", "--max-new-tokens", "3", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr.splitlines()[-1]
+
+
+def rows_about(folder: Path, checkpoint: Path, clip: Path) -> list[dict[str, Any]]:
+    """Three rows, the last of which has no answer."""
+    (folder / "checkpoint").symlink_to(checkpoint)
+    (folder / "clip.mp4").write_bytes(clip.read_bytes())
+    media = ["clip.mp4", "clip.mp4", "gone.mp4"]
+    return [{"id": str(number), "media": each, "question": f"What? {number}"} for number, each in enumerate(media)]
+
+
+def test_a_data_set_goes_through_ray(tmp_path: Path, checkpoint: Path, clip: Path) -> None:
+    """From lines to lines, and again: nothing is asked twice."""
+    write(tmp_path / "q.jsonl", *rows_about(tmp_path, checkpoint, clip))
+    assert "3 rows in" in batch(tmp_path, "q.jsonl", "a.jsonl")
+    found = read(tmp_path / "a.jsonl")
+    assert found.keys() == {"0", "1", "2"} and "gone.mp4 does not exist" in found["2"]["error"]
+    assert len(found["0"]["tokens"]) == 3 and found["1"]["stats"]["new_tokens"] == 3
+    assert "0 rows in" in batch(tmp_path, "q.jsonl", "a.jsonl")
+
+
+@pytest.mark.slow
+def test_a_cluster_needs_its_address_alone(tmp_path: Path, checkpoint: Path, clip: Path) -> None:
+    """Parquet to Parquet, on a node whose working directory is another."""
+    from pyarrow import parquet
+
+    rows = rows_about(tmp_path, checkpoint, clip)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+    start = "start --head --block --num-cpus 8 --port 6399 --include-dashboard false".split()
+    (tmp_path / "elsewhere").mkdir()
+    node = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *start], cwd=tmp_path / "elsewhere", stdout=subprocess.DEVNULL
+    )
+    try:
+        arguments = ["--address", "127.0.0.1:6399", "--decoders", "1", "--replicas", "1", "--cores", "1"]
+        assert "3 rows in" in batch(tmp_path, *arguments, "q.parquet", "a.parquet")
+    finally:
+        node.terminate()
+        node.wait()
+    found = {row["id"]: row for row in parquet.read_table(tmp_path / "a.parquet").to_pylist()}
+    assert found.keys() == {"0", "1", "2"} and found["2"]["error"] and len(found["0"]["tokens"]) == 3
