@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from seats.methods import NAMES
+
 HEAD = """
 # Accuracy
 
@@ -73,6 +75,8 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
             share(row["free"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    standings = [standing(able, retention) for retention in dict.fromkeys(row["retention"] for row in able)]
+    lines += ["", *filter(None, standings)] if any(standings) else []
     failed = [f"- {row['name']}: {row['error']}" for row in rows if "error" in row]
     lines += ["", "Not run:", "", *failed] if failed else []
     kinds = list(full["kinds"])
@@ -90,6 +94,19 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
             f"late; suggested: drop_layers {tuple(layers['drop_layers'])}, late_layer {layers['late_layer']}.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def standing(rows: list[dict[str, Any]], retention: float) -> str:
+    """Which method is first at a retention, and where SEATS is; empty where only SEATS and random were run."""
+    found = {row["method"]: row["choice"] for row in rows if row["retention"] == retention and row["method"] in NAMES}
+    if len(found) < 3 or "seats" not in found:
+        return ""
+    first = max(found, key=lambda method: found[method]["mean"])
+    said = f"At {retention:.0%} {first} is first"
+    if first == "seats":
+        return f"- {said}."
+    within = "within" if found["seats"]["mean"] >= found[first]["low"] else "below"
+    return f"- {said}, {share(found[first])}; seats, {found['seats']['mean']:.1%}, is {within} its interval."
 
 
 def share(found: dict[str, Any] | None, sign: str = "") -> str:
@@ -118,17 +135,15 @@ def draw(folder: Path) -> None:
 
 
 def draw_accuracy(axes: Any, result: dict[str, Any]) -> None:
-    """One line for each method that was run at more than one retention."""
+    """One line for each method, not for ablations."""
     able = [row for row in result["rows"] if "error" not in row and row["kv"] == "pruned"]
     full = able[0]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in able:
-        if row["retention"] < 1:
+        if row["method"] in NAMES:
             lines.setdefault(row["method"], []).append(row)
     marks = iter("os^vD<>Pp*hX" * 2)
     for method, found in lines.items():
-        if len({row["retention"] for row in found}) < 2 and len(lines) > 2:
-            continue  # an ablation
         rows = sorted([full, *found], key=lambda row: row["prefill_seconds"])
         x = [1000 * row["prefill_seconds"] for row in rows]
         y = [100 * row["choice"]["mean"] for row in rows]

@@ -1,13 +1,14 @@
 """Throws a data set at `omni.batch`: how fast it goes, and what comes of it when it is killed or damaged.
 
     python scripts/world.py .world/200 --count 200
-    python scripts/data_set.py --clips .world/200 speed                   # a plain loop, one replica, two
-    python scripts/data_set.py --clips .world/200 worker run damage       # kills, and ten rows that have no answer
+    python scripts/data_set.py speed --clips .world/200                   # a plain loop, one worker, two
+    python scripts/data_set.py worker run damage --clips .world/200       # kills, and ten rows that have no answer
     python scripts/data_set.py memory --rows 2000                         # of clips of a second to five
 
 The checkpoint `tiny` answers one question about each clip; whatever happens, there must be one answer to each row, and
-it must be that of a plain loop in this process. Replicas and decoders share the machine's cores. Fails where an answer
-differs, is missing or is there twice, and where memory grows by more than `GROWTH` after the first tenth of the rows.
+it must be that of a plain loop in this process. A worker is a process that reads media and a replica of the model, each
+with one thread. Fails where an answer differs, is missing or is there twice, and where memory grows by more than
+`GROWTH` after the first tenth of the rows.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def loop(rows: list[Row]) -> dict[int, str]:
 
 
 class Batch:
-    """A run of `omni.batch`, in a session of its own."""
+    """A run of `omni.batch` in a session of its own."""
 
-    def __init__(self, rows: list[Row], answers: Path, replicas: int) -> None:
+    def __init__(self, rows: list[Row], answers: Path, workers: int = 2) -> None:
         self.answers, self.log = answers, answers.with_suffix(".log")
         questions = answers.with_suffix(".questions.jsonl")
         questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.command = [sys.executable, "-m", "omni.batch", "--model", "tiny", "--device", "cpu"]
-        for name, value in {**SETTINGS, "replicas": replicas, "cores": 1}.items():
+        for name, value in {**SETTINGS, "replicas": workers, "decoders": workers, "cores": 1}.items():
             self.command += [f"--{name.replace('_', '-')}", str(value)]
         self.command += [str(questions), str(answers)]
         self.start()
@@ -117,7 +118,7 @@ def replicas_running() -> list[int]:
 
 
 def kill_worker(rows: list[Row], path: Path) -> dict[int, str]:
-    batch = Batch(rows, path, replicas=2)
+    batch = Batch(rows, path)
     batch.wait_for(len(rows) // 2)
     running = replicas_running()
     os.kill(running[0], signal.SIGKILL)
@@ -126,7 +127,7 @@ def kill_worker(rows: list[Row], path: Path) -> dict[int, str]:
 
 
 def kill_run(rows: list[Row], path: Path) -> dict[int, str]:
-    batch = Batch(rows, path, replicas=2)
+    batch = Batch(rows, path)
     batch.wait_for(len(rows) // 2)
     os.killpg(batch.process.pid, signal.SIGKILL)
     batch.process.wait()
@@ -192,7 +193,7 @@ def bounded(count: int, folder: Path) -> bool:
         make_long_clip(clip, 1 + number % 5)
         rows.append({"id": number, "media": str(clip), "question": "What happens?"})
     memory = Memory()
-    batch = Batch(rows, folder / "memory.jsonl", replicas=2)
+    batch = Batch(rows, folder / "memory.jsonl")
     peaks = []
     for tenth in range(1, 11):
         batch.wait_for(tenth * count // 10)
@@ -223,15 +224,15 @@ def main() -> None:
         for step in options.steps:
             path = folder / f"{step}.jsonl"
             if step == "speed":
-                for replicas in (1, 2):
-                    found = Batch(rows, folder / f"{replicas}.jsonl", replicas).finish(f"{replicas} replicas")
-                    holds &= compare(f"{replicas} replicas", found, expected)
+                for workers, called in ((1, "one worker"), (2, "two workers")):
+                    found = Batch(rows, folder / f"{workers}.jsonl", workers).finish(called)
+                    holds &= compare(called, found, expected)
             elif step == "worker":
                 holds &= compare(step, kill_worker(rows, path), expected)
             elif step == "run":
                 holds &= compare(step, kill_run(rows, path), expected)
             elif step == "damage":
-                found = Batch(damaged(rows, folder), path, replicas=2).finish(step)
+                found = Batch(damaged(rows, folder), path).finish(step)
                 errors = [found.pop(row["id"]) for row in rows[:10]]
                 holds &= all(error.startswith("error: ") for error in errors)
                 print(*(f"  {error}" for error in errors), sep="\n")
