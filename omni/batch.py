@@ -159,7 +159,13 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
     if options.address is None:
         cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     else:
-        ray.init(address=options.address, logging_level="warning")
+        try:
+            ray.init(address=options.address, logging_level="warning")
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            why = f"{error}".split("\n", 1)[0].rstrip(".")
+            raise InputError(
+                f"no Ray cluster at {options.address} ({why:.160}). Start one (ray start --head) or omit --address."
+            ) from None
         found = ray.cluster_resources()
         cores, gpus = int(found.get("CPU", 1)), int(found.get("GPU", 0))
     device = options.device or ("cuda" if gpus else "cpu")
@@ -171,7 +177,7 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
         return Pool(decoders, replicas, threads, reserved=threads, device=device)
     # On one machine decoders and replicas take turns on the same cores, so Ray is told of more than there are.
     promised = decoders + replicas + READERS
-    ray.init(num_cpus=promised, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(address="local", num_cpus=promised, include_dashboard=False, log_to_driver=False, logging_level="warning")
     return Pool(decoders, replicas, threads, reserved=1, device=device)
 
 

@@ -267,47 +267,52 @@ def test_what_fits_no_row_is_said_first(tmp_path: Path, checkpoint: Path, capsys
     assert not (tmp_path / "a.jsonl").exists()
 
 
+def test_no_cluster_is_said(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nSome advice.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"})
+    assert main(["--address", "auto", "--model", str(checkpoint), str(questions), str(tmp_path / "a.jsonl")]) == 1
+    said = "omni-batch: no Ray cluster at auto (Could not find any running Ray instance). Start one"
+    assert capsys.readouterr().err.startswith(said)
+
+
+OPEN = os.environ | {"RAY_AUTH_MODE": "disabled"}
+"""Ray 2.60 wants a token of whoever joins a cluster at an address, where the user has one."""
+
+
 def batch(folder: Path, *arguments: str) -> str:
-    """Runs it with a small checkpoint beside the questions, everything under relative paths; what it printed."""
+    """Runs it with a small checkpoint beside the questions, everything under relative paths; its last line."""
     command = [sys.executable, "-m", "omni.batch", "--model", "checkpoint", "--max-new-tokens", "3", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=OPEN, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr.splitlines()[-1]
 
 
-def rows_about(folder: Path, checkpoint: Path, clip: Path) -> list[dict[str, Any]]:
-    """Three rows, the last of which has no answer."""
-    (folder / "checkpoint").symlink_to(checkpoint)
-    (folder / "clip.mp4").write_bytes(clip.read_bytes())
-    media = ["clip.mp4", "clip.mp4", "gone.mp4"]
-    return [{"id": str(number), "media": each, "question": f"What? {number}"} for number, each in enumerate(media)]
-
-
-def test_a_data_set_goes_through_ray(tmp_path: Path, checkpoint: Path, clip: Path) -> None:
-    """From lines to lines, and again: nothing is asked twice."""
-    write(tmp_path / "q.jsonl", *rows_about(tmp_path, checkpoint, clip))
-    assert "3 rows in" in batch(tmp_path, "q.jsonl", "a.jsonl")
-    found = read(tmp_path / "a.jsonl")
-    assert found.keys() == {"0", "1", "2"} and "gone.mp4 does not exist" in found["2"]["error"]
-    assert len(found["0"]["tokens"]) == 3 and found["1"]["stats"]["new_tokens"] == 3
-    assert "0 rows in" in batch(tmp_path, "q.jsonl", "a.jsonl")
-
-
 @pytest.mark.slow
 def test_a_cluster_needs_its_address_alone(tmp_path: Path, checkpoint: Path, clip: Path) -> None:
-    """Parquet to Parquet, on a node whose working directory is another."""
+    """Parquet to Parquet, on a node whose working directory is another; beside it a run on this machine alone."""
     from pyarrow import parquet
 
-    rows = rows_about(tmp_path, checkpoint, clip)
+    (tmp_path / "checkpoint").symlink_to(checkpoint)
+    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
+    media = ["clip.mp4", "clip.mp4", "gone.mp4"]
+    rows = [{"id": str(number), "media": each, "question": f"What? {number}"} for number, each in enumerate(media)]
+    write(tmp_path / "q.jsonl", *rows)
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
     start = "start --head --block --num-cpus 8 --port 6399 --include-dashboard false".split()
     (tmp_path / "elsewhere").mkdir()
-    node = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *start], cwd=tmp_path / "elsewhere", stdout=subprocess.DEVNULL
-    )
+    arguments = ["--address", "127.0.0.1:6399", "--decoders", "1", "--replicas", "1", "--cores", "1"]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", *start]
+    node = subprocess.Popen(ray, cwd=tmp_path / "elsewhere", env=OPEN, stdout=subprocess.DEVNULL)
     try:
-        arguments = ["--address", "127.0.0.1:6399", "--decoders", "1", "--replicas", "1", "--cores", "1"]
         assert "3 rows in" in batch(tmp_path, *arguments, "q.parquet", "a.parquet")
+        assert "3 rows in" in batch(tmp_path, "q.jsonl", "a.jsonl")
     finally:
         node.terminate()
         node.wait()

@@ -50,7 +50,7 @@ def test_answers_are_those_of_evaluate(
     column = [each["name"] for each in result["rows"]].index(row)
     expected = [answer["texts"][column] for answer in result["answers"]]
     (samples,) = tmp_path.rglob("*samples_small_world.jsonl")
-    found = {sample["doc_id"]: sample["filtered_resps"][0] for sample in map(json.loads, samples.open())}
+    found = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, samples.open())}
     assert [found[number] for number in range(len(expected))] == expected
     (summary,) = tmp_path.rglob("*results.json")
     accuracy = json.loads(summary.read_text())["results"]["small_world"]["accuracy,none"]
