@@ -698,17 +698,18 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.97)
     )
-    done = 0
+    done, spent = 0, 0.0
     if state_file.is_file():
         state = torch.load(state_file, map_location=device, weights_only=True)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        done = state["done"]
+        done, spent = state["done"], state["seconds"]
     data = Clips(checkpoint, "train", course.drills + course.remembered + course.clips, course.drills)
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
     mixed = torch.autocast(device.type, torch.bfloat16)
-    means, saved = torch.full((12,), math.nan), time.monotonic()  # of the answers' loss and of those by token
+    means = torch.full((12,), math.nan)  # of the answers' loss and of those by token
+    started = saved = time.monotonic()
     for clip in stream(student, data, course, done, device, workers):
         answer, hints = torch.full((), math.nan, device=device), torch.full((7,), math.nan, device=device)
         is_practice = course.drills <= done < course.practised
@@ -743,16 +744,19 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
         if (done % 1000 == 0 and done > course.drills) or done == course.end:
             accuracy = validate(student, held_out, mixed, device)
             with log_file.open("a", encoding="utf-8") as file:
-                line = {"clips": done, "loss": means[0].item(), "tokens": means[1:].tolist(), "accuracy": accuracy}
+                line = {"clips": done, "seconds": spent + time.monotonic() - started, "loss": means[0].item()}
+                line |= {"tokens": means[1:].tolist(), "accuracy": accuracy}
                 file.write(json.dumps(line) + "\n")
             draw(log_file, folder / "training.png")
         if time.monotonic() - saved > 120 or done == course.end:
-            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
+            saved = time.monotonic()
+            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"done": done, "seconds": spent + saved - started}
             torch.save(state, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
-            saved = time.monotonic()
     bar.close()
     weights.save_sharded(public_tensors(student.thinker), checkpoint, max_shard_bytes=1 << 30)
+    print(f"{checkpoint}: {done} clips in {(spent + time.monotonic() - started) / 60:.0f} minutes")
 
 
 def draw(log_file: Path, picture: Path) -> None:
