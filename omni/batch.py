@@ -85,13 +85,12 @@ def run(options: argparse.Namespace) -> None:
         options.model = str(folder.resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
     ids, unreadable = source.scan()
-    done = journal.ids | {row["id"] for row in unreadable}
     started = time.perf_counter()
     journal.write([json.dumps(row) for row in unreadable if row["id"] not in journal.ids])
     errors = sum(row["id"] not in journal.ids for row in unreadable)
     left = [each for each in ids if each not in journal.ids]
     if left:
-        errors += answer(ray, options, source, journal, done)
+        errors += answer(ray, options, source, journal)
     seconds = time.perf_counter() - started
     new = len(left) + sum(row["id"] not in journal.ids for row in unreadable)
     journal.finish()
@@ -102,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journal, done: set[Any]) -> int:
+def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journal) -> int:
     """Answers what is left and returns how many errors there were."""
     from ray.data import ActorPoolStrategy
 
@@ -111,7 +110,7 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
         rows = source.rows(ray.data).repartition(target_num_rows_per_block=options.batch)
         prepared = rows.map_batches(
             Prepare,
-            fn_constructor_args=(options, pool, ray.put(done)),
+            fn_constructor_args=(options, pool, ray.put(journal.ids)),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=pool.decoders),
@@ -358,7 +357,7 @@ class Prepare:
 
             done = ray.get(done)
         self.options, self.done = options, done
-        self.folder = options.questions.resolve().parent
+        self.folder = options.questions.parent
         checkpoint = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
         self.config = read_config(checkpoint)
         self.processor = Processor(checkpoint, self.config)

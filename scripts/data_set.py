@@ -20,11 +20,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from evaluate import read_questions
 from long_clip import make_long_clip
 from measure_load import MIB
 from tqdm import tqdm
@@ -41,11 +42,8 @@ def read_rows(folders: list[Path]) -> list[Row]:
     """One question about each clip, of its kinds in turn."""
     rows = []
     for folder in folders:
-        clips: dict[str, list[Row]] = {}
-        for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
-            question = json.loads(line)
-            clips.setdefault(question["media"], []).append(question)
-        for number, (media, asked) in enumerate(clips.items()):
+        for number, (media, group) in enumerate(groupby(read_questions(folder), key=lambda each: each["media"])):
+            asked = list(group)
             prompt = asked[number % len(asked)]["prompt"]
             rows.append({"id": len(rows), "media": str((folder / media).resolve()), "question": prompt})
     return rows
@@ -87,12 +85,15 @@ class Batch:
     def written(self) -> int:
         return self.answers.read_bytes().count(b"\n") if self.answers.is_file() else 0
 
-    def wait_for(self, rows: int) -> None:
-        """Until so many are answered. Raises SystemExit where the run ends before."""
+    def wait_for(self, rows: int) -> int:
+        """Until so many are answered; the most memory in use meanwhile. Raises SystemExit where the run ends before."""
+        most = memory_in_use()
         while self.written() < rows:
             if self.process.poll() is not None:
                 raise SystemExit(f"omni.batch ended after {self.written()} rows: {self.last_line()}")
             time.sleep(0.2)
+            most = max(most, memory_in_use())
+        return most
 
     def last_line(self) -> str:
         self.process.wait()
@@ -160,29 +161,11 @@ def compare(name: str, found: dict[int, str], expected: dict[int, str]) -> bool:
     return right
 
 
-class Memory(threading.Thread):
-    """What the machine has in use above the start, sampled five times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_bytes = self.most = self.used()
-        self.start()
-
-    @staticmethod
-    def used() -> int:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
-        return sizes["MemTotal"] - sizes["MemAvailable"]
-
-    def run(self) -> None:
-        while True:
-            self.most = max(self.most, self.used())
-            time.sleep(0.2)
-
-    def peak(self) -> int:
-        """Since the last call."""
-        peak, self.most = self.most - self.start_bytes, 0
-        return peak
+def memory_in_use() -> int:
+    """Bytes, of the whole machine: Ray's processes and what they share."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
+    return sizes["MemTotal"] - sizes["MemAvailable"]
 
 
 def bounded(count: int, folder: Path) -> bool:
@@ -192,12 +175,11 @@ def bounded(count: int, folder: Path) -> bool:
         clip = folder / f"{number}.mp4"
         make_long_clip(clip, 1 + number % 5)
         rows.append({"id": number, "media": str(clip), "question": "What happens?"})
-    memory = Memory()
+    start = memory_in_use()
     batch = Batch(rows, folder / "memory.jsonl")
     peaks = []
     for tenth in range(1, 11):
-        batch.wait_for(tenth * count // 10)
-        peaks.append(memory.peak())
+        peaks.append(batch.wait_for(tenth * count // 10) - start)
         print(f"memory: {tenth * count // 10} answers, {peaks[-1] / MIB:.0f} MiB above the start", flush=True)
     found = batch.finish("memory")
     errors = sum(text.startswith("error: ") for text in found.values())
