@@ -72,6 +72,8 @@ PRACTISED = 48
 BLOCK = 160
 """Tokens of questions, or a few more, that look at the clip and each other together."""
 LEARNING_RATE, WARM_UP, CLIPS_PER_STEP = 1e-3, 200, 2
+SAVED_EVERY = 120
+"""Seconds between two savings of the state, which a later run resumes."""
 WHEN = ("before", "after")
 ABSENT_WEIGHT = 0.1
 """Of tokens where nothing is seen or heard, most of all, in the loss by token."""
@@ -557,6 +559,11 @@ def right_of(example: Example) -> Tensor:
     return same & (marks == example.picks[:, 1:])
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies in bfloat16: a processor that does not takes many times as long as in float32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
 def plain(x: Tensor) -> Tensor:
     """What a layer's output says, whatever its size."""
     return F.rms_norm(x, x.shape[-1:])
@@ -707,7 +714,7 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     data = Clips(checkpoint, "train", course.drills + course.remembered + course.clips, course.drills)
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
-    mixed = torch.autocast(device.type, torch.bfloat16)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
     means = torch.full((12,), math.nan)  # of the answers' loss and of those by token
     started = saved = time.monotonic()
     for clip in stream(student, data, course, done, device, workers):
@@ -716,8 +723,7 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
         with mixed:
             media, side = clip.media, torch.full((4,), math.nan, device=device)
             if not is_practice:
-                if media is None:
-                    media = torch.cat(student.encode(clip))
+                media = torch.cat(student.encode(clip)) if media is None else media.float()
                 side = student.labelled(clip, *media.split([clip.seen.shape[1], clip.heard.shape[1]]))
             loss = side.nansum()
             if done >= course.drills:
@@ -747,8 +753,8 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
                 line = {"clips": done, "seconds": spent + time.monotonic() - started, "loss": means[0].item()}
                 line |= {"tokens": means[1:].tolist(), "accuracy": accuracy}
                 file.write(json.dumps(line) + "\n")
-            draw(log_file, folder / "training.png")
-        if time.monotonic() - saved > 120 or done == course.end:
+            plot(log_file, folder / "training.png")
+        if (done % together == 0 and time.monotonic() - saved > SAVED_EVERY) or done == course.end:
             saved = time.monotonic()
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"done": done, "seconds": spent + saved - started}
@@ -759,7 +765,7 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     print(f"{checkpoint}: {done} clips in {(spent + time.monotonic() - started) / 60:.0f} minutes")
 
 
-def draw(log_file: Path, picture: Path) -> None:
+def plot(log_file: Path, picture: Path) -> None:
     """Loss of answers, and accuracy by kind of question, with options and without, over the clips learnt from."""
     import matplotlib
 

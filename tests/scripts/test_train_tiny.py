@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,3 +186,34 @@ def test_what_is_sought_is_where_the_answer_is(train_tiny: ModuleType) -> None:
             assert (source >= videos).all() and (clip.heard[where - 1, source - videos] == number).all()
         if where == 2:
             assert world.SOUNDS[int(clip.heard[0, source[0] - videos]) - 1] == "a row of beeps"
+
+
+def test_training_goes_on_where_it_was_stopped(
+    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part of the course, to a checkpoint that loads; the same one where the run was stopped on the way."""
+
+    def train(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        train_tiny.train(folder, train_tiny.Course(2, 2, 2, 4, 2), torch.device("cpu"), workers=0, validated=1)
+
+    def stop(done: int, course: Any) -> float:
+        if done == stopped_at:
+            raise KeyboardInterrupt
+        return rate(done, course)
+
+    monkeypatch.setattr(train_tiny, "SAVED_EVERY", -1)
+    train(tmp_path / "whole")
+    rate = train_tiny.learning_rate
+    monkeypatch.setattr(train_tiny, "learning_rate", stop)
+    for stopped_at in (2, 6, 10):  # the last of drills, within readings, the very last
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts")
+    monkeypatch.undo()
+    train(tmp_path / "parts")
+
+    whole, parts = (omni.load(str(tmp_path / name / "checkpoint")).thinker.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    (line,) = (json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines())
+    assert line["clips"] == 10 and line["seconds"] > 0 and 0 <= line["accuracy"]["everything"] <= 1
+    assert (tmp_path / "whole/training.png").stat().st_size > 10_000
