@@ -774,7 +774,7 @@ def plot(log_file: Path, picture: Path) -> None:
 
     lines = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
     clips = [line["clips"] for line in lines]
-    figure, (loss, *accuracies) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure, (loss, *accuracies) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     loss.semilogy(clips, [line["loss"] for line in lines], ".-")
     loss.set(title="answers", xlabel="clips", ylabel="cross-entropy by question, nats")
     free = {kind for line in lines for kind in line["accuracy"] if kind.endswith(", free") or kind == "everything"}
@@ -786,7 +786,7 @@ def plot(log_file: Path, picture: Path) -> None:
             right = [100 * line["accuracy"].get(kind, math.nan) for line in lines]
             axes.plot(clips, right, ".-", label=kind.removesuffix(", free"))
         axes.set(title=title, xlabel="clips", ylabel="right, % of validation", ylim=(0, 102))
-        axes.legend(fontsize=8, loc="upper left")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 

@@ -197,19 +197,20 @@ def test_training_goes_on_where_it_was_stopped(
         folder.mkdir(exist_ok=True)
         train_tiny.train(folder, train_tiny.Course(2, 2, 2, 4, 2), torch.device("cpu"), workers=0, validated=1)
 
-    def stop(done: int, course: Any) -> float:
-        if done == stopped_at:
-            raise KeyboardInterrupt
-        return rate(done, course)
-
     monkeypatch.setattr(train_tiny, "SAVED_EVERY", -1)
     train(tmp_path / "whole")
     rate = train_tiny.learning_rate
-    monkeypatch.setattr(train_tiny, "learning_rate", stop)
-    for stopped_at in (2, 6, 10):  # the last of drills, within readings, the very last
+    stops = [10, 6, 2]  # the very last, within readings, the last of drills
+
+    def stopping(done: int, course: Any) -> float:
+        if stops and done == stops[-1]:
+            raise KeyboardInterrupt(stops.pop())
+        return float(rate(done, course))
+
+    monkeypatch.setattr(train_tiny, "learning_rate", stopping)
+    while stops:
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts")
-    monkeypatch.undo()
     train(tmp_path / "parts")
 
     whole, parts = (omni.load(str(tmp_path / name / "checkpoint")).thinker.state_dict() for name in ("whole", "parts"))
