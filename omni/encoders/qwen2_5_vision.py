@@ -37,6 +37,7 @@ class FrameLayout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # made while answering, it serves a training as well
 def frame_layout(config: VisionConfig, height: int, width: int, device: torch.device) -> FrameLayout:
     """The layout of frames of height × width patches, which come in groups of merge × merge."""
     merge = config.spatial_merge_size

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, TEXT, make_request
+from conftest import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
 
 import omni
 from omni.config import read_config
+from omni.encoders import qwen2_5_vision, qwen3_vision
 from omni.inputs import InputError
 from omni.processing.processor import Processor
 from omni.processing.tokenizer import TokenizerError
@@ -169,6 +170,19 @@ def test_tensors_that_do_not_fit_are_refused(pair, change: dict[str, Any], words
 def test_options_out_of_range_are_refused(pair, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         pair.model.generate(make_request(pair, [("text", 3)]), stop_token_ids=[], **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_answered_can_be_trained(make_pair, family: str) -> None:
+    """Tables that an answer leaves behind are not of inference mode, which autograd refuses."""
+    for tables in (qwen2_5_vision.frame_layout, qwen3_vision.frame_layout):
+        tables.cache_clear()
+    model = make_pair(family).model
+    inputs = make_request(Pair(None, model), REQUEST)
+    model.prefill(inputs)
+    features, _ = model.thinker.requires_grad_().encode(inputs)
+    sum(tokens.sum() for tokens in features.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.thinker.vision.parameters())
 
 
 def test_masked_positions_are_dropped(pair) -> None:
