@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
+            warnings.filterwarnings("ignore", module=r"torch\.")  # what its compiler says of itself
             demo() if options is None else _answer(options)
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)

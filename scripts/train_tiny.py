@@ -662,7 +662,7 @@ class Course:
 def stream(
     student: Student, data: Clips, course: Course, done: int, device: torch.device, workers: int
 ) -> Iterator[Clip]:
-    """What is learnt from, from number `done` on; remembered clips with their media."""
+    """What is learnt from, from number `done` on, on the CPU; remembered clips with their media, on the device."""
     from tqdm import tqdm
 
     def made(start: int, end: int) -> Iterator[Clip]:
@@ -674,19 +674,20 @@ def stream(
             prefetch_factor=8 if workers else None,
             worker_init_fn=lambda _: torch.set_num_threads(1),
         )
-        return (to(clip, device) for clip in loader)
+        return iter(loader)
 
     yield from made(done, course.drills)
     for _ in range(max(done, course.drills), course.practised):
-        yield to(data.blank(), device)
+        yield data.blank()
     first = course.drills + course.remembered
     if done < course.seen:
         known = []
         for clip in tqdm(made(course.drills, first), total=course.remembered, desc="Remembering", unit="clip"):
             with torch.no_grad():
-                media = torch.cat(student.encode(clip)).bfloat16()
+                media = torch.cat(student.encode(to(clip, device))).bfloat16()
             # Copied: tensors of another process hold a file open each.
-            known.append(to(replace(clip, patches=clip.patches[:0], mel=clip.mel[:0], media=media), device, copy=True))
+            heard_and_seen = replace(clip, patches=clip.patches[:0], mel=clip.mel[:0])
+            known.append(replace(to(heard_and_seen, torch.device("cpu"), copy=True), media=media))
         for number in range(max(done, course.practised), course.seen):
             draw = np.random.default_rng([number, 3])
             yield known[int(draw.integers(len(known)))].thinned(float(draw.uniform(*SHARES)), draw)
@@ -721,15 +722,19 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
         answer, hints = torch.full((), math.nan, device=device), torch.full((7,), math.nan, device=device)
         is_practice = course.drills <= done < course.practised
         with mixed:
+            if done < course.drills:
+                clip = to(clip, device)
+            else:
+                draw = np.random.default_rng([done, 4])
+                asked = letters(done) if is_practice else lessons(clip.scene, draw, QUESTIONS, CHOICES)
+                example = to(data.ask(clip, asked), device)
+                clip = example.clip
             media, side = clip.media, torch.full((4,), math.nan, device=device)
             if not is_practice:
                 media = torch.cat(student.encode(clip)) if media is None else media.float()
                 side = student.labelled(clip, *media.split([clip.seen.shape[1], clip.heard.shape[1]]))
             loss = side.nansum()
             if done >= course.drills:
-                draw = np.random.default_rng([done, 4])
-                asked = letters(done) if is_practice else lessons(clip.scene, draw, QUESTIONS, CHOICES)
-                example = to(data.ask(clip, asked), device)
                 logits, hints = student(example, media)
                 answer = F.cross_entropy(logits, example.wanted, reduction="none") * example.weight
                 answer = answer.sum() / len(example.kinds)

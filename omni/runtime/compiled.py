@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni import stages
 from omni.cache import Cache
-from omni.runtime.graphs import Graphs, capture, drop_pool, warm_up
+from omni.runtime.graphs import Graphs, capture, warm_up
 from omni.runtime.sampling import Sampling, pick
 from omni.stages import Request, Staged
 from omni.thinker import Thinker
@@ -111,7 +111,6 @@ class Compiled:
         """Drops all graphs and what they hold."""
         for graphs in (self.prefills, self.steps, *self.encoders.values()):
             graphs.clear()
-        drop_pool()
 
 
 def shapes(values: Any) -> Hashable:

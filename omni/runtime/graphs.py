@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
@@ -129,6 +129,7 @@ class Captured:
         return sum(leaf.nbytes for leaf in (*self.inputs, *outputs) if isinstance(leaf, Tensor))
 
 
+_captured: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 _pools: list[Any] = []
 
 
@@ -140,13 +141,14 @@ def warm_up(run: Callable[[], None]) -> None:
 
 
 def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `run`. All graphs share one pool of memory; other threads may use the device meanwhile.
+    """A CUDA graph of `run`. All graphs share one pool of memory, which goes with the last of them; other threads may
+    use the device meanwhile.
 
     Not by `torch.cuda.graph`, which first gives all cached memory back to the device: steps are captured for each
     answer.
     """
-    if not _pools:
-        _pools.append(torch.cuda.graph_pool_handle())
+    if not _captured:  # the handle of a pool that went is refused
+        _pools[:] = [torch.cuda.graph_pool_handle()]
     graph = torch.cuda.CUDAGraph()
     with beside():
         graph.capture_begin(pool=_pools[0], capture_error_mode="thread_local")
@@ -157,6 +159,7 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
                 graph.capture_end()
             raise
         graph.capture_end()
+    _captured.add(graph)
     return graph
 
 
@@ -168,11 +171,6 @@ def beside() -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
-
-
-def drop_pool() -> None:
-    """Lets the memory of dropped graphs go."""
-    _pools.clear()
 
 
 def unpacked(values: tuple[Any, ...]) -> list[Any]:

@@ -123,6 +123,8 @@ def test_captured_graphs_stay_within_their_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(graphs, "GRAPH_BYTES", 3 * x.nbytes)
     assert torch.equal(cache.run(4, (4,), x), 4 * x)
     assert list(cache.graphs) == [4]
+    cache.clear()  # the pool goes with its last graph
+    assert torch.equal(cache.run(4, (4,), x), 4 * x)
 
 
 def test_a_folder_that_the_compiler_cannot_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
