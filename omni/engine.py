@@ -70,7 +70,8 @@ class Engine:
     @contextmanager
     def running(self) -> Iterator[None]:
         """One thread at a time, without gradients; others wait. Raises MemoryError where the device has too little."""
-        with self._lock, torch.inference_mode():
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with self._lock, torch.inference_mode(), on_device:
             try:
                 yield
                 return

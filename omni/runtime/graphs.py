@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 from weakref import WeakSet, finalize
@@ -151,6 +151,7 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         _pools[:] = [torch.cuda.graph_pool_handle()]
     graph = torch.cuda.CUDAGraph()
     with beside():
+        torch.cuda.current_blas_handle()  # a thread's first product makes it, and cannot inside of a capture
         graph.capture_begin(pool=_pools[0], capture_error_mode="thread_local")
         try:
             run()
@@ -165,12 +166,18 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 @contextmanager
 def beside() -> Iterator[None]:
-    """A stream of its own inside, in order with the current one before and after."""
-    stream = torch.cuda.Stream()
+    """Another stream inside, in order with the current one before and after."""
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs of a device: libraries keep memory for each stream that they ever worked on."""
+    return torch.cuda.Stream(device)
 
 
 def unpacked(values: tuple[Any, ...]) -> list[Any]:

@@ -26,9 +26,16 @@ def train_tiny(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return train_tiny
 
 
-@pytest.mark.parametrize("share", [1.0, 0.4])
-def test_questions_do_not_see_each_other(train_tiny: ModuleType, share: float) -> None:
-    """Logits of answers in the packed sequence are those of the prompt on its own, through the model's layers."""
+@pytest.mark.parametrize(("share", "at_once"), [(1.0, False), (0.4, False), (0.4, True)])
+def test_questions_do_not_see_each_other(
+    train_tiny: ModuleType, share: float, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of answers in the packed sequence are those of the prompt on its own, through the model's layers.
+
+    at_once: with the attention of a GPU.
+    """
+    if at_once:
+        monkeypatch.setattr(train_tiny, "attention_by_blocks", train_tiny.attention)
     tiny = omni.load("tiny", device="cpu")
     clips = train_tiny.Clips(weights.locate("tiny"), "validation", 8)
     student = train_tiny.Student(tiny.config, train_tiny.words_of(tiny.processor.tokenizer))
