@@ -109,6 +109,15 @@ class Bench:
         return self._sides[0]
 
     @property
+    def language(self) -> Any:
+        """transformers' decoder, which one version keeps deeper than another, as the encoders."""
+        return getattr(self.reference.model, "language_model", self.reference.model)
+
+    def encoder(self, name: str) -> Any:
+        """transformers' `visual` or `audio_tower`."""
+        return getattr(self.reference.model, name, None) or getattr(self.reference, name)
+
+    @property
     def compiled(self) -> omni.Omni:
         return self._sides[1]
 
@@ -336,7 +345,7 @@ def prefill_row(bench: Bench, inputs: omni.Inputs, retention: float, measured: M
 
 
 def their_prefill(bench: Bench, tokens: int) -> Seconds:
-    model, head = bench.reference.model.language_model, bench.reference.lm_head
+    model, head = bench.language, bench.reference.lm_head
     x = torch.randn(1, tokens, bench.compiled.config.decoder.hidden_size, device=bench.device).to(bench.dtype)
     positions = torch.arange(tokens, device=bench.device).expand(3, 1, -1)
 
@@ -367,7 +376,7 @@ def vision_row(bench: Bench, grids: int, side: int) -> dict[str, Any]:
     return encoder_row(
         bench,
         lambda model, call: model.thinker.vision(patches, grid, **call),
-        lambda: bench.reference.model.visual(theirs, grid_thw=device_grid),
+        lambda: bench.encoder("visual")(theirs, grid_thw=device_grid),
     )
 
 
@@ -378,7 +387,7 @@ def audio_row(bench: Bench, seconds: int) -> dict[str, Any]:
     return encoder_row(
         bench,
         lambda model, call: model.thinker.audio(mel, length, **call),
-        lambda: bench.reference.model.audio_tower(theirs, feature_lens=device_length),
+        lambda: bench.encoder("audio_tower")(theirs, feature_lens=device_length),
     )
 
 
@@ -406,7 +415,7 @@ def experts_row(bench: Bench, tokens: int) -> dict[str, Any]:
     x = torch.randn(1, tokens, decoder.hidden_size, device=bench.device).to(bench.dtype)
     width = 3 * decoder.experts_per_token * decoder.expert_size
     dense = torch.randn(width, decoder.hidden_size, device=bench.device).to(bench.dtype)
-    ours, theirs = bench.eager.thinker.layers[0].mlp, bench.reference.model.language_model.layers[0].mlp
+    ours, theirs = bench.eager.thinker.layers[0].mlp, bench.language.layers[0].mlp
     with torch.inference_mode():
         sides = {
             "eager": bench.timed(lambda: ours(x)),
@@ -434,7 +443,7 @@ def decode_row(bench: Bench, seconds: float, retention: float, new: int) -> dict
                 starts.append(started - begun)
             return (ended - started) / (new - 2)
 
-        language, head = bench.reference.model.language_model, bench.reference.lm_head
+        language, head = bench.language, bench.reference.lm_head
         prompt = bench.compiled.prefill(inputs, seats=config).cache.lengths[:, 0].tolist()
         ids = torch.zeros(1, max(prompt), dtype=torch.long, device=bench.device)
 
@@ -503,11 +512,11 @@ def first_token_row(bench: Bench, seconds: int) -> dict[str, Any]:
     def theirs() -> None:
         inputs = prepared()
         assert inputs.pixel_values_videos is not None and inputs.input_features is not None
-        bench.reference.model.visual(
+        bench.encoder("visual")(
             inputs.pixel_values_videos.to(bench.device, bench.dtype), grid_thw=grid.to(bench.device)
         )
         mel = inputs.input_features[0].to(bench.device, bench.dtype)
-        bench.reference.model.audio_tower(mel, feature_lens=length.to(bench.device))
+        bench.encoder("audio_tower")(mel, feature_lens=length.to(bench.device))
         language()
 
     sides = {

@@ -25,7 +25,9 @@ def check(device: torch.device) -> dict[str, Any]:
 
     Raises AssertionError where something differs.
     """
-    return {"models": {family: _model(family, device) for family in ("qwen2.5", "qwen3")}, "kernels": _kernels(device)}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions, by default not in float32
+        models = {family: _model(family, device) for family in ("qwen2.5", "qwen3")}
+    return {"models": models, "kernels": _kernels(device)}
 
 
 def _model(family: str, device: torch.device) -> dict[str, Any]:

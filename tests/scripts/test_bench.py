@@ -27,7 +27,7 @@ def test_both_sides_hold_the_same_weights(family: str) -> None:
     bench = Bench(family, "small", torch.float32, torch.device("cpu"), 1)
     ids = torch.randint(0, 1000, (1, 30))
     with torch.inference_mode():
-        hidden = bench.reference.model.language_model(input_ids=ids).last_hidden_state[:, -1]
+        hidden = bench.language(input_ids=ids).last_hidden_state[:, -1]
         expected = bench.reference.lm_head(hidden)[0]
     import omni
 
