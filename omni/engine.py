@@ -161,12 +161,16 @@ class Engine:
         started = time.perf_counter()
         needs = None if method is None else method.needs
         encoded = [thinker.encode(inputs, needs, call=call) for inputs in requests]
+        slots = [  # while a GPU encodes
+            stages.assign_slots(plan, prompt, place, inputs.input_ids, self.device)
+            for inputs, place, prompt in zip(requests, places, prompts, strict=True)
+        ]
         self._synchronize()
         encode_seconds = time.perf_counter() - started
         filled = []
-        for inputs, place, prompt in zip(requests, places, prompts, strict=True):
+        for slot in slots:
             features, signals = encoded.pop(0)  # of an hour of video: gigabytes, not held twice for longer
-            filled.append(stages.fill_pool(plan, prompt, place, inputs.input_ids, features, signals, self.device))
+            filled.append(stages.with_media(slot, features, signals))
             del features, signals
         request = stages.join(filled)
         del filled

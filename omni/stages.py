@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
 
@@ -312,6 +312,11 @@ def fill_pool(
 
     ids: (1, S). features, signals: `Thinker.encode`. Raises ValueError where the plan does not hold the prompt.
     """
+    return with_media(assign_slots(plan, prompt, layout, ids, device), features, signals)
+
+
+def assign_slots(plan: StagePlan, prompt: Prompt, layout: Layout, ids: Tensor, device: torch.device) -> Request:
+    """`fill_pool` as far as it needs no encoder: a GPU can still be encoding."""
     plan.check_holds(prompt.counts(plan.method))
     counts = plan.counts
     place = torch.full((counts.pool,), counts.pool)
@@ -331,41 +336,47 @@ def fill_pool(
         start += windows * width
 
     source = torch.full((ids.shape[1],), -1)
-    weights = torch.zeros(counts.pool, device=device)
-    media = keys = None
-    if features:
-        levels, like = max(map(len, features.values())), next(iter(features.values()))
-        media = like.new_zeros(levels, 1, counts.pool, like.shape[-1], device=device)
-    known = [signal.keys for signal in signals.values() if signal.keys is not None]
-    if known:  # of the widest; what others lack are zeros, which change no likeness
-        keys = torch.zeros(counts.pool, max(some.shape[1] for some in known), device=device)
-    first = 0
-    for name, tokens in features.items():
-        assert media is not None
-        end = first + tokens.shape[1]
-        media[: len(tokens), 0, first:end] = tokens
-        source[getattr(layout, name)] = torch.arange(first, end)
-        if name in signals:
-            signal = signals[name]
-            weights[first:end] = signal.received
-            if keys is not None and signal.keys is not None:
-                keys[first:end, : signal.keys.shape[1]] = signal.keys
-        first = end
+    media = torch.cat((layout.image, layout.video, layout.audio))
+    source[media] = torch.arange(len(media))
     there = place < counts.pool
     at = torch.where(there, place, 0)
     return Request(
         ids=ids[:, at.to(ids.device)].to(device),
         positions=layout.positions[:, None, at].to(device),
         place=place[None].to(device),
-        media=media,
+        media=None,
         source=torch.where(there, source[at], -1)[None].to(device),
-        received=weights[None],
-        keys=None if keys is None else keys[None],
+        received=torch.zeros(1, counts.pool, device=device),
+        keys=None,
         video_sizes=sizes[0],
         audio_sizes=sizes[1],
         video_clips=clips[0],
         audio_clips=clips[1],
     )
+
+
+def with_media(slots: Request, features: dict[str, Tensor], signals: dict[str, Signals]) -> Request:
+    """A request with what the encoders made, in the order of `Thinker.encode`."""
+    if not features:
+        return slots
+    pool, device = slots.place.shape[1], slots.place.device
+    levels, like = max(map(len, features.values())), next(iter(features.values()))
+    media = like.new_zeros(levels, 1, pool, like.shape[-1], device=device)
+    weights, keys = torch.zeros(pool, device=device), None
+    known = [signal.keys for signal in signals.values() if signal.keys is not None]
+    if known:  # of the widest; what others lack are zeros, which change no likeness
+        keys = torch.zeros(pool, max(some.shape[1] for some in known), device=device)
+    first = 0
+    for name, tokens in features.items():
+        end = first + tokens.shape[1]
+        media[: len(tokens), 0, first:end] = tokens
+        if name in signals:
+            signal = signals[name]
+            weights[first:end] = signal.received
+            if keys is not None and signal.keys is not None:
+                keys[first:end, : signal.keys.shape[1]] = signal.keys
+        first = end
+    return replace(slots, media=media, received=weights[None], keys=None if keys is None else keys[None])
 
 
 def join(requests: list[Request]) -> Request:

@@ -50,12 +50,23 @@ def render(results: list[dict[str, Any]]) -> str:
     return "".join(parts)
 
 
+def other_tokens(found: dict[str, Any]) -> str:
+    """Of requests that kept other tokens, of which logits are not compared."""
+    others = found.get("requests", 0) - found.get("with_the_same_tokens", 0)
+    if not others:
+        return ""
+    return (
+        f" ({others} of {found['requests']} kept up to {1 - found['lowest_share_of_the_same_tokens']:.1%} other tokens)"
+    )
+
+
 def machine_part(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = ["", f"## {result['machine']}, {result['date']}", "", f"{result['threads']} threads; {versions}."]
     for family, found in result["checked"]["models"].items():
         worst = ", ".join(
-            f"{dtype} {each['largest_relative_difference_of_logits']:.1e}" for dtype, each in found.items()
+            f"{dtype} {each['largest_relative_difference_of_logits']:.1e}{other_tokens(each)}"
+            for dtype, each in found.items()
         )
         lines.append(f"Checked first, {family}: logits of small models, compiled against eager float32: {worst}.")
     kernels = result["checked"]["kernels"]

@@ -559,9 +559,9 @@ def right_of(example: Example) -> Tensor:
     return same & (marks == example.picks[:, 1:])
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether it multiplies in bfloat16: a processor that does not takes many times as long as in float32."""
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+def profits_from_bfloat16(device: torch.device) -> bool:
+    """A processor without it takes many times as long to multiply; a GPU waits for launches, some of them casts."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def plain(x: Tensor) -> Tensor:
@@ -712,7 +712,9 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     matrices = [parameter for parameter in student.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.97)
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.97),
+        fused=device.type == "cuda",
     )
     done, spent = 0, 0.0
     if state_file.is_file():
@@ -723,7 +725,9 @@ def train(folder: Path, course: Course, device: torch.device, workers: int, vali
     data = Clips(checkpoint, "train", course.drills + course.remembered + course.clips, course.drills)
     held_out = exam(Clips(checkpoint, "validation", validated))
     bar = tqdm(total=course.end, initial=done, unit="clip", smoothing=0.02)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=profits_from_bfloat16(device))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     means = torch.full((12,), math.nan)  # of the answers' loss and of those by token
     started = saved = time.monotonic()
     for clip in stream(student, data, course, done, device, workers):

@@ -96,13 +96,23 @@ def begin(features: Tensor, weights: Tensor, sizes: Tensor) -> tuple[Tensor, Ten
     """Cosines between a window's tokens (W, n, n) float32, their weights (W, n) float32, first picks (W,) int64."""
     padding = torch.arange(features.shape[1], device=features.device) >= sizes[:, None]
     weights = weights.float().masked_fill(padding, 0)
-    features = features.float()
-    features = features / (features.norm(dim=-1, keepdim=True) + 1e-8)
-    cosines = (features @ features.mT).masked_fill_(padding[:, None], -2)  # less than any cosine
+    cosines = cosines_between(features).masked_fill_(padding[:, None], -2)  # less than any cosine
     # Rounding keeps order, so the second smallest distance comes from the second largest cosine.
     neighbours = cosines.topk(min(2, cosines.shape[-1]), dim=-1).values[..., -1]
     first = distances(neighbours, weights).masked_fill(padding, float("-inf")).argmax(dim=-1)
     return cosines, weights, first
+
+
+def cosines_between(features: Tensor) -> Tensor:
+    """(W, n, D) → (W, n, n) float32."""
+    if features.is_cuda and features.dtype == torch.bfloat16:
+        # Products of bfloat16 are exact in float32, in which matrix units add them: many times the speed of float32's.
+        norms = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32) + 1e-8
+        products = torch.bmm(features, features.mT, out_dtype=torch.float32)
+        return products.div_(norms[:, :, None]).div_(norms[:, None, :])
+    features = features.float()
+    features = features / (features.norm(dim=-1, keepdim=True) + 1e-8)
+    return features @ features.mT
 
 
 def distances(cosines: Tensor, weights: Tensor) -> Tensor:

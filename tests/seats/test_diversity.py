@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from seats import diversity, win_div_prune
 from seats.budget import keep_counts
-from seats.diversity import max_min_keep
+from seats.diversity import cosines_between, max_min_keep
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,3 +188,14 @@ def test_cuda_keeps_the_same_as_the_cpu() -> None:
     arguments = (features, weights, sizes, keep_counts(sizes, 0.1))
     on_device = max_min_keep(*(argument.cuda() for argument in arguments))
     assert torch.equal(on_device.cpu(), max_min_keep(*arguments))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_cosines_of_bfloat16_are_those_of_float32() -> None:
+    """Protects: the matrix units' way loses nothing but the last bits; a token of zeros is no NaN."""
+    torch.manual_seed(0)
+    features = (torch.randn(3, 200, 512) * torch.rand(3, 200, 1)).bfloat16()
+    features[1, 7] = 0
+    expected = F.normalize(features.double(), dim=-1)
+    found = cosines_between(features.cuda()).cpu().double()
+    torch.testing.assert_close(found, expected @ expected.mT, atol=2e-6, rtol=0)
