@@ -77,14 +77,15 @@ SIZES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "audio_config": {**AUDIO, "downsample_hidden_size": 240},
         },
     },
-    # The released Qwen2.5-Omni-7B and Qwen3-Omni-30B-A3B: transformers' defaults where nothing is said.
+    # The released Qwen2.5-Omni-7B and Qwen3-Omni-30B-A3B: transformers' defaults where nothing is said. Of vision in
+    # the former the default is not the released width (as in Qwen2.5-VL-7B).
     "full": {
         "qwen2.5": {
             "text_config": {
                 "hidden_size": 3584,
                 "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
             },
-            "vision_config": {},
+            "vision_config": {"hidden_size": 1280},
             "audio_config": {},
         },
         "qwen3": {

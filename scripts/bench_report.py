@@ -22,18 +22,6 @@ Repeat with
 .venv/bin/python scripts/bench.py --families qwen3 --dtypes bfloat16 --rows prefill --again
 ```
 """
-NOT_MEASURED = """
-## On a GPU: not measured
-
-No GPU has been at hand. There the same script measures Qwen2.5-Omni-7B and Qwen3-Omni-30B-A3B in bfloat16 at full size:
-
-| row | every figure |
-| --- | --- |
-| check: compiled and captured against eager float32; kernels against PyTorch | not measured |
-| prefill of the paper's clip (64 s) at 100, 35, 25, 15, 10 %, and of 10 minutes at 100 and 10 % | not measured |
-| decode after both, and after the paper's clip at 10 % | not measured |
-| vision, audio, first token, experts, start of a second process | not measured |
-"""
 
 
 def write_readme(folder: Path) -> None:
@@ -44,10 +32,7 @@ def write_readme(folder: Path) -> None:
 
 def render(results: list[dict[str, Any]]) -> str:
     newest = sorted(results, key=lambda result: (result["date"], result["machine"]), reverse=True)
-    parts = [HEAD, *map(machine_part, newest)]
-    if not any(result["device"] == "cuda" for result in results):
-        parts.append(NOT_MEASURED)
-    return "".join(parts)
+    return "".join([HEAD, *map(machine_part, newest)])
 
 
 def other_tokens(found: dict[str, Any]) -> str:
@@ -75,14 +60,17 @@ def machine_part(result: dict[str, Any]) -> str:
             f"{kernels['shapes']} random shapes: picks {kernels['picks']}, attention weights within "
             f"{kernels['largest_difference_of_weights']:.1e}"
         )
-    lines.append(f"Kernels: {kernels}.")
+    lines += [f"Kernels: {kernels}.", *result.get("notes", [])]
     lines += ["", "### Targets", "", *targets_table(result["sections"])]
     for name, section in result["sections"].items():
-        rows = section["rows"]
-        lines += ["", f"### {name}: {section['parameters'] / 1e6:,.0f} M parameters", ""]
-        for table in (ratio_table, prefill_table, seconds_table, profile_table):
-            lines += [*table(rows), ""]
-        lines += start_lines(rows)
+        lines += ["", f"### {name}", ""]
+        if rows := section["rows"]:
+            lines += [f"{section['parameters'] / 1e6:,.0f} M parameters.", ""]
+            for table in (ratio_table, prefill_table, seconds_table, profile_table):
+                lines += [*table(rows), ""]
+            lines += start_lines(rows)
+        if missing := section.get("missing"):
+            lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -159,7 +147,8 @@ def seconds_table(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "nvjet", "cutlass", "sm90_xmma")
+"""How operators on a CPU and cuBLAS's kernels begin."""
 
 
 def profile_table(rows: dict[str, Any]) -> list[str]:
@@ -171,9 +160,9 @@ def profile_table(rows: dict[str, Any]) -> list[str]:
     for name, row in rows.items():
         if profile := row.get("profile"):
             shares = ", ".join(f"`{key}` {share:.0%}" for key, share in profile.items() if share >= 0.01)
-            products = sum(profile.get(key, 0.0) for key in MATRIX_PRODUCTS)
+            products = sum(share for key, share in profile.items() if key.startswith(MATRIX_PRODUCTS))
             theirs, limit = row["times_as_fast"].get("transformers"), ""
-            if theirs and "cached_tokens" not in row:
+            if theirs and products and "cached_tokens" not in row:
                 limit = f"{theirs['median'] / products:.2f}"
             lines.append(f"| {name} | {shares} | {limit} |")
     return lines

@@ -72,6 +72,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OmniConfig, d
         config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
         kind = transformers.Qwen3OmniMoeForConditionalGeneration
     else:
+        thinker["vision_config"]["hidden_size"] = 1280  # released; transformers' default is another
         config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
         kind = transformers.Qwen2_5OmniForConditionalGeneration
     config.architectures = [kind.__name__]

@@ -74,6 +74,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         bench.main()
     (path,) = (tmp_path / "results").glob("*.json")
     assert list(json.loads(path.read_text())["sections"]["qwen3 small bfloat16"]["rows"]) == ["vision"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--render"])
+    bench.main()
+    assert "Not measured: stops." in (tmp_path / "README.md").read_text()
+    sys.argv.remove("--render")
     measured.append("stopped")
     bench.main()
     bench.main()
@@ -81,4 +85,4 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     page = (tmp_path / "README.md").read_text()
     assert "| qwen3 small bfloat16 | vision | times as fast as eager | 2.00 | 2.50 | missed by 20% |" in page
     assert "| vision | 2.00 (1.50 to 2.50) | 1 |" in page
-    assert "On a GPU: not measured" in page
+    assert "Not measured" not in page
