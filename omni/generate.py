@@ -46,7 +46,7 @@ ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, Media
 def main(arguments: list[str] | None = None) -> int:
     """Runs one question; returns the exit status: 0, 1 for a bad request, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = argument_parser().parse_args(arguments) if arguments else None
+    options = argument_parser().parse_intermixed_args(arguments) if arguments else None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]

@@ -450,7 +450,7 @@ def preparer(folder: Path) -> Any:
 
     arguments = ["--model", str(folder / "model"), str(folder / "questions.jsonl"), str(folder / "a.jsonl")]
     pool = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
-    return Prepare(argument_parser().parse_args(arguments), pool, set())
+    return Prepare(argument_parser().parse_intermixed_args(arguments), pool, set())
 
 
 TARGETS = {

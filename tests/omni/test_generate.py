@@ -43,8 +43,8 @@ def test_answers_about_a_clip(
 
 
 def test_retention_one_keeps_every_token(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also the same answer as the library's without selection."""
-    assert run(checkpoint, "--json", "--retention", "1", clip, "What?") == 0
+    """Options may stand between media and question."""
+    assert run(checkpoint, "--json", clip, "--retention", "1", "What?") == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["stats"]["segments"] == [sum(report["stats"]["tokens"].values())]
