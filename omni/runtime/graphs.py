@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from threading import Lock
 from types import FunctionType
 from typing import Any
 from weakref import WeakSet, finalize
@@ -129,8 +130,9 @@ class Captured:
         return sum(leaf.nbytes for leaf in (*self.inputs, *outputs) if isinstance(leaf, Tensor))
 
 
-_captured: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-_pools: list[Any] = []
+_beside = Lock()
+_pools: dict[int, tuple[Any, WeakSet[torch.cuda.CUDAGraph]]] = {}
+"""Of each device the handle of its pool, and the graphs that are in it."""
 
 
 def warm_up(run: Callable[[], None]) -> None:
@@ -141,18 +143,20 @@ def warm_up(run: Callable[[], None]) -> None:
 
 
 def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `run`. All graphs share one pool of memory, which goes with the last of them; other threads may
-    use the device meanwhile.
+    """A CUDA graph of `run`. All graphs of a device share one pool of memory, which goes with the last of them; other
+    threads may use the device meanwhile.
 
     Not by `torch.cuda.graph`, which first gives all cached memory back to the device: steps are captured for each
     answer.
     """
-    if not _captured:  # the handle of a pool that went is refused
-        _pools[:] = [torch.cuda.graph_pool_handle()]
     graph = torch.cuda.CUDAGraph()
     with beside():
+        device = torch.cuda.current_device()
+        if device not in _pools or not _pools[device][1]:  # the handle of a pool that went is refused
+            _pools[device] = torch.cuda.graph_pool_handle(), WeakSet()
+        pool, graphs = _pools[device]
         torch.cuda.current_blas_handle()  # a thread's first product makes it, and cannot inside of a capture
-        graph.capture_begin(pool=_pools[0], capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         except BaseException:
@@ -160,18 +164,22 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
                 graph.capture_end()
             raise
         graph.capture_end()
-    _captured.add(graph)
+        graphs.add(graph)
     return graph
 
 
 @contextmanager
 def beside() -> Iterator[None]:
-    """Another stream inside, in order with the current one before and after."""
-    stream = _stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    """Another stream inside, in order with the current one before and after.
+
+    One model at a time: what a second one launched on a stream that is captured would be in the first one's graph.
+    """
+    with _beside:
+        stream = _stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 @cache
