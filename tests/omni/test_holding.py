@@ -94,7 +94,8 @@ def test_eight_threads_at_a_new_model_answer_as_one_by_one(model: Omni, clip: Pa
 INTERRUPTED = {
     "video encoder": (VisionEncoder, "forward", 1),
     "audio encoder": (AudioEncoder, "forward", 1),
-    "pool": (stages, "fill_pool", 1),
+    "slots": (stages, "assign_slots", 1),
+    "pool": (stages, "with_media", 1),
     "selection before the decoder": (stages, "select_before_decoder", 1),
     "a layer of the prefill": (Layer, "prefill", 3),
     "selection between layers": (stages, "choose", 2),
