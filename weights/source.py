@@ -77,6 +77,7 @@ def _reason(error: Exception, revision: str | None) -> str:
 
     cache = f"the hub's cache in {constants.HF_HUB_CACHE}"
     wanted = "the default revision" if revision is None else f"revision {revision!r}"
+    offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, error.__cause__))
     match error:
         case errors.HFValidationError():
             return "is neither an existing folder nor a valid hub id"
@@ -89,7 +90,7 @@ def _reason(error: Exception, revision: str | None) -> str:
             )
         case errors.RevisionNotFoundError():
             return f"has no {wanted}: its page on the hub lists branches, tags and commits"
-        case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        case _ if offline:
             return f"is not wholly in the hub's cache ({wanted}) and HF_HUB_OFFLINE is set: unset it once to fetch it"
         case errors.LocalEntryNotFoundError():
             return f"is not wholly in the hub's cache ({wanted}) and the hub cannot be reached: check the network"
