@@ -682,7 +682,7 @@ def measure_all(options: argparse.Namespace, device: torch.device, size: str, dt
             bench = Bench(family, size, DTYPES[dtype], device, options.repeats)
             section = result["sections"].setdefault(f"{family} {size} {dtype}", {"rows": {}})
             all_rows = rows_of(bench, options.tokens)
-            section["missing"] = [name for names in all_rows for name in names if name not in section["rows"]]
+            section["all_rows"] = [name for names in all_rows for name in names]
             for names, measure in all_rows.items():
                 wanted = any(name.startswith(tuple(options.rows)) for name in names)
                 if not wanted or (section["rows"].keys() >= set(names) and not options.again):
@@ -694,7 +694,6 @@ def measure_all(options: argparse.Namespace, device: torch.device, size: str, dt
                 for row_name, row in rows.items():
                     section["rows"][row_name] = {**row, "ceilings": machine_rates}
                     print(f"{family} {dtype}, {row_name}: {json.dumps(short_row(row))}", flush=True)
-                section["missing"] = [name for name in section["missing"] if name not in rows]
                 save()
 
 

@@ -69,7 +69,7 @@ def machine_part(result: dict[str, Any]) -> str:
             for table in (ratio_table, prefill_table, seconds_table, profile_table):
                 lines += [*table(rows), ""]
             lines += start_lines(rows)
-        if missing := section.get("missing"):
+        if missing := [row for row in section.get("all_rows", ()) if row not in rows]:
             lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines).rstrip() + "\n"
 

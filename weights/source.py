@@ -42,6 +42,8 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
         return local
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
+    from huggingface_hub import constants
+
     folder = _fetch(source, revision, SMALL_FILES)
     if tensor_prefix is None:
         return folder
@@ -49,11 +51,13 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
         shards = sorted(set(read_weight_map(folder, tensor_prefix).values()))
     else:
         shards = [SINGLE_FILE]
-    if absent := _absent(folder, shards):
+    absent = _absent(folder, shards)
+    if absent and not constants.HF_HUB_OFFLINE:
         # The commit that answered the first request, so that all files are of one version.
         _fetch(source, folder.name, absent)
-        if absent := _absent(folder, shards):
-            raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
+        absent = _absent(folder, shards)
+    if absent:
+        raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
     return folder
 
 
@@ -77,6 +81,7 @@ def _reason(error: Exception, revision: str | None) -> str:
 
     cache = f"the hub's cache in {constants.HF_HUB_CACHE}"
     wanted = "the default revision" if revision is None else f"revision {revision!r}"
+    # Where a commit is named, version 1 of the hub's library raises it as it is.
     offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, error.__cause__))
     match error:
         case errors.HFValidationError():
