@@ -42,8 +42,6 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
         return local
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
-    from huggingface_hub import constants
-
     folder = _fetch(source, revision, SMALL_FILES)
     if tensor_prefix is None:
         return folder
@@ -51,13 +49,11 @@ def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: st
         shards = sorted(set(read_weight_map(folder, tensor_prefix).values()))
     else:
         shards = [SINGLE_FILE]
-    absent = _absent(folder, shards)
-    if absent and not constants.HF_HUB_OFFLINE:
+    if absent := _absent(folder, shards):
         # The commit that answered the first request, so that all files are of one version.
         _fetch(source, folder.name, absent)
-        absent = _absent(folder, shards)
-    if absent:
-        raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
+        if absent := _absent(folder, shards):
+            raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
     return folder
 
 
