@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import make_reference, random_thinker
+from bench_models import make_config, random_thinker
 
 import omni
 import seats
@@ -33,7 +33,7 @@ def check(device: torch.device) -> dict[str, Any]:
 
 
 def _model(family: str, device: torch.device) -> dict[str, Any]:
-    _, config = make_reference(family, "small")
+    _, config = make_config(family, "small")
     nowhere, selecting = Path(os.devnull), seats.preset_for(config, 0.35)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -111,11 +111,10 @@ SIZES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
 }
 
 
-def make_reference(family: str, size: str) -> tuple[nn.Module, OmniConfig]:
-    """transformers' model, its parameters on `meta`, and our configuration of the same config.json."""
+def make_config(family: str, size: str) -> tuple[Any, OmniConfig]:
+    """transformers' configuration, and ours of the same config.json."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     sections = SIZES[size][family]
     width, tied = sections["text_config"]["hidden_size"], size != "full"
     thinker: dict[str, Any] = {
@@ -130,17 +129,24 @@ def make_reference(family: str, size: str) -> tuple[nn.Module, OmniConfig]:
     if family == "qwen3":
         thinker |= {"audio_end_token_id": 151670, "audio_start_token_id": 151669, "position_id_per_seconds": 13}
         config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
-        kind = transformers.Qwen3OmniMoeForConditionalGeneration
+        config.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
     else:
         config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
-        kind = transformers.Qwen2_5OmniForConditionalGeneration
+        config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
     config._attn_implementation = "sdpa"
-    config.architectures = [kind.__name__]
-    with parameters_on_meta():
-        reference = kind(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        return reference, read_config(Path(folder))
+        return config, read_config(Path(folder))
+
+
+def make_reference(config: Any) -> nn.Module:
+    """transformers' model, its parameters on `meta`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    kind = getattr(transformers, config.architectures[0])
+    with parameters_on_meta():
+        return kind(config).eval()
 
 
 @contextmanager

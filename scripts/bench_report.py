@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ HEAD = """# Benchmarks
 Rendered by `scripts/bench.py` from `results/`; do not edit. All sides of a row run in turns on one machine, in one
 process, with the same random weights in the same memory. A ratio is the median of those of the rounds, with the lowest
 and the highest; seconds are medians. `matrix rate` is a product of two large matrices of the same type, `copy rate` a
-large copy, bytes read and written: both run in turn with the row.
+large copy, bytes read and written: both run in turn with the row. Each row is of the newest run that measured it; under
+`Measured` is which commit that was (`+` and a digest: with changes beyond it).
 
 Repeat with
 
 ```sh
-.venv/bin/python scripts/bench.py                  # what is in today's result file already is not measured again
+.venv/bin/python scripts/bench.py                  # what was measured at this commit already is not measured again
 .venv/bin/python scripts/bench.py --families qwen3 --dtypes bfloat16 --rows prefill --again
+.venv/bin/python scripts/bench.py --minutes 5      # what is least known first, and stops in time
 ```
 """
 
@@ -28,11 +31,64 @@ def write_readme(folder: Path) -> None:
     """folder/README.md from all result files in it."""
     results = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
     (folder / "README.md").write_text(render(results) + accuracy_part(folder), encoding="utf-8")
+    page = folder.parent / "README.md"
+    if page.is_file() and BEGIN in (text := page.read_text(encoding="utf-8")):
+        before, _, rest = text.partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{headline(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+BEGIN, END = "<!-- scripts/bench.py writes from here -->", "<!-- to here -->"
+RELEASED = {"qwen2.5 full bfloat16": "Qwen2.5-Omni-7B", "qwen3 full bfloat16": "Qwen3-Omni-30B-A3B"}
+PAPER = "the paper's prompt"
+PAPER_TIMES = 4.8
+"""How many times as fast the paper's prefill is at 10 %, of Qwen2.5-Omni-7B."""
+
+
+def headline(results: list[dict[str, Any]]) -> str:
+    """What README.md says of the released sizes: of each model what one commit measured on one GPU."""
+    sentences = []
+    for section, model in RELEASED.items():
+        found = [
+            (row["run"]["measured"], result["machine"], name, row, result["sections"][section]["rows"])
+            for result in results
+            for name, row in result["sections"].get(section, {"rows": {}})["rows"].items()
+            if name in (f"prefill of {PAPER} at 10%", "prefill of 64 s at 10%")
+        ]
+        if not found:
+            continue
+        _, machine, name, few, rows = max(found, key=lambda each: (each[0], each[2]))
+        clip = name.removeprefix("prefill of ").removesuffix(" at 10%")
+        run = few["run"]
+        texts = [
+            f"{model} on one {machine} (random weights, bfloat16, torch {run['versions']['torch']}, commit "
+            f"{run['commit']}), {clip if clip == PAPER else f'a clip of {clip}'}: the prefill at 10 % takes "
+            f"{1e3 * few['seconds']['compiled']:.0f} ms, {few['times_as_fast']['every token']['median']:.1f} times as "
+            "fast as with every token" + (f", where the paper reports {PAPER_TIMES}" if clip == PAPER else "")
+        ]
+        every = rows.get(f"prefill of {clip} at 100%")
+        if every and every["run"]["commit"] == run["commit"]:
+            texts.append(
+                f"with every token it takes {1e3 * every['seconds']['compiled']:.0f} ms, "
+                f"{every['of_matrix_rate']['median']:.0%} of the rate of a large matrix product"
+                + beside_transformers(every)
+            )
+        sentences.append("; ".join(texts) + ".")
+    return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
+
+
+def beside_transformers(row: dict[str, Any]) -> str:
+    theirs = row["times_as_fast"].get("transformers")
+    return f" and {theirs['median']:.2f} times as fast as transformers" if theirs else ""
 
 
 def render(results: list[dict[str, Any]]) -> str:
-    newest = sorted(results, key=lambda result: (result["date"], result["machine"]), reverse=True)
+    newest = sorted(results, key=lambda result: (result["device"] == "cuda", newest_run(result)), reverse=True)
     return "".join([HEAD, *map(machine_part, newest)])
+
+
+def newest_run(result: dict[str, Any]) -> str:
+    sections = result["sections"].values()
+    return max((row["run"]["measured"] for section in sections for row in section["rows"].values()), default="")
 
 
 def other_tokens(found: dict[str, Any]) -> str:
@@ -46,32 +102,54 @@ def other_tokens(found: dict[str, Any]) -> str:
 
 
 def machine_part(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = ["", f"## {result['machine']}, {result['date']}", "", f"{result['threads']} threads; {versions}."]
-    for family, found in result["checked"]["models"].items():
+    lines = ["", f"## {result['machine']}", "", *result.get("notes", []), *checked_lines(result.get("checked"))]
+    lines += ["", "### Targets", "", *targets_table(result["sections"])]
+    for name, section in result["sections"].items():
+        lines += ["", f"### {name}", ""]
+        listed = section.get("all_rows", [])
+        if rows := dict(sorted(section["rows"].items(), key=lambda row: (*listed, row[0]).index(row[0]))):
+            for table in (ratio_table, prefill_table, seconds_table, profile_table):
+                lines += [*table(rows), ""]
+            lines += [*start_lines(rows), "", "Measured:", "", *run_lines(rows)]
+        for row, failure in section.get("failed", {}).items():
+            lines += ["", f"{row} failed at {failure['run']['commit']}: {failure['error']}"]
+        if missing := [row for row in section.get("all_rows", ()) if row not in rows]:
+            lines += ["", f"Not measured: {'; '.join(missing)}."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def checked_lines(checked: dict[str, Any] | None) -> list[str]:
+    if checked is None:
+        return []
+    lines = []
+    for family, found in checked["models"].items():
         worst = ", ".join(
             f"{dtype} {each['largest_relative_difference_of_logits']:.1e}{other_tokens(each)}"
             for dtype, each in found.items()
         )
-        lines.append(f"Checked first, {family}: logits of small models, compiled against eager float32: {worst}.")
-    kernels = result["checked"]["kernels"]
+        lines.append(
+            f"Checked at {checked['run']['commit']}, {family}: logits of small models, compiled against eager float32: "
+            f"{worst}."
+        )
+    kernels = checked["kernels"]
     if not isinstance(kernels, str):
         kernels = (
             f"{kernels['shapes']} random shapes: picks {kernels['picks']}, attention weights within "
             f"{kernels['largest_difference_of_weights']:.1e}"
         )
-    lines += [f"Kernels: {kernels}.", *result.get("notes", [])]
-    lines += ["", "### Targets", "", *targets_table(result["sections"])]
-    for name, section in result["sections"].items():
-        lines += ["", f"### {name}", ""]
-        if rows := section["rows"]:
-            lines += [f"{section['parameters'] / 1e6:,.0f} M parameters.", ""]
-            for table in (ratio_table, prefill_table, seconds_table, profile_table):
-                lines += [*table(rows), ""]
-            lines += start_lines(rows)
-        if missing := [row for row in section.get("all_rows", ()) if row not in rows]:
-            lines += ["", f"Not measured: {'; '.join(missing)}."]
-    return "\n".join(lines).rstrip() + "\n"
+    return [*lines, f"Kernels: {kernels}."]
+
+
+def run_lines(rows: dict[str, Any]) -> list[str]:
+    """Which rows are of which commit, newest first."""
+    runs: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        run = row["run"]
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        size = f", {run['parameters'] / 1e6:,.0f} M parameters" if "parameters" in run else ""
+        what = f"{run['measured'][:10]}, commit {run['commit']}, {versions}, {run['threads']} threads{size}"
+        runs.setdefault(what, []).append(name)
+    return [f"- {what}: {'; '.join(names)}" for what, names in sorted(runs.items(), reverse=True)]
 
 
 def targets_table(sections: dict[str, Any]) -> list[str]:
