@@ -23,9 +23,120 @@ QWEN2_5, QWEN3 = "qwen2_5_omni", "qwen3_omni_moe"
 ARCHITECTURES = {
     "Qwen2_5OmniForConditionalGeneration": QWEN2_5,
     "Qwen2_5OmniModel": QWEN2_5,  # in the released 3B and 7B files
+    "Qwen2_5OmniThinkerForConditionalGeneration": QWEN2_5,
+    "Qwen2OmniNaViTThinkerForConditionalGeneration": QWEN2_5,  # of the thinker, in the same files
     "Qwen3OmniMoeForConditionalGeneration": QWEN3,
+    "Qwen3OmniMoeThinkerForConditionalGeneration": QWEN3,
 }
-"""Public architecture name → family."""
+"""Public architecture name → family, of whole models and of thinkers alone."""
+
+MODEL_TYPES = {QWEN2_5: QWEN2_5, f"{QWEN2_5}_thinker": QWEN2_5, QWEN3: QWEN3, f"{QWEN3}_thinker": QWEN3}
+"""What names the family in a file that names no architecture."""
+
+_COMMON_AUDIO = {
+    "num_mel_bins": 128,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "d_model": 1280,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "output_dim": 3584,
+}
+
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    QWEN2_5: {
+        "thinker_config": {
+            "audio_token_index": 151646,
+            "image_token_index": 151655,
+            "video_token_index": 151656,
+            "audio_start_token_id": 151647,
+            "audio_end_token_id": 151648,
+            "position_id_per_seconds": 25,
+            "seconds_per_chunk": 2,
+            "tie_word_embeddings": False,
+        },
+        "text_config": {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "use_sliding_window": False,
+        },
+        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 3584,
+            "hidden_act": "silu",
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_channels": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "out_hidden_size": 3584,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        "audio_config": {**_COMMON_AUDIO, "n_window": 100},
+    },
+    QWEN3: {
+        "thinker_config": {
+            "audio_token_id": 151646,
+            "image_token_id": 151655,
+            "video_token_id": 151656,
+            "audio_start_token_id": 151647,
+            "position_id_per_seconds": 25,
+            "tie_word_embeddings": False,
+        },
+        "text_config": {
+            "vocab_size": 3584,
+            "hidden_size": 2048,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+        },
+        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [24, 20, 20]},
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "hidden_act": "gelu_pytorch_tanh",
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "in_channels": 3,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 3584,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        "audio_config": {**_COMMON_AUDIO, "n_window": 50, "n_window_infer": 800, "downsample_hidden_size": 480},
+    },
+}
+"""Family → section → what a key means where a file lacks it: the defaults of transformers' configuration classes.
+
+What is not here (the mark before pictures, in Qwen3-Omni the mark after sounds) has none there, either.
+"""
+
+VISION_ROPE_THETA = 10_000
+"""Of both vision encoders; transformers 5 writes it down."""
 
 # Several times what public models have: beyond these a file is damaged or hostile, and modules, names and
 # tensors are counted out before anything is held against the weights.
@@ -181,59 +292,61 @@ class OmniConfig:
 
 
 class _Section:
-    """One object of config.json: typed look-ups whose errors name the full key."""
+    """One object of config.json: typed look-ups whose errors name the full key. An absent key is its default."""
 
-    def __init__(self, values: Any, name: str) -> None:
+    def __init__(self, values: Any, name: str, defaults: Mapping[str, Any] | None = None) -> None:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{name} must be a JSON object, not {type(values).__name__}.")
-        self.values, self.name = values, name
+        self.values, self.name, self.defaults = values, name, defaults or {}
 
-    def section(self, key: str) -> _Section:
-        return _Section(self._get((key,)), f"{self.name}.{key}")
+    def section(self, key: str, defaults: Mapping[str, Any] | None = None) -> _Section:
+        """An object inside; an empty one where it is absent."""
+        return _Section(self.values[key] if self.has(key) else {}, f"{self.name}.{key}", defaults)
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def _get(self, keys: tuple[str, ...]) -> Any:
-        for key in keys:
-            if self.has(key):
-                return self.values[key]
+    def get(self, *keys: str) -> Any:
+        """The value under the first of `keys` that is there, else the first that has a default."""
+        for values in (self.values, self.defaults):
+            for key in keys:
+                if values.get(key) is not None:
+                    return values[key]
         raise ConfigError(f"{self.name} lacks {' or '.join(keys)!s}.")
 
-    def count(self, *keys: str, most: int) -> int:
-        """A positive integer, under the first of `keys` that is there."""
-        value = self._get(keys)
+    def count(self, key: str, most: int) -> int:
+        value = self.get(key)
         if type(value) is not int or not 0 < value <= most:
-            raise ConfigError(f"{self.name}.{keys[0]} must be a positive integer up to {most}, not {value!r:.80}.")
+            raise ConfigError(f"{self.name}.{key} must be a positive integer up to {most}, not {value!r:.80}.")
         return value
 
     def token(self, *keys: str) -> int:
-        value = self._get(keys)
+        value = self.get(*keys)
         if type(value) is not int or not 0 <= value < MAX_TOKENS:
             raise ConfigError(f"{self.name}.{keys[0]} must be a token id, not {value!r:.80}.")
         return value
 
     def number(self, key: str, least: float, most: float) -> float:
-        value = self._get((key,))
+        value = self.get(key)
         if type(value) not in (int, float) or not least <= value <= most:
             raise ConfigError(f"{self.name}.{key} must be a number from {least:g} to {most:g}, not {value!r:.80}.")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false where the key is absent."""
-        value = self.values.get(key, False)
+        value = self.get(key)
         if type(value) is not bool:
             raise ConfigError(f"{self.name}.{key} must be true or false, not {value!r:.80}.")
         return value
 
     def counts(self, key: str) -> tuple[int, ...]:
-        value = self._get((key,))
+        value = self.get(key)
         if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
             raise ConfigError(f"{self.name}.{key} must be a list of integers, not {value!r:.80}.")
         return tuple(value)
 
     def expect(self, key: str, *allowed: object) -> None:
-        """Refuses a value that would change the computation; an absent key means the family's own."""
+        """Refuses a value that would change the computation: all but the default or, where given, `allowed`."""
+        allowed = allowed or (self.defaults[key],)
         if self.has(key) and self.values[key] not in allowed:
             raise ConfigError(f"{self.name}.{key} = {self.values[key]!r:.80} is not supported, only {allowed[0]!r}.")
 
@@ -241,36 +354,45 @@ class _Section:
 def read_config(folder: Path) -> OmniConfig:
     """Reads `config.json` and, where there is one, `generation_config.json` of a checkpoint folder.
 
-    Raises ConfigError, which names the key, or the architecture and the supported ones.
+    The former may be a whole model's, whose `thinker_config` counts, or a thinker's own. Raises ConfigError, which
+    names the key, or the architecture and the supported ones.
     """
     root = _Section(_read_json(folder / "config.json"), "config.json")
-    names = root.values.get("architectures") or ["none"]
-    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES] if type(names) is list else []
-    if not known:
-        named = ", ".join(map(str, names)) if type(names) is list else repr(names)
-        raise ConfigError(
-            f"{folder / 'config.json'} describes {ascii(named)[1:-1][:80]}; supported: {', '.join(ARCHITECTURES)}."
-        )
-    family = ARCHITECTURES[known[0]]
-    thinker = root.section("thinker_config")
-    decoder = _decoder(thinker.section("text_config"), thinker, family)
+    family = _family(root, folder)
+    defaults = DEFAULTS[family]
+    is_whole = root.has("thinker_config")
+    thinker = _Section(
+        root.values["thinker_config"] if is_whole else root.values,
+        "config.json.thinker_config" if is_whole else "config.json",
+        defaults["thinker_config"],
+    )
+    text, vision, audio = (
+        thinker.section(key, defaults[key]) for key in ("text_config", "vision_config", "audio_config")
+    )
+    for section in (root, thinker, text, vision, audio):
+        _refuse_quantised(section)
+    decoder = _decoder(text, thinker, family)
+    # transformers has either spelling in one family alone; files of both have been seen with either.
+    spellings = ("index", "id") if family == QWEN2_5 else ("id", "index")
+    placeholders = {
+        kind: thinker.token(*(f"{kind}_token_{spelling}" for spelling in spellings))
+        for kind in ("image", "video", "audio")
+    }
     config = OmniConfig(
         family=family,
-        vision=_vision(thinker.section("vision_config"), family),
-        audio=_audio(thinker.section("audio_config"), family),
+        vision=_vision(vision, family),
+        audio=_audio(audio, family),
         decoder=decoder,
         tokens=TokenIds(
-            image=thinker.token("image_token_index", "image_token_id"),
-            video=thinker.token("video_token_index", "video_token_id"),
-            audio=thinker.token("audio_token_index", "audio_token_id"),
+            **placeholders,
             vision_start=thinker.token("vision_start_token_id"),
             audio_start=thinker.token("audio_start_token_id"),
             audio_end=thinker.token("audio_end_token_id"),
         ),
         positions_per_second=thinker.count("position_id_per_seconds", most=1000),
         seconds_per_chunk=thinker.number("seconds_per_chunk", 0.1, 1000) if family == QWEN2_5 else None,
-        dtype=_dtype(root, thinker),
-        stop_token_ids=_stop_token_ids(folder, root, thinker),
+        dtype=_dtype(root, thinker, text),
+        stop_token_ids=_stop_token_ids(folder, root, thinker, text),
     )
     for width, owner in ((config.vision.out_hidden_size, "vision"), (config.audio.output_size, "audio")):
         if width != decoder.hidden_size:
@@ -286,14 +408,43 @@ def read_config(folder: Path) -> OmniConfig:
     return config
 
 
+def _family(root: _Section, folder: Path) -> str:
+    names = root.values.get("architectures")
+    if not names:
+        named = root.values.get("model_type")
+        if isinstance(named, str) and named in MODEL_TYPES:
+            return MODEL_TYPES[named]
+        names = ["none"]
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES] if type(names) is list else []
+    if not known:
+        named = ", ".join(map(str, names)) if type(names) is list else repr(names)
+        raise ConfigError(
+            f"{folder / 'config.json'} describes {ascii(named)[1:-1][:80]}; supported: {', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[known[0]]
+
+
+def _refuse_quantised(section: _Section) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if section.values.get(key):
+            method = section.section(key).values.get("quant_method", "unnamed")
+            raise ConfigError(
+                f"{section.name}.{key}: quantised weights (method {method!r:.40}) are not supported; load the "
+                "checkpoint that was quantised, which is in bfloat16, float16 or float32."
+            )
+
+
 def _vision(section: _Section, family: str) -> VisionConfig:
-    section.expect("hidden_act", "silu" if family == QWEN2_5 else "gelu_pytorch_tanh")
+    section.expect("hidden_act")
+    rope = section.section("rope_parameters")
+    rope.expect("rope_type", "axial", "default")
+    rope.expect("rope_theta", VISION_ROPE_THETA)
     config = VisionConfig(
         depth=section.count("depth", most=MAX_LAYERS),
         hidden_size=section.count("hidden_size", most=MAX_WIDTH),
         intermediate_size=section.count("intermediate_size", most=MAX_WIDTH),
         num_heads=section.count("num_heads", most=MAX_HEADS),
-        in_channels=section.count("in_channels", "in_chans", most=3),
+        in_channels=section.count("in_channels", most=3),
         patch_size=section.count("patch_size", most=256),
         temporal_patch_size=section.count("temporal_patch_size", most=16),
         spatial_merge_size=section.count("spatial_merge_size", most=16),
@@ -301,6 +452,7 @@ def _vision(section: _Section, family: str) -> VisionConfig:
     )
     if config.hidden_size % (4 * config.num_heads):
         raise ConfigError(f"{section.name}: hidden_size must be a multiple of 4 · num_heads for 2-D rotary.")
+    section.expect("head_dim", config.hidden_size // config.num_heads)
     if family == QWEN2_5:
         window = section.count("window_size", most=MAX_WIDTH)
         if window % (config.patch_size * config.spatial_merge_size):
@@ -316,8 +468,8 @@ def _vision(section: _Section, family: str) -> VisionConfig:
 
 
 def _audio(section: _Section, family: str) -> AudioConfig:
-    section.expect("activation_function", "gelu")
-    section.expect("scale_embedding", False)
+    section.expect("activation_function")
+    section.expect("scale_embedding")
     config = AudioConfig(
         num_mel_bins=section.count("num_mel_bins", most=1024),
         hidden_size=section.count("d_model", most=MAX_WIDTH),
@@ -340,10 +492,16 @@ def _audio(section: _Section, family: str) -> AudioConfig:
 
 
 def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig:
-    section.expect("hidden_act", "silu")
+    section.expect("hidden_act")
     section.expect("use_sliding_window", False)
-    # Files written before transformers 5 say rope_scaling and rope_theta, later ones rope_parameters.
-    rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
+    kinds = section.values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ConfigError(f"{section.name}.layer_types: only 'full_attention' is supported, for every layer.")
+    # Files written before transformers 5 say rope_scaling and rope_theta, later ones rope_parameters; the former goes
+    # first there.
+    rope = section.section(
+        "rope_scaling" if section.values.get("rope_scaling") else "rope_parameters", DEFAULTS[family]["rope_parameters"]
+    )
     rope.expect("rope_type", "default", "mrope")
     rope.expect("type", "default", "mrope")
     num_heads = section.count("num_attention_heads", most=MAX_HEADS)
@@ -354,36 +512,35 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
     mrope_section = rope.counts("mrope_section")
     if len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
         raise ConfigError(f"{rope.name}.mrope_section must be three counts that sum to {head_dim // 2}.")
-    sparse = family == QWEN3
     num_layers = section.count("num_hidden_layers", most=MAX_LAYERS)
+    # Spelled out as null, key heads are as many as heads, in transformers' class of the older family.
+    null_heads = section.values.get("num_key_value_heads", 0) is None
     config = DecoderConfig(
         vocab_size=section.count("vocab_size", most=MAX_TOKENS),
         hidden_size=hidden_size,
-        # A decoder of experts alone need not say how wide a dense layer would be.
-        intermediate_size=(
-            section.count("intermediate_size", most=MAX_WIDTH) if not sparse or section.has("intermediate_size") else 0
-        ),
+        intermediate_size=section.count("intermediate_size", most=MAX_WIDTH),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=section.count("num_key_value_heads", most=MAX_HEADS),
+        num_kv_heads=num_heads if null_heads else section.count("num_key_value_heads", most=MAX_HEADS),
         head_dim=head_dim,
-        rope_theta=(rope if rope.has("rope_theta") else section).number("rope_theta", 1, 1e12),
+        rope_theta=(section if not rope.has("rope_theta") and section.has("rope_theta") else rope).number(
+            "rope_theta", 1, 1e12
+        ),
         mrope_section=(mrope_section[0], mrope_section[1], mrope_section[2]),
         rms_norm_eps=section.number("rms_norm_eps", 1e-12, 1),
         max_position_embeddings=section.count("max_position_embeddings", most=MAX_TOKENS),
         # Head and embedding belong to the thinker, so its word goes first; released files say it in text_config.
-        tie_word_embeddings=(thinker if thinker.has("tie_word_embeddings") else section).flag("tie_word_embeddings"),
+        tie_word_embeddings=(
+            section if not thinker.has("tie_word_embeddings") and section.has("tie_word_embeddings") else thinker
+        ).flag("tie_word_embeddings"),
     )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"{section.name}: num_attention_heads must be a multiple of num_key_value_heads.")
-    if not sparse:
+    if family != QWEN3:
         return config
-    section.expect("attention_bias", False)
+    section.expect("attention_bias")
     step = section.count("decoder_sparse_step", most=MAX_LAYERS)
-    dense = set(section.counts("mlp_only_layers")) if section.has("mlp_only_layers") else set()
-    dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
-    if dense and not config.intermediate_size:
-        raise ConfigError(f"{section.name} lacks intermediate_size, the width of its dense layers.")
+    dense = set(section.counts("mlp_only_layers")) | {layer for layer in range(num_layers) if (layer + 1) % step}
     config = replace(
         config,
         qk_norm=True,
@@ -399,8 +556,8 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
     return config
 
 
-def _dtype(root: _Section, thinker: _Section) -> torch.dtype:
-    for section in (thinker, thinker.section("text_config"), root):
+def _dtype(root: _Section, thinker: _Section, text: _Section) -> torch.dtype:
+    for section in (thinker, text, root):
         for key in ("dtype", "torch_dtype"):
             if section.has(key):
                 name = str(section.values[key]).removeprefix("torch.")
@@ -410,8 +567,8 @@ def _dtype(root: _Section, thinker: _Section) -> torch.dtype:
     return torch.bfloat16  # what every public checkpoint of the family stores
 
 
-def _stop_token_ids(folder: Path, root: _Section, thinker: _Section) -> tuple[int, ...]:
-    sections = [thinker, thinker.section("text_config"), root]
+def _stop_token_ids(folder: Path, root: _Section, thinker: _Section, text: _Section) -> tuple[int, ...]:
+    sections = [thinker, text, root]
     if (folder / "generation_config.json").is_file():
         sections.insert(0, _Section(_read_json(folder / "generation_config.json"), "generation_config.json"))
     for section in sections:

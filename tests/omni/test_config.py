@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import tracemalloc
@@ -14,7 +15,8 @@ import torch
 from conftest import SOUND, SOUND3, TEXT, TEXT3, VISION, VISION3
 
 import omni
-from omni.config import ConfigError, read_config
+import omni.config as config_module
+from omni.config import DEFAULTS, VISION_ROPE_THETA, ConfigError, read_config
 from weights import CheckpointError, save_sharded
 
 BASE: dict[str, Any] = {
@@ -92,13 +94,89 @@ def test_reads_the_sizes_of_qwen3(tmp_path: Path) -> None:
     assert config.audio.token_count(2657) == 26 * 13 + 8
 
 
+CLASSES = {
+    "qwen2_5_omni": ("Qwen2_5OmniThinkerConfig", "Qwen2_5OmniRotaryEmbedding"),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerConfig", "Qwen3OmniMoeThinkerTextRotaryEmbedding"),
+}
+WITHOUT_DEFAULT = {"vision_start_token_id", "audio_end_token_id"}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    """Protects: a key that a file lacks means here what it means there, key by key, both families."""
+    transformers = pytest.importorskip("transformers")
+    config_name, rotary_name = CLASSES[family]
+    theirs = getattr(transformers, config_name)()
+    for section, defaults in DEFAULTS[family].items():
+        owner = theirs if section == "thinker_config" else getattr(theirs, section, None)
+        for key, value in defaults.items():
+            if section == "rope_parameters":
+                continue
+            public = getattr(owner, key)
+            assert (list(public) if isinstance(public, tuple) else public) == value, f"{section}.{key}"
+    rope = DEFAULTS[family]["rope_parameters"]
+    assert theirs.text_config.rope_parameters["rope_theta"] == rope["rope_theta"]
+    assert theirs.vision_config.rope_parameters["rope_theta"] == VISION_ROPE_THETA
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    assert getattr(modeling, rotary_name)(theirs.text_config).mrope_section == rope["mrope_section"]
+    assert not any(hasattr(theirs, key) for key in WITHOUT_DEFAULT - DEFAULTS[family]["thinker_config"].keys())
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_only_what_no_default_exists_for_is_asked_of_a_file(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: every key that is read has its line in the table, and the rest of a file may be absent."""
+    asked: set[tuple[str, str]] = set()
+    get = config_module._Section.get
+
+    def recorded(section: Any, *keys: str) -> Any:
+        asked.add((section.name.rpartition(".")[2], keys[0]))
+        return get(section, *keys)
+
+    monkeypatch.setattr(config_module._Section, "get", recorded)
+    needed = {"vision_start_token_id": 5, "audio_end_token_id": 6, "image_token_id": 1, "video_token_id": 2}
+    needed |= {"audio_token_id": 3, "audio_start_token_id": 4}
+    if family == "qwen3_omni_moe":  # its default sizes contradict one another
+        needed |= {"text_config": {"hidden_size": 3584}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": f"{family}_thinker", **needed}))
+    config = read_config(tmp_path)
+    known = {(section, key) for section, defaults in DEFAULTS[family].items() for key in defaults}
+    known |= {("json", key) for key in DEFAULTS[family]["thinker_config"].keys() | WITHOUT_DEFAULT}
+    known |= {("rope_parameters", key) for key in DEFAULTS[family]["rope_parameters"]}
+    assert asked <= known, asked - known
+    assert config.decoder.normalise_experts == (family == "qwen3_omni_moe")
+    assert (config.decoder.num_layers, config.decoder.num_kv_heads) == (28, 4)
+    assert config.decoder.tie_word_embeddings is False
+
+
+def test_a_thinkers_own_config_is_read_like_a_whole_models(tmp_path: Path) -> None:
+    """Protects: fine-tunes of the thinker alone, under its own architecture or its model type."""
+    for base, thinker in ((BASE, "Qwen2_5OmniThinker"), (BASE3, "Qwen3OmniMoeThinker")):
+        whole = read_config(write(tmp_path, {}, base))
+        own = {**base["thinker_config"], "architectures": [f"{thinker}ForConditionalGeneration"]}
+        assert read_config(write(tmp_path, {}, own)) == whole
+        typed = {**base["thinker_config"], "model_type": f"{whole.family}_thinker"}
+        assert read_config(write(tmp_path, {}, typed)) == whole
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": None}, {"num_key_value_heads": 4}])
+def test_key_heads_spelled_out_as_null_are_as_many_as_heads(tmp_path: Path, changes: dict[str, object]) -> None:
+    base = copy.deepcopy(BASE)
+    base["thinker_config"]["text_config"] |= changes
+    assert read_config(write(tmp_path, {}, base)).decoder.num_kv_heads == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"text_config.num_experts_per_tok": 7}, "num_experts_per_tok must not exceed num_experts"),
         ({"text_config.attention_bias": True}, "attention_bias = True is not supported"),
-        ({"text_config.num_experts": None}, "text_config lacks num_experts"),
-        ({"text_config.intermediate_size": None}, "lacks intermediate_size, the width of its dense layers"),
+        ({"audio_end_token_id": None}, "thinker_config lacks audio_end_token_id"),
+        ({"text_config.layer_types": ["sliding_attention"]}, "layer_types: only 'full_attention' is supported"),
+        ({"text_config.layer_types": 3}, "layer_types: only 'full_attention' is supported"),
+        ({"vision_config.rope_parameters": {"rope_theta": 5000.0}}, "rope_theta = 5000.0 is not supported, only 10000"),
+        ({"vision_config.head_dim": 4}, "vision_config.head_dim = 4 is not supported, only 16"),
         ({"vision_config.num_position_embeddings": 50}, "must be a square number, not 50"),
         ({"vision_config.deepstack_visual_indexes": [1, 5]}, "must be rising block numbers below 5"),
         ({"vision_config.hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
@@ -130,7 +208,10 @@ def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*Qwen2_5OmniForConditionalGeneration"),
         ({"architectures": None}, "none"),
-        ({"thinker_config.text_config.hidden_size": None}, "text_config lacks hidden_size"),
+        ({"thinker_config.vision_start_token_id": None}, "thinker_config lacks vision_start_token_id"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights .method 'gptq'. are not supported"),
+        ({"thinker_config.text_config.quantization_config": {"bits": 4}}, "text_config.quantization_config: quantised"),
+        ({"quantization_config": [4]}, "quantization_config must be a JSON object"),
         (
             {"thinker_config.text_config.hidden_size": -1},
             "text_config.hidden_size must be a positive integer",
