@@ -369,7 +369,7 @@ def _frame(tile: Tile, inputs: Inputs, sizes: VisionSizes, pixels: int) -> Pictu
         ph=patch,
         pw=patch,
     )[0]
-    mean, std = torch.tensor(sizes.image_mean), torch.tensor(sizes.image_std)
+    mean, std = (torch.tensor(values) for values in sizes.colours(of_clip=tile.kind != IMAGE))
     frame = (frame * std[:, None, None] + mean[:, None, None]).nan_to_num().clamp(0, 1).mul(255).round().byte()
     picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
     shrink = min(1.0, math.sqrt(pixels / (picture.width * picture.height)))

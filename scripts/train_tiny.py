@@ -286,7 +286,9 @@ class Clips(Dataset[Clip]):
     def __getitem__(self, number: int) -> Clip:
         config, is_drill = self.config, number < self.drills
         scene = drill(number) if is_drill else world.make_scene(self.split, number)
-        patches, grid = patchify(torch.from_numpy(world.frames(scene, SAMPLED_FPS)).permute(0, 3, 1, 2), self.sizes)
+        patches, grid = patchify(
+            torch.from_numpy(world.frames(scene, SAMPLED_FPS)).permute(0, 3, 1, 2), self.sizes, of_clip=True
+        )
         seconds = DRILL_SOUNDS if is_drill else scene.seconds
         mel = log_mel(torch.from_numpy(world.waveform(replace(scene, seconds=seconds))), config.audio.num_mel_bins)
         step = self.sizes.temporal_patch_size / SAMPLED_FPS

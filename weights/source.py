@@ -12,7 +12,9 @@ SHIPPED = Path(__file__).parent / "tiny"
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
+    "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "tokenizer.json",
     "vocab.json",
     "merges.txt",

@@ -54,16 +54,16 @@ class ChatTemplateError(ValueError):
 def load_template(folder: Path) -> str | None:
     """The chat template of a checkpoint, or None where it has none.
 
-    Looks in chat_template.jinja, then for the key chat_template in chat_template.json and in
-    tokenizer_config.json, where it may be a list of named templates: then the one named "default".
-    Raises ChatTemplateError for files that cannot be read as such.
+    In the order of transformers' processors: the key chat_template of processor_config.json and of chat_template.json,
+    then chat_template.jinja, then the key in tokenizer_config.json. It may hold named templates: then the one named
+    "default". Raises ChatTemplateError for files that cannot be read as such.
     """
-    source = Path(folder) / "chat_template.jinja"
-    if source.is_file():
-        return _read(source)
-    for source in (Path(folder) / "chat_template.json", Path(folder) / "tokenizer_config.json"):
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+        source = Path(folder) / name
         if not source.is_file():
             continue
+        if source.suffix == ".jinja":
+            return _read(source)
         try:
             template = parse_object(_read(source)).get("chat_template")
         except ChatTemplateError:
@@ -77,12 +77,12 @@ def load_template(folder: Path) -> str | None:
 
 def _text_of(template: Any, source: Path) -> str:
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        named = {str(entry.get("name")): entry.get("template") for entry in template}
-        if "default" not in named:
-            raise ChatTemplateError(
-                f'{source} has no chat template named "default", only: {ascii(", ".join(named))[1:-1][:80] or "none"}.'
-            )
-        template = named["default"]
+        template = {str(entry.get("name")): entry.get("template") for entry in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ascii(", ".join(template))[1:-1][:80] or "none"
+            raise ChatTemplateError(f'{source} has no chat template named "default", only: {names}.')
+        template = template["default"]
     if not isinstance(template, str):
         raise ChatTemplateError(f"{source}: chat_template is neither a text nor a list of named texts.")
     return template

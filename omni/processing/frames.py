@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from omni.config import QWEN3, ConfigError, OmniConfig
-from weights.files import read_object
+from omni.processing.settings import Settings, read_settings
 
 MAX_ASPECT_RATIO = 200
 MAX_PIXELS = 2**26
@@ -31,8 +31,9 @@ class MediaError(ValueError):
 class VisionSizes:
     """The numbers of a family's vision processor. The defaults are Qwen2.5-Omni's.
 
-    Picture bounds, mean and standard deviation (here CLIP's): the checkpoints' preprocessor_config.json. Clip bounds:
-    `videos_kwargs` of transformers' Qwen2_5OmniProcessor, which are those of qwen-omni-utils.
+    Picture bounds, mean and standard deviation (here CLIP's): the released preprocessor_config.json. Clip bounds:
+    `videos_kwargs` of transformers' Qwen2_5OmniProcessor, which are those of qwen-omni-utils. video_mean, video_std: of
+    clips, None where they are those of pictures.
     """
 
     patch_size: int = 14
@@ -47,11 +48,19 @@ class VisionSizes:
     video_total_pixels: int | None = None
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    video_mean: tuple[float, float, float] | None = None
+    video_std: tuple[float, float, float] | None = None
 
     @property
     def factor(self) -> int:
         """Pixels along one side of what becomes one token."""
         return self.patch_size * self.merge_size
+
+    def colours(self, of_clip: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation of red, green and blue."""
+        if of_clip:
+            return self.video_mean or self.image_mean, self.video_std or self.image_std
+        return self.image_mean, self.image_std
 
     def image_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) at which the model sees a picture."""
@@ -88,12 +97,13 @@ They keep Qwen2.5-Omni's picture bounds to the pixel, although a token is of 32 
 
 
 def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
-    """The family's numbers, patches of the config's size, and what the checkpoint's preprocessor_config.json says.
+    """The family's numbers, patches of the config's size, and what the checkpoint's own settings say.
 
-    That file, where there is one, has a say in the bounds of pictures and, for pictures and clips, in mean and
-    standard deviation, as with transformers' processors. Those have the bounds of clips in their code; for a model of
-    small clips the file may state video_min_pixels and video_max_pixels, which they do not read (their `videos_kwargs`
-    takes a size). Raises ConfigError for a file that is damaged.
+    Those (`omni.processing.settings.read_settings`) have a say in the bounds of pictures and in mean and standard
+    deviation of pictures and of clips, each their own, in `min_frames` and `max_video_tokens`. The bounds of clips are
+    in the code of transformers' processors, whatever `size` says there, and so they are here; for a model of small
+    clips a file may state video_min_pixels and video_max_pixels, which transformers does not read. What would change
+    the pixels otherwise is refused. Raises ConfigError for that and for a file that is damaged.
     """
     sizes = replace(
         QWEN3_OMNI_SIZES if config.family == QWEN3 else VisionSizes(),
@@ -101,50 +111,80 @@ def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
         merge_size=config.vision.spatial_merge_size,
         temporal_patch_size=config.vision.temporal_patch_size,
     )
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return sizes
-    try:
-        settings = read_object(path)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}.") from None
-    sizes = replace(sizes, **_stated(settings, path))
-    for least, most, name in (
-        (sizes.image_min_pixels, sizes.image_max_pixels, "min_pixels"),
-        (sizes.video_min_pixels, sizes.video_max_pixels, "video_min_pixels"),
+    pictures, clips = (read_settings(folder, kind) for kind in ("image_processor", "video_processor"))
+    for settings in (pictures, clips):
+        settings.expect(
+            do_resize=True,
+            do_rescale=True,
+            do_normalize=True,
+            do_convert_rgb=True,
+            resample=3,  # bicubic
+            rescale_factor=1 / 255,
+            patch_size=sizes.patch_size,
+            merge_size=sizes.merge_size,
+            temporal_patch_size=sizes.temporal_patch_size,
+        )
+    clips.expect(cap_pixels_per_frame=True)
+    stated = _stated_colours(pictures, "image") | _stated_colours(clips, "video")
+    for settings, key, field, edge in (
+        (pictures, "min_pixels", "image_min_pixels", "shortest_edge"),
+        (pictures, "max_pixels", "image_max_pixels", "longest_edge"),
+        (clips, "video_min_pixels", "video_min_pixels", None),
+        (clips, "video_max_pixels", "video_max_pixels", None),
+        (clips, "max_video_tokens", "max_video_tokens", None),
+        (clips, "min_frames", "min_frames", None),
+    ):
+        stated |= _stated_count(settings, key, field, edge)
+    sizes = replace(sizes, **stated)
+    if sizes.colours(of_clip=True) == sizes.colours(of_clip=False):
+        sizes = replace(sizes, video_mean=None, video_std=None)
+    for least, most, where, name in (
+        (sizes.image_min_pixels, sizes.image_max_pixels, pictures.where, "min_pixels"),
+        (sizes.video_min_pixels, sizes.video_max_pixels, clips.where, "video_min_pixels"),
     ):
         if least > most:
-            raise ConfigError(f"{path}: {name} must not exceed {name.replace('min', 'max')}.")
+            raise ConfigError(f"{where}: {name} must not exceed {name.replace('min', 'max')}.")
     return sizes
 
 
-def _stated(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of VisionSizes that a preprocessor_config.json states, checked."""
-    stated: dict[str, Any] = {}
-    for key in ("image_mean", "image_std"):
-        if (value := settings.get(key)) is None:
+def _stated_colours(settings: Settings, kind: str) -> dict[str, Any]:
+    """Mean and standard deviation, where stated, as fields of VisionSizes."""
+    stated = {}
+    for name in ("mean", "std"):
+        if (value := settings.values.get(f"image_{name}")) is None:
             continue
-        least = 1e-6 if key == "image_std" else -1e6
+        least = 1e-6 if name == "std" else -1e6
         if not isinstance(value, list) or len(value) != 3 or not all(_is_number(item, least) for item in value):
-            raise ConfigError(f"{path}: {key} must be three numbers, standard deviations above 0, not {value!r:.80}.")
-        stated[key] = tuple(map(float, value))
-    # Released files say min_pixels, files saved by later transformers size.shortest_edge; the former goes first.
-    size = settings.get("size")
-    for key, field, edge in (
-        ("min_pixels", "image_min_pixels", "shortest_edge"),
-        ("max_pixels", "image_max_pixels", "longest_edge"),
-        ("video_min_pixels", "video_min_pixels", None),
-        ("video_max_pixels", "video_max_pixels", None),
-    ):
-        value = settings.get(key)
-        if value is None and edge is not None and isinstance(size, Mapping):
-            value = size.get(edge)
-        if value is None:
-            continue
-        if type(value) is not int or not 1 <= value <= MAX_PIXELS:
-            raise ConfigError(f"{path}: {key} must be a positive integer up to {MAX_PIXELS}, not {value!r:.80}.")
-        stated[field] = value
+            raise ConfigError(
+                f"{settings.where}: image_{name} must be three numbers, standard deviations above 0, not {value!r:.80}."
+            )
+        stated[f"{kind}_{name}"] = tuple(map(float, value))
     return stated
+
+
+def _stated_count(settings: Settings, key: str, field: str, edge: str | None) -> dict[str, Any]:
+    """A number of pixels, frames or tokens, where stated, as a field of VisionSizes.
+
+    Released files say min_pixels, later ones size.shortest_edge (`edge`); the former goes first.
+    """
+    value = settings.values.get(key)
+    if value is None and edge is not None:
+        size = settings.values.get("size")
+        if isinstance(size, Mapping):
+            size = {key: value for key, value in size.items() if value is not None}
+        if size is not None and not (isinstance(size, Mapping) and _EDGES.issuperset(size)):
+            raise ConfigError(
+                f"{settings.where}: size may have {' and '.join(sorted(_EDGES))} alone, not {size!r:.80}."
+            )
+        value = (size or {}).get(edge)
+    if value is None:
+        return {}
+    if type(value) is not int or not 1 <= value <= MAX_PIXELS:
+        raise ConfigError(f"{settings.where}: {key} must be a positive integer up to {MAX_PIXELS}, not {value!r:.80}.")
+    return {field: value}
+
+
+_EDGES = {"shortest_edge", "longest_edge"}
 
 
 def _is_number(value: Any, least: float) -> bool:
@@ -240,13 +280,13 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return resized
 
 
-def patchify(frames: Tensor, sizes: VisionSizes) -> tuple[Tensor, Tensor]:
+def patchify(frames: Tensor, sizes: VisionSizes, *, of_clip: bool = False) -> tuple[Tensor, Tensor]:
     """(N, 3, h, w) uint8 → normalised patches (t * gh * gw, 3 * temporal * patch²) float32, grid (3,) int64.
 
-    The grid is (t, gh, gw) in patches; h and w are multiples of `sizes.factor`. Patches are ordered by time,
-    then by `merge_size` x `merge_size` block, then within the block; a patch's numbers by channel, time,
-    row, column. A last group short of `temporal_patch_size` frames (a single picture, an odd count) repeats
-    its last one.
+    of_clip: by the mean and standard deviation of clips instead of those of pictures. The grid is (t, gh, gw) in
+    patches; h and w are multiples of `sizes.factor`. Patches are ordered by time, then by `merge_size` x
+    `merge_size` block, then within the block; a patch's numbers by channel, time, row, column. A last group short
+    of `temporal_patch_size` frames (a single picture, an odd count) repeats its last one.
     """
     count, _, height, width = frames.shape
     patch, merge, step = sizes.patch_size, sizes.merge_size, sizes.temporal_patch_size
@@ -254,8 +294,7 @@ def patchify(frames: Tensor, sizes: VisionSizes) -> tuple[Tensor, Tensor]:
     patches = torch.empty(
         grid[0], grid[1] // merge, grid[2] // merge, merge, merge, 3, step, patch, patch, dtype=torch.float32
     )
-    mean = torch.tensor(sizes.image_mean).view(3, 1, 1, 1)
-    std = torch.tensor(sizes.image_std).view(3, 1, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in sizes.colours(of_clip))
     # A few frames at a time, and shuffled as bytes: a long clip is in memory as float32 once, as the result.
     for first in range(0, grid[0], 4):
         into = patches[first : first + 4]

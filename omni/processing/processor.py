@@ -18,6 +18,7 @@ from omni.processing.frames import VisionSizes, patchify, resize, vision_sizes
 from omni.processing.media import read_audio, read_image, read_video
 from omni.processing.mel import log_mel
 from omni.processing.prompt import clip_block, expand
+from omni.processing.settings import check_sound_settings
 from omni.processing.tokenizer import Tokenizer, TokenizerError
 
 
@@ -38,6 +39,7 @@ class Processor:
         fallback = QWEN3_OMNI_TEMPLATE if config.family == QWEN3 else QWEN2_5_OMNI_TEMPLATE
         self.template = load_template(folder) or fallback
         self.sizes = vision_sizes(folder, config)
+        check_sound_settings(folder, config)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ class Processor:
                     size_for=sizes.clip_size,
                     on_frame=on_frame,
                 )
-                clips.append(patchify(video.frames, sizes))
+                clips.append(patchify(video.frames, sizes, of_clip=True))
                 seconds.append(sizes.temporal_patch_size / video.fps)
                 heard = None
                 # A sound too short for a single token is none.

@@ -332,7 +332,12 @@ def test_a_process_that_cannot_work_is_an_error(tmp_path: Path) -> None:
 
 
 def test_template_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None:
-    """chat_template.jinja before chat_template.json before tokenizer_config.json; none is None."""
+    """In transformers' order, which is asked of it where both are files of a processor; none is None."""
+    from transformers import ProcessorMixin
+
+    def theirs() -> str:
+        return ProcessorMixin.get_processor_dict(tmp_path)[0]["chat_template"]
+
     assert load_template(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
     assert load_template(tmp_path) is None
@@ -341,10 +346,16 @@ def test_template_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None:
     assert load_template(tmp_path) == "d"
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "c"}')
     assert load_template(tmp_path) == "c"
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "b"}')
-    assert load_template(tmp_path) == "b"
     (tmp_path / "chat_template.jinja").write_text("ä", encoding="utf-8")
-    assert load_template(tmp_path) == "ä"
+    assert load_template(tmp_path) == theirs() == "ä"
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "Qwen2_5OmniProcessor"}')
+    assert load_template(tmp_path) == theirs() == "ä"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "b"}')
+    assert load_template(tmp_path) == theirs() == "b"
+    (tmp_path / "processor_config.json").write_text('{"chat_template": "a"}')
+    assert load_template(tmp_path) == theirs() == "a"
+    (tmp_path / "processor_config.json").write_text('{"chat_template": {"default": "d", "rag": "r"}}')
+    assert load_template(tmp_path) == theirs()["default"] == "d"
 
 
 @pytest.mark.parametrize(
