@@ -26,7 +26,8 @@ from omni.thinker import Thinker
 from seats.method import Method
 from seats.plan import Counts, StagePlan, make_plan, plan_without_selection
 
-KV = ("pruned", "layerwise")
+KV = ("layerwise", "pruned")
+"""What the cache keeps of a prefill: `Omni.prefill`."""
 
 
 @dataclass

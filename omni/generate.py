@@ -112,7 +112,13 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
     parser.add_argument(
         "--method", choices=NAMES, default="seats", metavar="NAME", help=f"what to keep by: {', '.join(NAMES)}"
     )
-    parser.add_argument("--kv", choices=KV, default="pruned", help="what decoding sees (default: %(default)s)")
+    parser.add_argument(
+        "--kv",
+        choices=KV,
+        default="layerwise",
+        help="what decoding sees of video and sound: in each layer what it attended to (default), or, pruned as in the "
+        "paper, what is left after the last: fewer bytes, for answers of one letter; answers in words suffer",
+    )
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")

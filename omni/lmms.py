@@ -47,7 +47,7 @@ class SeatsOmni(lmms):
         retention: float = 0.35,
         video_ratio: float | None = None,
         audio_ratio: float | None = None,
-        kv: str = "pruned",
+        kv: str = "layerwise",
         fps: float = 2.0,
         max_frames: int = 768,
         min_pixels: int | None = None,

@@ -147,21 +147,25 @@ class Omni:
         )
 
     @overload
-    def prefill(self, inputs: Inputs, seats: Method | None = None, kv: str = "pruned") -> Prefill: ...
+    def prefill(self, inputs: Inputs, seats: Method | None = None, kv: str = "layerwise") -> Prefill: ...
 
     @overload
-    def prefill(self, inputs: Sequence[Inputs], seats: Method | None = None, kv: str = "pruned") -> list[Prefill]: ...
+    def prefill(
+        self, inputs: Sequence[Inputs], seats: Method | None = None, kv: str = "layerwise"
+    ) -> list[Prefill]: ...
 
     def prefill(
-        self, inputs: Inputs | Sequence[Inputs], seats: Method | None = None, kv: str = "pruned"
+        self, inputs: Inputs | Sequence[Inputs], seats: Method | None = None, kv: str = "layerwise"
     ) -> Prefill | list[Prefill]:
         """Runs the prompt, with token selection where `seats` asks for it and there is video or sound to select from.
 
         Several prompts run together, in a plan that holds all of them: of one size they waste nothing.
-        kv: "pruned" cuts every layer's cache to the tokens that are left at the end, "layerwise" leaves each layer
-        what it attended to. Raises InputError where a prompt does not fit the model or its placeholders its media,
-        ValueError for settings that this model cannot follow and for prompts that cannot run together, MemoryError
-        where the device has too little.
+        kv: "layerwise" leaves each layer what it attended to. "pruned" cuts every layer's cache to the tokens that are
+        left at the end, with SEATS the text alone. It is the paper's, whose questions are answered by one letter: the
+        first token of an answer is the same, later ones never see video and sound, and answers in words suffer.
+        Raises InputError where a prompt does not fit the model or its placeholders its media, ValueError for settings
+        that this model cannot follow and for prompts that cannot run together, MemoryError where the device has too
+        little.
         """
         requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
         prefills, _ = self.engine.prefill(requests, 0, seats, kv)
@@ -193,7 +197,7 @@ class Omni:
         seconds: Sequence[float],
         *,
         seats: Method | None = None,
-        kv: str = "pruned",
+        kv: str = "layerwise",
         max_new_tokens: int = 512,
         fps: float = 2.0,
         max_frames: int = 768,
@@ -254,7 +258,7 @@ class Omni:
         seed: int | None = None,
         stop_token_ids: list[int] | None = None,
         seats: Method | None = None,
-        kv: str = "pruned",
+        kv: str = "layerwise",
         on_prefill: Callable[[Prefill], None] | None = None,
     ) -> Generator[list[int], None, list[Generation]]:
         """Yields the tokens of every step, one per request, also of those that have stopped."""

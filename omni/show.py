@@ -80,8 +80,9 @@ class View:
     """A prefill in terms of its prompt. Numbers of tokens are counted in the order of the prompt.
 
     kind: (S,) of each token. reach: (S,) the last stage at which it is there, an index into `stages`. windows: of each,
-    its video tokens and its audio tokens, ranges among those of their kind: the i-th run of adjacent video tokens in
-    the prompt and the i-th of audio. fates: what became of tokens of each reach. macs, full_macs: the head included.
+    its video tokens and its audio tokens, ranges among those of their kind: inside a clip the i-th run of adjacent
+    video tokens and the i-th of audio, one of them empty where the other has no partner. fates: what became of tokens
+    of each reach. macs, full_macs: the head included.
     """
 
     kind: Tensor
@@ -259,20 +260,24 @@ def read(inputs: Inputs, prefill: Prefill) -> View:
                 scores=spread,
             )
         )
-    return View(kind, reach, stages, _windows(kind), fates, depth, prefill.macs, prefill.full_macs)
+    return View(kind, reach, stages, _windows(kind, places.clip), fates, depth, prefill.macs, prefill.full_macs)
 
 
-def _windows(kind: Tensor) -> list[tuple[range, range]]:
-    runs: dict[int, list[range]] = {VIDEO: [], AUDIO: []}
-    for each, tokens in groupby(kind.tolist()):
-        if each in runs:
-            start = runs[each][-1].stop if runs[each] else 0
-            runs[each].append(range(start, start + len(list(tokens))))
-    count = max(map(len, runs.values()))
-    for each in runs.values():  # what is left over is a window without the other kind
-        end = each[-1].stop if each else 0
-        each.extend([range(end, end)] * (count - len(each)))
-    return list(zip(runs[VIDEO], runs[AUDIO], strict=True))
+def _windows(kind: Tensor, clip: Tensor) -> list[tuple[range, range]]:
+    """As `seats.selection.windows_of` makes them of the whole prompt."""
+    windows: list[tuple[range, range]] = []
+    ends = {VIDEO: 0, AUDIO: 0}
+    for _, tokens in groupby(zip(clip.tolist(), kind.tolist(), strict=True), key=lambda token: token[0]):
+        runs: dict[int, list[range]] = {VIDEO: [], AUDIO: []}
+        for each, run in groupby(each for _, each in tokens):
+            if each in runs:
+                start, ends[each] = ends[each], ends[each] + len(list(run))
+                runs[each].append(range(start, ends[each]))
+        count = max(map(len, runs.values()))
+        for each, found in runs.items():  # what is left over is a window without the other kind
+            found.extend([range(ends[each], ends[each])] * (count - len(found)))
+        windows += zip(runs[VIDEO], runs[AUDIO], strict=True)
+    return windows
 
 
 def lay_tiles(view: View, inputs: Inputs, config: OmniConfig, most: int) -> tuple[list[Tile], str]:
@@ -294,14 +299,12 @@ def lay_tiles(view: View, inputs: Inputs, config: OmniConfig, most: int) -> tupl
                 first += rows * columns
     starts = list(accumulate((config.audio.token_count(n) for n in inputs.mel_lengths.tolist()), initial=0))
     for window, (_, audio) in enumerate(view.windows):
-        cuts = [audio.start, *(start for start in starts if audio.start < start < audio.stop), audio.stop]
-        for begin, end in pairwise(cuts):
-            number = max(index for index, start in enumerate(starts) if start <= begin)
-            for first in range(begin, end, STRIP_TOKENS):
-                count = min(STRIP_TOKENS, end - first)
-                spans = audio_spans(first - starts[number], count, int(inputs.mel_lengths[number]), config)
-                span = (spans[0][0] / 100, spans[-1][1] / 100)
-                tiles[AUDIO].append(Tile(AUDIO, number, span, first, 1, count, window))
+        number = max(index for index, start in enumerate(starts) if start <= audio.start)
+        for first in range(audio.start, audio.stop, STRIP_TOKENS):
+            count = min(STRIP_TOKENS, audio.stop - first)
+            spans = audio_spans(first - starts[number], count, int(inputs.mel_lengths[number]), config)
+            span = (spans[0][0] / 100, spans[-1][1] / 100)
+            tiles[AUDIO].append(Tile(AUDIO, number, span, first, 1, count, window))
 
     # Windows are chosen first, those with a frame before others, so that what is drawn belongs together.
     having = sorted({tile.window for tile in tiles[VIDEO]}) or list(range(len(view.windows)))

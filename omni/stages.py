@@ -20,7 +20,7 @@ from omni.thinker import Thinker
 from seats.method import Media, Method, Step
 from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of
 from seats.relevance import relevance
-from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, run_starts
+from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, count_windows
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Request:
     ids: (B, P) token ids. positions: (3, B, P). place: (B, P) where each token stands in its prompt; `P` and more in
     slots that hold none. media: (1 + deepstack levels, B, P, hidden), what the encoders made, in their order and not in
     that of the pool, or None. source: (B, P) which of these a slot takes, -1 for the embedding of its id. received:
-    (B, P), the attention that each of `media` received; keys: (B, P, dim) their keys, or None. video_sizes,
+    (B, P), the attention that each of `media` received; keys: (B, P, dim) their keys, or None. clip: (B, P) of which
+    clip or sound a token is, a clip and its sound being one (`Layout`); any where there is none. video_sizes,
     audio_sizes: (B, windows) tokens in each window, which come first; video_clips, audio_clips: of which clip or sound.
     """
 
@@ -41,6 +42,7 @@ class Request:
     source: Tensor
     received: Tensor
     keys: Tensor | None
+    clip: Tensor
     video_sizes: Tensor
     audio_sizes: Tensor
     video_clips: Tensor
@@ -55,6 +57,7 @@ class Sequence:
     positions: Tensor
     place: Tensor
     kind: Tensor
+    clip: Tensor
     deepstack: Tensor | None
     count: Tensor
 
@@ -70,6 +73,7 @@ class Sequence:
             positions=torch.stack([axis.gather(1, index) for axis in self.positions]),
             place=self.place.gather(1, index),
             kind=torch.where(real, kind, PADDING),
+            clip=self.clip.gather(1, index),
             deepstack=deepstack,
             count=count,
         )
@@ -120,7 +124,7 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
             query, all_keys = layer.query_and_keys(sequence.x, rotary, sequence.count - 1)
             scores = relevance(query, all_keys, sequence.kind != PADDING)
             scored.append(scores)
-            keep = choose(plan, scores, sequence.kind, segment.step)
+            keep = choose(plan, scores, sequence, segment.step)
         else:
             scored.append(None)
             keep = sequence.kind == TEXT
@@ -136,14 +140,14 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
     return Staged(thinker.logits(last), kept, scored, keys, values, lengths)
 
 
-def choose(plan: StagePlan, scores: Tensor, kind: Tensor, step: Step) -> Tensor:
+def choose(plan: StagePlan, scores: Tensor, sequence: Sequence, step: Step) -> Tensor:
     """Which tokens of a sequence with these scores, (B, S), stay: (B, S) bool."""
     assert plan.method is not None
-    slots = scores.shape[1]
+    slots, kind, clip = scores.shape[1], sequence.kind, sequence.clip
     if scores.device.type != "cpu":  # one shape for all steps of a plan: compiled once
-        padding = plan.segments[0].length - slots
-        scores, kind = F.pad(scores, (0, padding)), F.pad(kind, (0, padding), value=PADDING)
-    return plan.method.after(scores, kind, step, plan.windows)[:, :slots]
+        padding = 0, plan.segments[0].length - slots
+        scores, kind, clip = F.pad(scores, padding), F.pad(kind, padding, value=PADDING), F.pad(clip, padding)
+    return plan.method.after(scores, kind, step, plan.windows, clip)[:, :slots]
 
 
 def prune(
@@ -191,6 +195,7 @@ def select_before_decoder(plan: StagePlan, request: Request, x: Tensor, deepstac
         positions=request.positions,
         place=request.place,
         kind=torch.cat(kind).expand(batch, -1),
+        clip=request.clip,
         deepstack=deepstack,
         count=kept_slots.sum(dim=1),
     )
@@ -233,8 +238,8 @@ class Prompt:
     """Where the tokens of one prompt stand: what a plan is made from, and what fills it.
 
     text, video, audio: (n,) positions in the prompt; image tokens count as text. video_sizes, audio_sizes: tokens in
-    each window that a method looks into, in order; video_clips, audio_clips: of which clip or sound it is. runs: of
-    adjacent tokens of video, and of audio.
+    each window that a method looks into before the decoder, in order; video_clips, audio_clips: of which clip or sound
+    it is. windows: between the layers, and those of them with both modalities (`count_windows`).
     """
 
     text: Tensor
@@ -244,7 +249,7 @@ class Prompt:
     audio_sizes: tuple[int, ...]
     video_clips: tuple[int, ...]
     audio_clips: tuple[int, ...]
-    runs: tuple[int, int]
+    windows: tuple[int, int]
 
     def counts(self, method: Method | None) -> Counts:
         """method: None where every token stays, as in a `whole_prompt`."""
@@ -255,7 +260,7 @@ class Prompt:
             text=len(self.text),
             video_sizes=self.video_sizes,
             audio_sizes=self.audio_sizes,
-            runs=self.runs,
+            windows=self.windows,
         )
 
 
@@ -273,8 +278,6 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig, window_grids
         for grids, height, width in grids_thw
     ]
     sounds = [_windows(config.audio.token_count(frames), AUDIO_WINDOW) for frames in inputs.mel_lengths.tolist()]
-    starts = run_starts(kind[None])[0]
-    video_runs, audio_runs = (int((starts & (kind == medium)).sum()) for medium in (VIDEO, AUDIO))
     return Prompt(
         text=(kind == TEXT).nonzero().flatten(),
         video=layout.video,
@@ -283,7 +286,7 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig, window_grids
         audio_sizes=tuple(chain(*sounds)),
         video_clips=tuple(chain(*([clip] * len(sizes) for clip, sizes in enumerate(videos)))),
         audio_clips=tuple(chain(*([clip] * len(sizes) for clip, sizes in enumerate(sounds)))),
-        runs=(video_runs, audio_runs),
+        windows=count_windows(kind, layout.clip),
     )
 
 
@@ -348,6 +351,7 @@ def assign_slots(plan: StagePlan, prompt: Prompt, layout: Layout, ids: Tensor, d
         source=torch.where(there, source[at], -1)[None].to(device),
         received=torch.zeros(1, counts.pool, device=device),
         keys=None,
+        clip=torch.where(there, layout.clip[at], -1)[None].to(device),
         video_sizes=sizes[0],
         audio_sizes=sizes[1],
         video_clips=clips[0],
@@ -406,6 +410,7 @@ def join(requests: list[Request]) -> Request:
         source=torch.cat([request.source for request in requests]),
         received=torch.cat([request.received for request in requests]),
         keys=keys,
+        clip=torch.cat([request.clip for request in requests]),
         video_sizes=torch.cat([request.video_sizes for request in requests]),
         audio_sizes=torch.cat([request.audio_sizes for request in requests]),
         video_clips=torch.cat([request.video_clips for request in requests]),

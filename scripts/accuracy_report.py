@@ -46,7 +46,8 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
         f"![Accuracy against prefill time](figures/{name}-accuracy.svg)",
         "",
         "R is the retention asked for, of which video and sound keep their shares on average over all layers; every "
-        "method gets the same two. Prefill: the median of single requests, selection included, encoders not.",
+        "method gets the same two. A layer's cache keeps what that layer saw, and where a row says pruned, what the "
+        "last one saw. Prefill: the median of single requests, selection included, encoders not.",
         "",
         "| | R | video | sound | multiply-accumulates, times fewer | prefill, ms | four answers | of every token's "
         "| above random | free answers |",
@@ -64,7 +65,7 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
     for row in able:
         ratios = [f"{ratio:.0%}" for ratio in row["ratios"] or ()] or ["", ""]
         cells = [
-            f"{row['method']}{'' if row['kv'] == 'pruned' else ', layerwise'}",
+            f"{row['method']}{', pruned' if row['kv'] == 'pruned' else ''}",
             f"{row['retention']:.0%}",
             *ratios,
             f"{row['full_macs'] / row['macs']:.1f}",
@@ -98,7 +99,11 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
 
 def standing(rows: list[dict[str, Any]], retention: float) -> str:
     """Which method is first at a retention, and where SEATS is; empty where only SEATS and random were run."""
-    found = {row["method"]: row["choice"] for row in rows if row["retention"] == retention and row["method"] in NAMES}
+    found = {
+        row["method"]: row["choice"]
+        for row in rows
+        if row["retention"] == retention and row["method"] in NAMES and row["kv"] == "layerwise"
+    }
     if len(found) < 3 or "seats" not in found:
         return ""
     first = max(found, key=lambda method: found[method]["mean"])
@@ -136,7 +141,7 @@ def draw(folder: Path) -> None:
 
 def draw_accuracy(axes: Any, result: dict[str, Any]) -> None:
     """One line for each method, not for ablations."""
-    able = [row for row in result["rows"] if "error" not in row and row["kv"] == "pruned"]
+    able = [row for row in result["rows"] if "error" not in row and row["kv"] == "layerwise"]
     full = able[0]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in able:

@@ -7,7 +7,8 @@
 
 The folder has clips and questions.jsonl: on each line {"media", "prompt", "answer", "options", "kind"}, `options` empty
 where the answer is free and else four, which the prompt letters A to D. An answer counts where its first letter is that
-of the right option, or where its words are those of the answer. Results are saved, rendered in benchmarks/README.md and
+of the right option, or where its words are those of the answer. Interrupted, it reports on the clips that are done.
+Results are saved, rendered in benchmarks/README.md and
 drawn under benchmarks/figures.
 """
 
@@ -51,12 +52,12 @@ class Setting:
 
     method: str
     retention: float = 1.0
-    kv: str = "pruned"
+    kv: str = "layerwise"
 
     @property
     def name(self) -> str:
         kept = "" if self.retention == 1 else f" {self.retention:.0%}"
-        return f"{self.method}{kept}{'' if self.kv == 'pruned' else ', layerwise'}"
+        return f"{self.method}{kept}{', pruned' if self.kv == 'pruned' else ''}"
 
 
 EVERY, NO_VIDEO, NO_SOUND = "every token", "every token, no video", "every token, no sound"
@@ -77,7 +78,7 @@ class Unweighted(SeatsConfig):
 class Windowless(SeatsConfig):
     """Stage II without windows: the most relevant of the whole sequence, of each modality its share."""
 
-    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor | None = None) -> Tensor:
         assert step.video is not None and step.audio is not None
         video, audio = (
             keep_counts((kind == medium).sum(-1), ratio) for medium, ratio in ((VIDEO, step.video), (AUDIO, step.audio))
@@ -103,16 +104,19 @@ ABLATIONS: dict[str, Callable[[SeatsConfig], SeatsConfig]] = {
 }
 
 
+BETWEEN_LAYERS = {"seats", "fastv", "fastv-om", *ABLATIONS} - {"stage I alone"}
+"""Where layers see different tokens, so that it matters what the cache keeps; of the rest both caches are one."""
+
+
 def settings(methods: Sequence[str], retentions: Sequence[float], ablated: float) -> list[Setting]:
     """ablated: the retention that ablations are made at, 0 for none."""
+    asked = [(method, retention) for retention in retentions for method in methods]
+    asked += [(method, ablated) for method in ABLATIONS if ablated]
     found = [Setting(EVERY), Setting(NO_VIDEO), Setting(NO_SOUND)]
-    for retention in retentions:
-        for method in methods:
-            found.append(Setting(method, retention))
-            if method == "seats":
-                found.append(Setting(method, retention, "layerwise"))
-    if ablated:
-        found += [Setting(method, ablated) for method in ABLATIONS]
+    for method, retention in asked:
+        found.append(Setting(method, retention))
+        if method in BETWEEN_LAYERS:
+            found.append(Setting(method, retention, "pruned"))
     return found
 
 
@@ -296,9 +300,14 @@ def main() -> None:
     wanted = settings(methods, options.retention, options.ablate)
     found: list[list[dict[str, Any]]] = []
     with tqdm(total=len(questions), unit="question") as bar:
-        for clip in ask(model, options.folder, questions, wanted, options.max_new_tokens):
-            found += clip
-            bar.update(len(clip))
+        try:
+            for clip in ask(model, options.folder, questions, wanted, options.max_new_tokens):
+                found += clip
+                bar.update(len(clip))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            questions = questions[: len(found)]
     rows = summarise(questions, found, wanted)
     for row in rows:
         print(row["name"], row.get("error") or f"choice {share(row['choice'])} free {share(row['free'])}", sep=": ")

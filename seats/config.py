@@ -110,13 +110,13 @@ class SeatsConfig:
             return min(media, wanted)
         # Each modality is rounded by itself, up by less than 1.
         wanted = min(media, math.floor(max(step.video, step.audio) * media) + 2)
-        budget = min(media, max(wanted, counts.video_runs, counts.audio_runs))
+        budget = min(media, max(wanted, counts.windows))
         # A window with a budget of 1 and both modalities keeps 2, so that neither is wiped out.
-        return budget + min(counts.video_runs, counts.audio_runs, media - budget)
+        return budget + min(counts.pairs, media - budget)
 
-    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor | None = None) -> Tensor:
         """Stage II."""
-        return select_in_graph(scores, kind, step, self.window_temperature, windows)
+        return select_in_graph(scores, kind, step, self.window_temperature, windows, clip)
 
 
 class Preset(NamedTuple):

@@ -108,11 +108,11 @@ class Method(Protocol):
     def left(self, media: int, step: Step, counts: Counts) -> int:
         """How many of so many tokens of media a step that keeps some leaves at most."""
 
-    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor | None = None) -> Tensor:
         """Which tokens a step keeps: (B, S) bool.
 
-        scores: (B, S) float32, what the last token of text pays to each. kind: (B, S) uint8, as in
-        `seats.selection`. windows: runs of video and of sound at most.
+        scores: (B, S) float32, what the last token of text pays to each. kind, clip: (B, S), modality and clip of each,
+        and windows: how many there are at most, as in `seats.selection.select`.
         """
 
 

@@ -17,8 +17,8 @@ TEXT_STEPS, TEXT_STEP = 4, 512
 coarse rungs cost little."""
 AUDIO_STEPS = 4
 """Rungs to the octave of audio, which is the lesser part of the tokens."""
-LEAST_VIDEO_TOKENS, LEAST_AUDIO_WINDOWS, LEAST_RUNS = 9216, 128, 64
-"""Windows and runs are rounded to powers of two, from these on: empty ones cost next to nothing."""
+LEAST_VIDEO_TOKENS, LEAST_AUDIO_WINDOWS, LEAST_WINDOWS = 9216, 128, 64
+"""Windows are rounded to powers of two, from these on: empty ones cost next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Counts:
 
     text: tokens of text and images. tokens: these and what of video and audio enters the decoder; audio: audio tokens
     among them, 0 where its method does not ask. video_windows, audio_windows: how many windows are looked into before
-    the decoder; video_window: tokens in the largest of video (of audio: AUDIO_WINDOW). video_runs, audio_runs: how
-    often adjacent tokens of a modality begin.
+    the decoder; video_window: tokens in the largest of video (of audio: AUDIO_WINDOW). windows: between the layers, as
+    `seats.selection.select` makes them; pairs: those of them with video and audio.
     """
 
     text: int
@@ -37,8 +37,8 @@ class Counts:
     video_windows: int
     video_window: int
     audio_windows: int
-    video_runs: int
-    audio_runs: int
+    windows: int
+    pairs: int
 
     @property
     def pool(self) -> int:
@@ -64,8 +64,8 @@ class Counts:
             video_windows=_doubled(self.video_windows, max(1, LEAST_VIDEO_TOKENS // self.video_window)),
             video_window=self.video_window,
             audio_windows=_doubled(self.audio_windows, LEAST_AUDIO_WINDOWS),
-            video_runs=_doubled(self.video_runs, LEAST_RUNS),
-            audio_runs=_doubled(self.audio_runs, LEAST_RUNS),
+            windows=_doubled(self.windows, LEAST_WINDOWS),
+            pairs=_doubled(self.pairs, LEAST_WINDOWS),
         )
         return replace(rounded, tokens=min(tokens, rounded.pool))
 
@@ -90,11 +90,12 @@ def counts_of(
     text: int,
     video_sizes: Sequence[int],
     audio_sizes: Sequence[int],
-    runs: tuple[int, int],
+    windows: tuple[int, int],
 ) -> Counts:
     """Counts of a prompt.
 
-    video_sizes, audio_sizes: tokens in each window of the method. runs: of video and of audio.
+    video_sizes, audio_sizes: tokens in each window of the method before the decoder. windows: between its layers, and
+    those of them with both modalities (`seats.selection.count_windows`).
     """
     entering, audio = method.entering(video_sizes, audio_sizes)
     return Counts(
@@ -104,8 +105,8 @@ def counts_of(
         video_windows=len(video_sizes),
         video_window=max(video_sizes, default=1),
         audio_windows=len(audio_sizes),
-        video_runs=runs[0],
-        audio_runs=runs[1],
+        windows=windows[0],
+        pairs=windows[1],
     )
 
 
@@ -135,7 +136,7 @@ class StagePlan:
     @property
     def windows(self) -> int:
         """Windows of Stage II at most; at least 1."""
-        return max(1, self.counts.video_runs, self.counts.audio_runs)
+        return max(1, self.counts.windows)
 
     def check_holds(self, counts: Counts) -> None:
         """Raises ValueError where a prompt with these counts does not fit."""

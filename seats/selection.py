@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,11 +16,17 @@ TEXT, VIDEO, AUDIO, PADDING = range(4)
 
 
 def select_by_relevance(
-    scores: Tensor, modality: Tensor, video_keep_ratio: float, audio_keep_ratio: float, temperature: float
+    scores: Tensor,
+    modality: Tensor,
+    video_keep_ratio: float,
+    audio_keep_ratio: float,
+    temperature: float,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """The tokens of one sequence that a selection keeps: sorted indices, int64.
 
-    scores: (S,) relevance. modality: (S,) integers: 0 text, 1 video, 2 audio. Of the rest see `select`.
+    scores: (S,) relevance. modality: (S,) integers: 0 text, 1 video, 2 audio. clip: (S,) int64, of which clip or sound
+    a token is, rising along the prompt, any number for text; None where all are of one clip. Of the rest see `select`.
     Raises ValueError for shapes, ratios or a temperature out of range.
     """
     if scores.dim() != 1 or scores.shape != modality.shape or not len(scores):
@@ -26,13 +34,20 @@ def select_by_relevance(
             "scores and modality must both be (S,), S at least 1, "
             f"not {tuple(scores.shape)} and {tuple(modality.shape)}."
         )
+    if clip is not None:
+        if clip.shape != scores.shape:
+            raise ValueError(f"clip must be {tuple(scores.shape)} as scores, not {tuple(clip.shape)}.")
+        media = (modality == VIDEO) | (modality == AUDIO)
+        if bool((clip[media].diff() < 0).any()):
+            raise ValueError("clip must count the clips and sounds in their order: it may not fall along the sequence.")
+        clip = torch.zeros_like(clip).masked_scatter(media, clip[media].unique(return_inverse=True)[1])
     require_ratio("video_keep_ratio", video_keep_ratio)
     require_ratio("audio_keep_ratio", audio_keep_ratio)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}.")
-    starts = run_starts(modality[None])
-    windows = int(torch.stack([starts & (modality == kind) for kind in (VIDEO, AUDIO)]).sum(dim=-1).max())
-    keep = select(scores[None], modality[None], video_keep_ratio, audio_keep_ratio, temperature, max(1, windows))
+    windows, _ = count_windows(modality, clip)
+    owner = None if clip is None else clip[None]
+    keep = select(scores[None], modality[None], video_keep_ratio, audio_keep_ratio, temperature, max(1, windows), owner)
     return keep[0].nonzero().squeeze(-1)
 
 
@@ -43,28 +58,29 @@ def select(
     audio_keep_ratio: float | Tensor,
     temperature: float,
     max_windows: int,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """Which tokens a selection keeps: (B, S) bool, with static shapes and no host read.
 
     scores: (B, S) float32 relevance. modality: (B, S) uint8: 0 text, all kept; 1 video; 2 audio; 3 padding, at the
     end, none kept. Ratios may be tensors, () float64.
 
-    A run is adjacent tokens of one modality; the i-th video and the i-th audio run form window i. Windows share
-    K = K_v + K_a tokens by the softmax of their mean relevance over `temperature`, where K_v is `video_keep_ratio` of
-    the video tokens, and keep the most relevant. With one window or one modality the most relevant K_v video and K_a
-    audio tokens of the sequence stay. In all, at least K and at most max(K, W) + W for W windows. Ties go to the
-    lower index.
+    A run is adjacent tokens of one modality. Inside a clip the i-th video and the i-th audio run form a window; runs
+    left over, those of a silent clip and those of a sound of its own are windows without the other modality. Windows
+    share K = K_v + K_a tokens by the softmax of their mean relevance over `temperature`, where K_v is
+    `video_keep_ratio` of the video tokens, and keep the most relevant. With one window or one modality the most
+    relevant K_v video and K_a audio tokens of the sequence stay. In all, at least K and at most max(K, W) + W for W
+    windows. Ties go to the lower index.
 
+    clip: (B, S) int64, of which clip or sound a token is, counted from 0 in the order of the prompt, any number for
+    text and padding; None where all are of one clip, as in the paper.
     max_windows: at least the number of windows in every row; runs past it join the last window, so a caller that
     wants the runs apart counts them beforehand.
     """
     is_media = (modality == VIDEO) | (modality == AUDIO)
     kind = (modality == AUDIO).long()
-    starts = run_starts(modality)
-    runs = torch.stack((starts & (modality == VIDEO), starts & (modality == AUDIO)), dim=1).cumsum(dim=-1)  # (B, 2, S)
-    windows = runs[..., -1].amax(dim=-1)
-    whole = (windows <= 1) | (runs[..., -1] == 0).any(dim=-1)  # rows ranked as one window
-    window = (runs.gather(1, kind[:, None]).squeeze(1) - 1).clamp(0, max_windows - 1)
+    window, windows, runs = windows_of(modality, clip, max_windows)
+    whole = (windows <= 1) | (runs == 0).any(dim=-1)  # rows ranked as one window
     window = window.masked_fill(whole[:, None], 0)
 
     # A group is a modality's tokens in one window; text and padding are in a last group that keeps nothing.
@@ -86,7 +102,9 @@ def select(
     return (modality == TEXT) | (rank_in_group(scores, group) < limit)
 
 
-def select_in_graph(scores: Tensor, kind: Tensor, step: Step, temperature: float, windows: int) -> Tensor:
+def select_in_graph(
+    scores: Tensor, kind: Tensor, step: Step, temperature: float, windows: int, clip: Tensor | None = None
+) -> Tensor:
     """`select` for the compiler, which would spend half of its time on these few small tensors.
 
     On a CPU it is one operator; elsewhere it is compiled once for all selections of a plan, which the caller brings to
@@ -94,9 +112,9 @@ def select_in_graph(scores: Tensor, kind: Tensor, step: Step, temperature: float
     """
     assert step.video is not None and step.audio is not None
     if scores.device.type == "cpu":
-        return _select_on_a_cpu(scores, kind, step.video, step.audio, temperature, windows)
+        return _select_on_a_cpu(scores, kind, step.video, step.audio, temperature, windows, clip)
     ratios = (torch.full((), ratio, dtype=torch.float64, device=scores.device) for ratio in (step.video, step.audio))
-    return _select_region(scores, kind, *ratios, temperature, windows)
+    return _select_region(scores, kind, *ratios, temperature, windows, clip)
 
 
 _select_region = torch.compiler.nested_compile_region(select)
@@ -104,14 +122,59 @@ _select_region = torch.compiler.nested_compile_region(select)
 
 @torch.library.custom_op("seats::select", mutates_args=(), device_types="cpu")
 def _select_on_a_cpu(
-    scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int
+    scores: Tensor,
+    kind: Tensor,
+    video_keep: float,
+    audio_keep: float,
+    temperature: float,
+    windows: int,
+    clip: Tensor | None,
 ) -> Tensor:
-    return select(scores, kind, video_keep, audio_keep, temperature, windows)
+    return select(scores, kind, video_keep, audio_keep, temperature, windows, clip)
 
 
 @_select_on_a_cpu.register_fake
-def _(scores: Tensor, kind: Tensor, video_keep: float, audio_keep: float, temperature: float, windows: int) -> Tensor:
+def _(
+    scores: Tensor,
+    kind: Tensor,
+    video_keep: float,
+    audio_keep: float,
+    temperature: float,
+    windows: int,
+    clip: Tensor | None,
+) -> Tensor:
     return torch.empty_like(kind, dtype=torch.bool)
+
+
+def windows_of(modality: Tensor, clip: Tensor | None, max_windows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which window each token is in, as `select` numbers them: clip after clip, in each by runs.
+
+    Returns window (B, S) int64, of any value below max_windows for text and padding; how many there are (B,); and
+    runs of video and of audio (B, 2). Arguments: `select`.
+    """
+    clip = torch.zeros_like(modality, dtype=torch.long) if clip is None else clip.long()
+    changes = run_starts(modality) | F.pad(clip[:, 1:] != clip[:, :-1], (1, 0))
+    begins = torch.stack([changes & (modality == medium) for medium in (VIDEO, AUDIO)], dim=1).long()  # (B, 2, S)
+    # A clip has a window at least, so there are no more clips than windows.
+    clip = clip.clamp(0, max_windows - 1)[:, None].expand(-1, 2, -1)
+    of_clip = begins.new_zeros(len(begins), 2, max_windows).scatter_add(-1, clip, begins)
+    windows = of_clip.amax(dim=1)
+    # From the number of a run in the sequence to that of its window.
+    shift = (windows.cumsum(dim=-1) - windows)[:, None] - (of_clip.cumsum(dim=-1) - of_clip)
+    window = begins.cumsum(dim=-1) - 1 + shift.gather(-1, clip)
+    window = window.gather(1, (modality == AUDIO).long()[:, None]).squeeze(1)
+    return window.clamp(0, max_windows - 1), windows.sum(dim=-1), of_clip.sum(dim=-1)
+
+
+def count_windows(modality: Tensor, clip: Tensor | None = None) -> tuple[int, int]:
+    """Windows of one sequence, and those of them that have both modalities. Arguments: `select_by_relevance`."""
+    runs: dict[int, list[int]] = {}
+    numbers = modality.tolist() if clip is None else zip(modality.tolist(), clip.tolist(), strict=True)
+    for each, _ in groupby(numbers):
+        kind, number = each if isinstance(each, tuple) else (each, 0)
+        if kind in (VIDEO, AUDIO):
+            runs.setdefault(number, [0, 0])[kind == AUDIO] += 1
+    return sum(map(max, runs.values())), sum(map(min, runs.values()))
 
 
 def run_starts(modality: Tensor) -> Tensor:

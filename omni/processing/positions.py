@@ -26,7 +26,8 @@ class Layout:
 
     positions: (3, S), temporal, height, width; int64 in Qwen2.5-Omni, float32 in Qwen3-Omni, where frames stand
     at fractions and so does text after a clip. next_position: what the first new token gets, a float there, too.
-    image, video, audio: (n,) int64 indices of the placeholders, in order.
+    image, video, audio: (n,) int64 indices of the placeholders, in order. clip: (S,) int64, of which clip or sound a
+    token is, counted in the order of the prompt, a clip and its sound as one; -1 for text and images.
     """
 
     positions: Tensor
@@ -34,6 +35,7 @@ class Layout:
     image: Tensor
     video: Tensor
     audio: Tensor
+    clip: Tensor
 
     @property
     def counts(self) -> dict[str, int]:
@@ -68,7 +70,7 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     _check_patches("pixel_values", inputs.pixel_values, inputs.image_grid_thw, config)
     _check_patches("pixel_values_videos", inputs.pixel_values_videos, inputs.video_grid_thw, config)
 
-    positions = _walk(ids, kinds, {kind: deque(blocks) for kind, blocks in media.items()}, config)
+    positions, clip = _walk(ids, kinds, {kind: deque(blocks) for kind, blocks in media.items()}, config)
     length = len(ids)
     return Layout(
         positions=positions,
@@ -77,11 +79,12 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
         image=(kinds == IMAGE).nonzero().flatten(),
         video=(kinds == VIDEO).nonzero().flatten(),
         audio=(kinds == AUDIO).nonzero().flatten(),
+        clip=clip,
     )
 
 
-def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: OmniConfig) -> Tensor:
-    """(3, S) positions. queues: (3, tokens) from zero of every medium, by kind.
+def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: OmniConfig) -> tuple[Tensor, Tensor]:
+    """(3, S) positions and (S,) clips. queues: (3, tokens) from zero of every medium, by kind.
 
     A medium stands between marks, a clip with sound between two and two: there the picture's mark comes first.
     Sums are in the public code's order, on which they depend in float32.
@@ -91,6 +94,7 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
     opens_both = F.pad((ids[:-1] == config.tokens.vision_start) & (ids[1:] == config.tokens.audio_start), (0, 1))
     stops = [*((kinds > 0) | opens | opens_both).nonzero().flatten().tolist(), len(ids)]
     positions = torch.empty(3, len(ids), dtype=_dtype(config))
+    clip, clips = torch.full((len(ids),), -1), 0
     place, start = 0, positions.new_zeros(())  # the next token and its position
     while place < len(ids):
         marks = 2 if opens_both[place] else int(opens[place])
@@ -113,12 +117,15 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
             _require(kinds[first : first + block.shape[1]], kind, block.shape[1])
         end = first + block.shape[1]
         positions[:, first:end] = block
+        if marks == 2 or kind != IMAGE:
+            clip[first:end] = clips
+            clips += 1
         start = block[:, run:].max() + 1
         place = min(end + marks, stops[bisect_left(stops, end)])  # as many marks close
         if place > end:
             positions[:, end:place] = steps[: place - end] + start
             start = positions[0, place - 1] + 1
-    return positions
+    return positions, clip
 
 
 def _interleave(frames: Tensor, sound: Tensor, kinds: Tensor, config: OmniConfig) -> tuple[Tensor, int]:

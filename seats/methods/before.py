@@ -40,5 +40,5 @@ class BeforeDecoder:
     def left(self, media: int, step: Step, counts: Counts) -> int:
         raise AssertionError("nothing is selected after a layer")
 
-    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor | None = None) -> Tensor:
         raise AssertionError("nothing is selected after a layer")

@@ -80,7 +80,7 @@ class FastV:
         wanted = max(step.video * (media - audio) + step.audio * audio, 0.05 * media)
         return min(media, math.ceil(wanted) + 3)
 
-    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int) -> Tensor:
+    def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor | None = None) -> Tensor:
         assert step.video is not None and step.audio is not None
         video, audio = ((kind == medium).sum(dim=-1) for medium in (VIDEO, AUDIO))
         if self.both:

@@ -57,7 +57,7 @@ def test_recorded_case_through_the_compiled_model(path, traced) -> None:
         assert kept.tolist() == expected[f"keep_{step}"].tolist()
     torch.testing.assert_close(prefill.logits, expected["logits"], atol=1e-3, rtol=0)
     generated = expected["generated"].tolist()
-    answer = model.generate(inputs, seats=seats, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    answer = model.generate(inputs, seats=seats, kv="pruned", max_new_tokens=len(generated), stop_token_ids=[STOP])
     assert answer.tokens == generated
 
 
@@ -74,7 +74,7 @@ def test_recorded_cases_as_machine_code(path) -> None:
     same_prefill(prefill, eager.prefill(inputs, seats=seats))
     torch.testing.assert_close(prefill.logits, expected["logits"], atol=1e-3, rtol=0)
     generated = expected["generated"].tolist()
-    answer = model.generate(inputs, seats=seats, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    answer = model.generate(inputs, seats=seats, kv="pruned", max_new_tokens=len(generated), stop_token_ids=[STOP])
     assert answer.tokens == generated
 
 
@@ -152,7 +152,7 @@ def test_full_prefill_and_decoding_are_compiled_too(pair: Pair, traced) -> None:
     assert len(model.engine.compiled.steps.graphs) == steps
 
 
-@pytest.mark.parametrize("options", [MIXED, {**MIXED, "kv": "layerwise"}, {**MIXED, "seats": None}])
+@pytest.mark.parametrize("options", [MIXED, {**MIXED, "kv": "pruned"}, {**MIXED, "seats": None}])
 def test_requests_together_answer_as_one_by_one(pair: Pair, options: dict) -> None:
     """Of one size and of several, down to one without a picture."""
     names = ["clip with sound", "clip with sound", "several media", "sound", "clip without sound"]
@@ -160,7 +160,7 @@ def test_requests_together_answer_as_one_by_one(pair: Pair, options: dict) -> No
     together = pair.model.generate(requests, **options)
     alone = [pair.model.generate(inputs, **options) for inputs in requests]
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
-    prefills = pair.model.prefill(requests, seats=options["seats"], kv=options.get("kv", "pruned"))
+    prefills = pair.model.prefill(requests, seats=options["seats"], kv=options.get("kv", "layerwise"))
     for prefill, inputs in zip(prefills, requests, strict=True):
         same_prefill(prefill, pair.model.prefill(inputs, seats=options["seats"]))
 

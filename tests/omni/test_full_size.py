@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from omni.cache import Cache
 from omni.config import DecoderConfig, OmniConfig, read_config
 from omni.decoder import Layer
+from omni.engine import KV
 from omni.layers import directly
 from omni.model import tensor_names
 from omni.processing.positions import Layout
 from omni.rope import multimodal_rotary
-from omni.stages import fill_pool, prefill, whole_prompt
+from omni.stages import Prompt, _windows, fill_pool, prefill, whole_prompt
 from omni.thinker import Thinker
-from seats.plan import plan_without_selection
+from seats.config import preset_for
+from seats.plan import AUDIO_WINDOW, make_plan, plan_without_selection
 
 ROPE = {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
 SMALLER = {
@@ -111,7 +113,8 @@ def test_prefill_runs_at_full_size(built) -> None:
     prompt = whole_prompt(200)
     plan = plan_without_selection(config.decoder.num_layers, prompt.counts(None))
     none = torch.empty(0, dtype=torch.long)
-    places = Layout(torch.zeros(3, 200, dtype=torch.long), 200, none, torch.arange(9, 153), none)
+    clip = torch.full((200,), -1).index_fill(0, torch.arange(9, 153), 0)
+    places = Layout(torch.zeros(3, 200, dtype=torch.long), 200, none, torch.arange(9, 153), none, clip)
     ids = torch.zeros(1, 200, dtype=torch.long)
     request = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
     staged = prefill(thinker, plan, request, pruned=True)
@@ -126,6 +129,50 @@ def test_prefill_runs_at_full_size(built) -> None:
     assert pictures.shape == (1 + levels, (6 * 16 * 36 + 30 * 22) // 4, hidden)
     assert len(cache.keys) == config.decoder.num_layers
     assert cache.keys[0].shape == (1, config.decoder.num_kv_heads, 384, config.decoder.head_dim)
+
+
+def test_cache_of_the_papers_clip(built, capsys: pytest.CaptureFixture[str]) -> None:
+    """10,000 video, 1,667 audio and 100 text tokens in bfloat16: what a cache takes with every token, with what each
+    layer attended to, and with what the last one did. Prints the table."""
+    config, _, _ = built
+    with torch.device("meta"):
+        thinker = Thinker(config).to(torch.bfloat16)
+    video, audio, text = 10_000, 1_667, 100
+    order = torch.arange(video + audio + text)
+    prompt = Prompt(
+        text=order[video + audio :],
+        video=order[:video],
+        audio=order[video : video + audio],
+        video_sizes=tuple(_windows(video, 288)),
+        audio_sizes=tuple(_windows(audio, AUDIO_WINDOW)),
+        video_clips=(0,) * len(_windows(video, 288)),
+        audio_clips=(0,) * len(_windows(audio, AUDIO_WINDOW)),
+        windows=(35, 35),
+    )
+    decoder = config.decoder
+    of_token = 2 * 2 * decoder.num_kv_heads * decoder.head_dim
+    sizes = {"every token": of_token * len(order) * decoder.num_layers}
+    none = torch.empty(0, dtype=torch.long)
+    places = Layout(torch.zeros(3, len(order), dtype=torch.long), 0, none, prompt.video, prompt.audio, order * 0)
+    features = {
+        name: torch.empty(1, count, decoder.hidden_size, dtype=torch.bfloat16, device="meta")
+        for name, count in (("video", video), ("audio", audio))
+    }
+    for retention in (0.35, 0.10):
+        method = preset_for(config, retention)
+        plan = make_plan(method, decoder.num_layers, prompt.counts(method))
+        ids = torch.zeros(1, len(order), dtype=torch.long)
+        request = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
+        for kv in KV:
+            staged = prefill(thinker, plan, request, pruned=kv == "pruned")
+            sizes[f"{retention:.0%}, {kv}"] = sum(stored.nbytes for stored in (*staged.keys, *staged.values))
+    with capsys.disabled():
+        shape = f"{decoder.num_layers} layers of {decoder.hidden_size}"
+        print(f"\n{shape}: " + "; ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()), end="")
+    for retention, share in ((0.35, 0.4), (0.10, 0.15)):
+        assert sizes[f"{retention:.0%}, layerwise"] < share * sizes["every token"]
+        # A segment may hold a few slots more than it needs, and here it ends with none of video or sound.
+        assert sizes[f"{retention:.0%}, pruned"] == of_token * text * decoder.num_layers
 
 
 def test_a_layer_of_experts_at_full_size() -> None:

@@ -56,9 +56,9 @@ def test_other_methods(path: Path, name: str) -> None:
     recorded = json.loads((path.parent / "methods.json").read_text())
     method = METHODS[name](video_ratio=recorded["video_ratio"], audio_ratio=recorded["audio_ratio"])
     key = name.replace("-om", "_omni")
-    prefill = model.prefill(inputs, seats=method)
+    prefill = model.prefill(inputs, seats=method, kv="pruned")
     assert prefill.segments[-1] == recorded["methods"][key]["kept"][path.stem]
     torch.testing.assert_close(prefill.logits, expected[f"logits_{key}"], atol=1e-3, rtol=0)
     generated = expected[f"generated_{key}"].tolist()
-    answer = model.generate(inputs, seats=method, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    answer = model.generate(inputs, seats=method, kv="pruned", max_new_tokens=len(generated), stop_token_ids=[STOP])
     assert answer.tokens == generated

@@ -54,12 +54,12 @@ def test_recorded_selections(path: Path) -> None:
     model = load(path.parent)
     inputs, expected = read_request(path)
     seats = config_of(path)
-    prefill = model.prefill(inputs, seats=seats)
+    prefill = model.prefill(inputs, seats=seats, kv="pruned")
     steps = sorted((name for name in expected if name.startswith("keep_")), key=lambda name: int(name[5:]))
     assert [kept.tolist() for kept in prefill.kept] == [expected[step].tolist() for step in steps]
     torch.testing.assert_close(prefill.logits, expected["logits"], atol=1e-3, rtol=0)
     generated = expected["generated"].tolist()
-    answer = model.generate(inputs, seats=seats, max_new_tokens=len(generated), stop_token_ids=[STOP])
+    answer = model.generate(inputs, seats=seats, kv="pruned", max_new_tokens=len(generated), stop_token_ids=[STOP])
     assert answer.tokens == generated
 
 

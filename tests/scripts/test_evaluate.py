@@ -117,12 +117,12 @@ def test_every_setting_is_what_it_says() -> None:
         "every token, no video",
         "every token, no sound",
         "seats 35%",
-        "seats 35%, layerwise",
+        "seats 35%, pruned",
         "random 35%",
     ]
     model = omni.load("tiny", device="cpu")
     methods = [evaluate.method_of(setting, model) for setting in found]
     assert methods[:3] == [None, None, None]
-    assert len(set(methods[3:])) == len(methods[3:]) - 2  # of layerwise, which is no method of its own
+    assert len(set(methods[3:])) == len(methods[3:]) - 6  # of the pruned cache, which is no method of its own
     with pytest.raises(ValueError, match="FastV cannot keep"):
         evaluate.method_of(evaluate.Setting("fastv", 0.1), model)

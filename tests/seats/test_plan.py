@@ -18,7 +18,7 @@ from seats.config import PRESETS
 from seats.cost import prefill_macs
 from seats.method import Step
 from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of, make_plan
-from seats.selection import AUDIO, TEXT, VIDEO, run_starts, select
+from seats.selection import AUDIO, TEXT, VIDEO, count_windows, select
 
 SEATS = seats.preset("qwen2.5-omni-7b")
 GRID_TOKENS = 144
@@ -53,7 +53,7 @@ def clip_counts(family: Family, config: seats.SeatsConfig, seconds: float, text:
         text=text,
         video_sizes=sizes(grids * GRID_TOKENS, 2 * GRID_TOKENS),
         audio_sizes=sizes(int(seconds * family.audio_rate), AUDIO_WINDOW),
-        runs=(min(runs, grids), runs),
+        windows=(runs, min(runs, grids)),
     )
 
 
@@ -116,11 +116,11 @@ def test_few_plans_serve_every_clip(family: Family, capsys: pytest.CaptureFixtur
     video=st.integers(0, 60),
     window=st.sampled_from([1, 8, 288, 1440, 20000]),
     audio=st.integers(0, 2000),
-    runs=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+    windows=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
     kept=st.integers(1, 100_000),
 )
 def test_rungs_hold_what_they_round(
-    text: int, video: int, window: int, audio: int, runs: tuple[int, int], kept: int
+    text: int, video: int, window: int, audio: int, windows: tuple[int, int], kept: int
 ) -> None:
     """Nothing is rounded down, a rung is its own rung, and a modality that is not there stays away."""
     counts = Counts(
@@ -130,8 +130,8 @@ def test_rungs_hold_what_they_round(
         video_windows=video,
         video_window=window,
         audio_windows=audio,
-        video_runs=runs[0] if video else 0,
-        audio_runs=runs[1] if audio else 0,
+        windows=max(windows) if video or audio else 0,
+        pairs=min(windows) if video and audio else 0,
     )
     rounded = counts.rounded()
     assert rounded.rounded() == rounded
@@ -148,25 +148,33 @@ def test_rungs_hold_what_they_round(
 
 @settings(max_examples=1000)
 @given(
-    runs=st.lists(st.tuples(st.sampled_from([TEXT, VIDEO, AUDIO]), st.integers(1, 6)), min_size=1, max_size=24),
+    runs=st.lists(
+        st.tuples(st.sampled_from([TEXT, VIDEO, AUDIO]), st.integers(1, 6), st.booleans()), min_size=1, max_size=24
+    ),
     video=st.floats(0.01, 1),
     audio=st.floats(0.01, 1),
     spread=st.sampled_from([1e-3, 1.0, 30.0]),
     seed=st.integers(0, 2**16),
 )
 def test_a_segment_holds_whatever_is_kept(
-    runs: list[tuple[int, int]], video: float, audio: float, spread: float, seed: int
+    runs: list[tuple[int, int, bool]], video: float, audio: float, spread: float, seed: int
 ) -> None:
-    """However relevance falls, even on a few windows alone, the next segment has a slot for every survivor."""
-    modality = torch.tensor([kind for kind, length in runs for _ in range(length)], dtype=torch.uint8)
+    """However relevance falls, even on a few windows alone, the next segment has a slot for every survivor. Runs are
+    of one clip up to one that opens another."""
+    modality = torch.tensor([kind for kind, length, _ in runs for _ in range(length)], dtype=torch.uint8)
+    owner: list[int] = []
+    for kind, length, opens in runs:
+        number = owner[-1] if owner else -1
+        owner += [number + (kind != TEXT and (opens or number < 0))] * length
+    clip = torch.tensor(owner)
     scores = spread * torch.rand(len(modality), generator=torch.Generator().manual_seed(seed))
-    starts = run_starts(modality[None])[0]
-    video_runs, audio_runs = (int((starts & (modality == kind)).sum()) for kind in (VIDEO, AUDIO))
+    windows, pairs = count_windows(modality, clip)
     media = int((modality != TEXT).sum())
     if not media:
         return
-    counts = Counts(1, 1 + media, 0, video_runs, 1, audio_runs, video_runs, audio_runs)
-    keep = select(scores[None], modality[None], video, audio, 0.1, max(1, video_runs, audio_runs))[0]
+    there = [int((modality == kind).any()) for kind in (VIDEO, AUDIO)]
+    counts = Counts(1, 1 + media, 0, there[0], 1, there[1], windows, pairs)
+    keep = select(scores[None], modality[None], video, audio, 0.1, max(1, windows), clip[None])[0]
     assert int((keep & (modality != TEXT)).sum()) <= SEATS.left(media, Step(1, video, audio), counts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import groupby
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -47,16 +48,29 @@ def count(tokens: list[list[int]], ratio: float) -> int:
     return max(1, round(ratio * total)) if total else 0
 
 
-def select_by_text(scores: Tensor, modality: Tensor, video_ratio: float, audio_ratio: float, t: float) -> list[int]:
+def windows_by_text(modality: Tensor, clip: Tensor) -> list[list[list[int]]]:
+    """Runs of video and of audio, paired inside their clip."""
+    media: list[list[list[int]]] = [[], []]
+    for number in sorted(set(clip.tolist())):
+        of_clip = modality.masked_fill(clip != number, TEXT)
+        found = [runs(of_clip, kind) for kind in (VIDEO, AUDIO)]
+        size = max(map(len, found))
+        for row, each in zip(media, found, strict=True):
+            row += each + [[]] * (size - len(each))
+    return media
+
+
+def select_by_text(
+    scores: Tensor, modality: Tensor, video_ratio: float, audio_ratio: float, t: float, clip: Tensor | None = None
+) -> list[int]:
     """Stage II with loops and lists, rule after rule."""
-    media = [runs(modality, kind) for kind in (VIDEO, AUDIO)]
+    media = windows_by_text(modality, torch.zeros_like(modality) if clip is None else clip)
     keep_video, keep_audio = count(media[0], video_ratio), count(media[1], audio_ratio)
     text = [token for run in runs(modality, TEXT) for token in run]
-    size = max(map(len, media))
+    size = len(media[0])
     if size <= 1 or not keep_video or not keep_audio:
         video, audio = ([token for run in found for token in run] for found in media)
         return sorted(text + best(scores, video, keep_video) + best(scores, audio, keep_audio))
-    media = [found + [[]] * (size - len(found)) for found in media]
     means = torch.tensor([[scores[run].mean() if run else 0.0 for run in found] for found in media])
     shares = (means / t).softmax(dim=-1)
     keep = keep_video + keep_audio
@@ -97,6 +111,79 @@ def test_equals_the_method_rule_after_rule(layout: Layout, seed: int, video: flo
     scores, modality = sequence(layout, seed)
     result = select_by_relevance(scores, modality, video, audio, t)
     assert result.tolist() == select_by_text(scores, modality, video, audio, t)
+
+
+CLIPS = st.lists(LAYOUTS, min_size=1, max_size=5)
+
+
+def several(clips: list[Layout]) -> tuple[Layout, Tensor]:
+    """One after another, text between them, and of which clip a token is; clips may be silent, or sound alone."""
+    layout: Layout = []
+    clip: list[int] = []
+    for number, one in enumerate(clips):
+        part = [*one, (TEXT, 2)]
+        layout += part
+        clip += [number] * sum(tokens for _, tokens in part)
+    return layout, torch.tensor(clip)
+
+
+@given(CLIPS, st.integers(0, 2**16), RATIOS, RATIOS, TEMPERATURES)
+def test_runs_pair_inside_their_clip(clips: list[Layout], seed: int, video: float, audio: float, t: float) -> None:
+    layout, clip = several(clips)
+    scores, modality = sequence(layout, seed)
+    result = select_by_relevance(scores, modality, video, audio, t, clip)
+    assert result.tolist() == select_by_text(scores, modality, video, audio, t, clip)
+
+
+@given(LAYOUTS, st.integers(0, 2**16), RATIOS, RATIOS, TEMPERATURES)
+def test_one_clip_pairs_by_number_over_the_whole_prompt(
+    layout: Layout, seed: int, video: float, audio: float, t: float
+) -> None:
+    """The paper's rule, bit for bit."""
+    scores, modality = sequence(layout, seed)
+    one = torch.full((len(modality),), 3).masked_fill(modality == TEXT, -1)
+    expected = select_by_relevance(scores, modality, video, audio, t)
+    assert torch.equal(select_by_relevance(scores, modality, video, audio, t, one), expected)
+
+
+@given(CLIPS, st.randoms(use_true_random=False), st.integers(0, 2**16), st.booleans(), RATIOS, RATIOS, TEMPERATURES)
+def test_the_order_of_media_decides_ties_alone(
+    clips: list[Layout], generator: Random, seed: int, equal: bool, video: float, audio: float, t: float
+) -> None:
+    """With the same scores a medium keeps as much wherever it stands, but for one token of each of its windows: where
+    windows have equal claims, the first of them gets what is left over. Equal scores: windows of one make get equal
+    shares, whichever medium they are of."""
+    layout, clip = several(clips)
+    scores, modality = sequence(layout, seed)
+    if equal:
+        scores = torch.full_like(scores, 1 / len(scores))
+    order = list(range(len(clips)))
+    generator.shuffle(order)
+    _, moved = several([clips[number] for number in order])
+    places = torch.cat([(clip == number).nonzero().flatten() for number in order])
+    before = select_by_relevance(scores, modality, video, audio, t, clip)
+    after = select_by_relevance(scores[places], modality[places], video, audio, t, moved)
+    windows = windows_by_text(modality, clip)
+    if len(windows[0]) <= 1 or not all(any(found) for found in windows):
+        return  # ranked as a whole
+    for number in range(len(clips)):
+        own = sum(clip[(video + audio)[0]] == number for video, audio in zip(*windows, strict=True))
+        kept = [int(((clip[found] == number) & (modality[found] != TEXT)).sum()) for found in (before, places[after])]
+        assert abs(kept[0] - kept[1]) <= own
+
+
+def test_a_sound_of_its_own_is_not_paired_with_a_clip() -> None:
+    """Of 143 tokens of speech 12 stayed before a clip with sound, 140 after it, when runs were paired by number."""
+    speech: Layout = [(AUDIO, 143)]
+    clip: Layout = [(VIDEO, 36), (AUDIO, 50)] * 8
+    kept = []
+    for media in ([speech, clip], [clip, speech]):
+        layout, owner = several(media)
+        scores, modality = torch.full((len(owner),), 1 / len(owner)), sequence(layout, 0)[1]
+        found = select_by_relevance(scores, modality, 0.5, 0.5, 0.1, owner)
+        sound = (owner == media.index(speech)) & (modality == AUDIO)
+        kept.append(int(sound[found].sum()))
+    assert abs(kept[0] - kept[1]) <= 1 and 40 <= min(kept) <= 50, kept
 
 
 @given(LAYOUTS, st.integers(0, 2**16), RATIOS, RATIOS, TEMPERATURES)
@@ -164,6 +251,10 @@ def test_refuses_what_does_not_fit() -> None:
         select_by_relevance(scores[:0], modality[:0], 0.5, 0.5, 0.1)
     with pytest.raises(ValueError, match="audio_keep_ratio must lie in"):
         select_by_relevance(scores, modality, 0.5, 1.5, 0.1)
+    with pytest.raises(ValueError, match=r"clip must be \(8,\)"):
+        select_by_relevance(scores, modality, 0.5, 0.5, 0.1, torch.zeros(7, dtype=torch.long))
+    with pytest.raises(ValueError, match="may not fall along the sequence"):
+        select_by_relevance(scores, modality, 0.5, 0.5, 0.1, torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]))
     with pytest.raises(ValueError, match="temperature must be above 0"):
         select_by_relevance(scores, modality, 0.5, 0.5, 0)
 

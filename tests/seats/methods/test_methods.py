@@ -155,9 +155,9 @@ def test_names() -> None:
 def test_methods_are_keys() -> None:
     """Equal settings share a plan, others do not."""
     for name, made in METHODS.items():
-        counts = counts_of(make(name, 0.5, 0.6), text=9, video_sizes=[9, 9], audio_sizes=[50], runs=(1, 1))
+        counts = counts_of(make(name, 0.5, 0.6), text=9, video_sizes=[9, 9], audio_sizes=[50], windows=(1, 1))
         assert hash(counts) == hash(
-            counts_of(make(name, 0.5, 0.6), text=9, video_sizes=[9, 9], audio_sizes=[50], runs=(1, 1))
+            counts_of(make(name, 0.5, 0.6), text=9, video_sizes=[9, 9], audio_sizes=[50], windows=(1, 1))
         )
         assert made(video_ratio=0.5, audio_ratio=0.6) == made(video_ratio=0.5, audio_ratio=0.6)
         assert made(video_ratio=0.5, audio_ratio=0.6) != made(video_ratio=0.4, audio_ratio=0.6)
