@@ -1,13 +1,14 @@
 """Sources of media: files and containers opened, arrays recognised, damage reported.
 
-A source is a path, a seekable binary file object, or what is already decoded: a picture as a PIL image or an
-array (H, W, 3) or (3, H, W) uint8; sound as an array (n,) in [-1, 1] at 16 kHz, or a pair (array, rate in Hz);
-a clip as a pair (array, frames per second), its array (N, 3, H, W) or (N, H, W, 3) uint8. Arrays are torch's or
-numpy's.
+A source is a path, an address (file://, data:; http:// and https:// by `addresses.fetched`), bytes, a seekable binary
+file object, or what is already decoded: a picture as a PIL image or an array (H, W, 3) or (3, H, W) uint8; sound as an
+array (n,) in [-1, 1] at 16 kHz, or a pair (array, rate in Hz); a clip as a pair (frames, frames per second), its frames
+an array (N, 3, H, W) or (N, H, W, 3) uint8 or a list of pictures. Arrays are torch's or numpy's.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -20,13 +21,26 @@ import torch
 from torch import Tensor
 
 from omni.processing.frames import MediaError
+from omni.processing.media.addresses import data_of, path_of, refusal, scheme_of, shown
+
+MAY_LEAP = 0x200
+"""AVFMT_TS_DISCONT of libavformat's avformat.h: time stamps may leap within a file of such a format."""
 
 
 @contextmanager
 def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
     """A source opened at its start, and its name for messages. File objects stay open afterwards."""
+    scheme, name = scheme_of(source), named(source)
+    if scheme in ("http", "https"):
+        raise MediaError(refusal(source))
+    if scheme == "data":
+        source = data_of(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if len(source) == 0:
+            raise MediaError(f"{name} is empty.")
+        yield io.BytesIO(source), name
+        return
     if not isinstance(source, (str, os.PathLike)):
-        name = str(getattr(source, "name", None) or "the file object")
         try:
             empty = source.seek(0, os.SEEK_END) == 0
             source.seek(0)
@@ -42,7 +56,8 @@ def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
             raise MediaError(f"{name} is empty.")
         yield source, name
         return
-    name = os.fspath(source)
+    if scheme == "file":
+        source = path_of(source)
     try:
         status = Path(source).stat()
         if stat.S_ISDIR(status.st_mode):
@@ -55,14 +70,25 @@ def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
     except MediaError:
         raise
     except FileNotFoundError as error:
-        hint = " Download it first." if "://" in name else ""
+        hint = " Download it first." if "://" in name and scheme is None else ""
         raise MediaError(f"{name} does not exist.{hint}") from error
     except OSError as error:
-        raise MediaError(f"{name:.300} cannot be opened: {error.strerror}.") from error
+        raise MediaError(f"{name} cannot be opened: {error.strerror}.") from error
     except ValueError as error:  # a name that the system has no way to write
         raise MediaError(f"{name!r:.80} cannot be the name of a file.") from error
     with file:
         yield file, name
+
+
+def named(source: Any) -> str:
+    """A source in a message: its path or the beginning of its address, or what kind of object it is."""
+    if isinstance(source, str):
+        return shown(source)
+    if isinstance(source, os.PathLike):
+        return shown(str(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "the data"
+    return shown(str(getattr(source, "name", None) or "the file object"))
 
 
 @contextmanager
@@ -85,36 +111,19 @@ def open_container(source: Any) -> Iterator[tuple[Any, str]]:
 
 
 def packets(container: Any, *streams: Any) -> Iterator[Any]:
-    """Whole packets, in the order of the file, up to its end or to where it cannot be read on."""
+    """Packets in the order of the file, up to its end or to where it cannot be read on.
+
+    libavformat marks packets as corrupt that may be: ones shorter than it asked for, which the last of a stream of
+    unknown length is as well, and in transport streams all beside which a counter leaps, as where recordings are
+    joined. Pictures of the first kind are torn and are left out; sound and the others are for the decoder to judge.
+    """
     import av
 
+    judged = container.format.flags & MAY_LEAP
     with suppress(av.FFmpegError):
         for packet in container.demux(*streams):
-            if packet.size > 0 and not packet.is_corrupt:
+            if packet.size > 0 and (not packet.is_corrupt or judged or packet.stream.type == "audio"):
                 yield packet
-
-
-def frames_of(context: Any, packet: Any) -> list[Any]:
-    """What a packet decodes to, None for what is still to come; nothing where it is damaged."""
-    import av
-
-    try:
-        return context.decode(packet)
-    except av.FFmpegError:
-        return []
-
-
-def moving_pictures(container: Any) -> Any | None:
-    """The stream of moving pictures: not the cover of a sound."""
-    from av.stream import Disposition
-
-    still = Disposition.attached_pic | Disposition.timed_thumbnails
-    return next((stream for stream in container.streams.video if not stream.disposition & still), None)
-
-
-def require_decoder(stream: Any, name: str) -> None:
-    if stream.codec_context is None:
-        raise MediaError(f"{name}: there is no decoder for its {stream.type} stream. Convert it to H.264 and AAC.")
 
 
 def is_array(source: Any) -> bool:
@@ -134,10 +143,6 @@ def as_array(source: Any) -> Tensor:
 
 def described(array: Tensor) -> str:
     return f"{tuple(array.shape)} {str(array.dtype).removeprefix('torch.')}"
-
-
-def seconds_of(time: int | None, unit: Any) -> float | None:
-    return None if time is None else float(time * unit)
 
 
 def warn_if_short(name: str, promised: float, found: float, what: str) -> None:

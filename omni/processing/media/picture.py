@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from omni.processing.frames import MAX_PIXELS, MediaError
-from omni.processing.media.files import as_array, described, is_array, is_pil, open_file
+from omni.processing.media.files import as_array, described, is_array, is_pil, open_file, warn
+from omni.processing.media.upright import over_white
 
 # Formats that Pillow recognises by a signature and decodes by itself: no EPS, which runs another program.
-PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "CUR")
+MOVING = ("GIF", "PNG", "WEBP", "AVIF")
+HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
+"""Of files with pictures coded as HEVC (ISO/IEC 23008-12, annex B); "mif1" and "msf1" leave the coding open."""
 
 
 def read_image(source: Any) -> Tensor:
     """(3, H, W) uint8 RGB, upright. Transparency is laid over white; 16-bit greys keep their upper 8 bits.
 
-    Raises MediaError for what is no picture, is damaged, or claims more than `MAX_PIXELS`.
+    Of a picture that moves, or has several pages, the first is taken, with a warning. HEIC needs `pillow-heif` (the
+    extra `heif`). Raises MediaError for what is no picture, is damaged, or claims more than `MAX_PIXELS`.
     """
     if is_array(source):
         array = as_array(source)
@@ -26,18 +31,47 @@ def read_image(source: Any) -> Tensor:
             raise MediaError(f"an array of a picture must be (H, W, 3) or (3, H, W) uint8, not {described(array)}.")
         return array if array.shape[0] == 3 else array.permute(2, 0, 1)
     if is_pil(source):
-        return _pixels(source, "the picture")
+        return pixels(source, "the picture")
     with open_file(source) as (file, name):
         picture = open_picture(file, name)
         if picture is None:
-            raise MediaError(f"{name} is not a picture of a known format ({', '.join(PICTURES)}).")
-        return _pixels(picture, name)
+            raise MediaError(f"{name} is not a picture of a known format ({', '.join((*PICTURES, 'HEIC'))}).")
+        if moves(picture):
+            warn(f"{name} moves: as an image it is its first frame. Give it as a video to have all.")
+        elif picture.format == "TIFF" and getattr(picture, "n_frames", 1) > 1:
+            warn(f"{name} has {picture.n_frames} pages: the first is taken.")
+        return pixels(picture, name)
+
+
+def is_heif(file: BinaryIO) -> bool:
+    """Whether a file holds pictures that take pillow-heif to read, by the brands of its first box (ISO/IEC 14496-12)."""
+    head = file.read(1024)
+    file.seek(0)
+    if head[4:8] != b"ftyp":
+        return False
+    size = int.from_bytes(head[:4], "big")
+    brands = {head[start : start + 4] for start in (8, *range(16, min(size, len(head)) - 3, 4))}
+    if not brands & {b"avif", b"avis"}:
+        return head[8:12] in HEIF_BRANDS | {b"mif1", b"msf1"}
+    from PIL import features
+
+    return not features.check("avif")
+
+
+def moves(picture: Any) -> bool:
+    """Whether an opened picture is a clip. Raises whatever a damaged file makes Pillow run into as MediaError."""
+    try:
+        return picture.format in MOVING and bool(getattr(picture, "is_animated", False))
+    except Exception as error:
+        raise MediaError(f"the picture is damaged: {error}.") from error
 
 
 def open_picture(file: BinaryIO, name: str) -> Any | None:
     """A picture, not yet decoded; None where Pillow knows no such format."""
     from PIL import Image, UnidentifiedImageError
 
+    if is_heif(file):
+        return _open_heif(file, name)
     Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes when it is decoded
@@ -53,8 +87,31 @@ def open_picture(file: BinaryIO, name: str) -> Any | None:
             file.seek(0)
 
 
-def _pixels(picture: Any, name: str) -> Tensor:
-    from PIL import Image, ImageOps
+def _open_heif(file: BinaryIO, name: str) -> Any:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise MediaError(
+            f"{name} is a HEIC picture: pip install 'seats-omni[heif]' (pillow-heif) reads it, or convert it to JPEG."
+        ) from None
+    try:
+        found = pillow_heif.open_heif(file)
+        found = found[found.primary_index]
+        width, height = found.size
+        if width * height > MAX_PIXELS:
+            raise MediaError(f"{name} has {width} x {height} pixels, which is too large. Scale it down.")
+        return found.to_pillow()
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{name} is a damaged picture: {error}.") from error
+    finally:
+        file.seek(0)
+
+
+def pixels(picture: Any, name: str) -> Tensor:
+    """(3, H, W) uint8 of an opened picture, of one that moves the frame it stands at."""
+    from PIL import ImageOps
 
     width, height = picture.size
     if width * height > MAX_PIXELS:
@@ -65,12 +122,12 @@ def _pixels(picture: Any, name: str) -> Tensor:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
             picture = picture.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
-        if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        clear = "A" in picture.getbands() or picture.info.get("transparency") is not None
+        mode = "RGBA" if clear else "RGB"
+        picture = picture.convert(mode)
+        found = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        found = found.view(picture.height, picture.width, len(mode))
     # On damaged files Pillow's decoders raise whatever their parsing runs into.
     except Exception as error:
         raise MediaError(f"{name} is a damaged picture: {error}.") from error
-    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
+    return (over_white(found) if clear else found).permute(2, 0, 1)

@@ -1,31 +1,39 @@
-"""Containers → the frames of a clip that the model sees."""
+"""Containers, animations and lists of frames → the frames of a clip that the model sees."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import count
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni.processing.frames import MAX_PIXELS, MediaError, resize, sample_indices, sampled_fps
+from omni.processing.frames import MediaError, resize
+from omni.processing.media.animation import open_animation
+from omni.processing.media.decoding import UNTIMED, WHOLE, Decoder, DisagreementError
 from omni.processing.media.files import (
     as_array,
     described,
-    frames_of,
     is_array,
-    moving_pictures,
     open_container,
     packets,
-    require_decoder,
     warn,
     warn_if_short,
 )
+from omni.processing.media.picture import read_image
+from omni.processing.media.stamps import NONE, Mark, Recordings, Shifts, mark, may_leap
+from omni.processing.media.streams import require_pictures, sound_track
+from omni.processing.media.timeline import Sample, Timeline, Wish
+from omni.processing.media.upright import upright
+
+SizeFor = Callable[[int, int, int], tuple[int, int]]
+OnFrame = Callable[[int, int], None]
+SAME = 1e-6
+"""Seconds between two computations of one time."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Video:
 
     frames: (N, 3, H, W) uint8, N even. fps: the rate at which they follow each other, as the model is told it
     (`frames.sampled_fps`): `temporal_patch_size / fps` is its `video_second_per_grid`. duration: seconds of
-    the whole clip. size: (height, width) before resizing, upright.
+    the whole clip, or of the stretch that was asked for. size: (height, width) before resizing, upright.
     """
 
     frames: Tensor
@@ -49,103 +57,116 @@ def read_video(
     fps: float = 2.0,
     max_frames: int = 768,
     min_frames: int = 4,
-    size_for: Callable[[int, int, int], tuple[int, int]] | None = None,
-    on_frame: Callable[[int, int], None] | None = None,
+    nframes: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    size_for: SizeFor | None = None,
+    on_frame: OnFrame | None = None,
 ) -> Video:
     """The frames that the family's rule takes from a clip (`frames.sample_indices`), upright, as RGB.
 
+    nframes: how many, made even, instead of `fps`. start, end: the stretch of the clip in seconds from its first frame;
+    `end` may lie beyond the clip. A list of frames that is no faster than `fps` is taken whole.
     size_for: (number of frames, height, width) → the (height, width) that each frame is resized to as it
     comes (`VisionSizes.clip_size`): memory holds what is returned and the frame in hand, however long the
     clip. on_frame: called with (frames done, frames in all).
 
-    The file is read once without decoding, for the times of its frames; then only what leads from a keyframe
-    to a wanted frame is read and decoded. Frames at a constant rate are taken by their index. Where the rate
-    varies, the same number is taken at even instants: at each, the frame that is then on the screen.
+    The file is read once without decoding, for the times of its frames. Where these can be trusted, only what leads
+    from a keyframe to a wanted frame is read and decoded; elsewhere the file is decoded from beginning to end, and a second
+    time where its frames turn out to be others than its packets promised. Frames at a constant rate are taken by their
+    index. Where the rate varies, the same number is taken at even instants: at each, the frame that is then on the
+    screen.
 
     A clip that is cut off or damaged gives what can be decoded, with a warning that says how much is missing:
     a wanted frame that is lost is replaced by the one before it. Raises MediaError where nothing is left.
     """
-    if isinstance(source, tuple):
-        return _sample_array(source, fps, max_frames, min_frames, size_for, on_frame)
-    if is_array(source):
-        raise MediaError("an array of frames does not say how fast they follow: give (array, frames per second).")
-    with open_container(source) as (container, name):
-        stream = _require_pictures(container, name)
-        timeline = _scan(container, stream, name)
-    indices, rate, duration = timeline.sample(fps, min_frames, max_frames)
-    frames: Tensor | None = None
-    size, done, lost = (0, 0), 0, 0
-    with open_container(source) as (container, name):
-        stream = _require_pictures(container, name)
-        for decoded, intact in _decode(container, stream, timeline, indices):
-            picture = _upright(decoded)
-            if frames is None:
-                size = (picture.shape[1], picture.shape[2])
-                target = size_for(len(indices), *size) if size_for else size
-                frames = torch.empty(len(indices), 3, *target, dtype=torch.uint8)
-            # A wish for more frames than there are repeats them.
-            repeats = indices.count(indices[done])
-            frames[done : done + repeats] = resize(picture[None], (frames.shape[2], frames.shape[3]))
-            done, lost = done + repeats, lost + repeats * (not intact)
-            if on_frame is not None:
-                on_frame(done, len(indices))
-    if frames is None:
-        raise MediaError(f"{name}: not one of its frames could be decoded. The file is damaged.")
-    if lost:
-        warn(f"{name}: {lost} of {len(indices)} frames could not be decoded; earlier ones stand in for them.")
-    return Video(frames, rate, duration, size)
+    wish = Wish(fps, min_frames, max_frames, nframes, start, end)
+    if isinstance(source, (tuple, list)) or is_array(source):
+        return _given(source, wish, size_for, on_frame)
+    with open_animation(source) as animation:
+        if animation is not None:
+            sample = animation.timeline().sample(wish, animation.name)
+            frames = _Frames(sample, size_for, on_frame)
+            for picture in animation.frames(list(dict.fromkeys(sample.indices))):
+                frames.add(picture)
+            return frames.video()
+    return _contained(source, wish, size_for, on_frame)
+
+
+class _Frames:
+    """The wanted frames as they come, each scaled and put where it belongs."""
+
+    def __init__(self, sample: Sample, size_for: SizeFor | None, on_frame: OnFrame | None) -> None:
+        self.sample, self.size_for, self.on_frame = sample, size_for, on_frame
+        # A wish for more frames than there are repeats them.
+        self.repeats = list(Counter(sample.indices).values())
+        self.frames: Tensor | None = None
+        self.size = (0, 0)
+        self.done = self.lost = 0
+
+    def add(self, picture: Tensor, intact: bool = True) -> None:
+        """picture: (3, H, W) uint8, the next of `sample.indices` that differs; not intact where it stands in for it."""
+        count, repeats = len(self.sample.indices), self.repeats.pop(0)
+        if self.frames is None:
+            self.size = (picture.shape[1], picture.shape[2])
+            target = self.size_for(count, *self.size) if self.size_for else self.size
+            self.frames = torch.empty(count, 3, *target, dtype=torch.uint8)
+        target = (self.frames.shape[2], self.frames.shape[3])
+        self.frames[self.done : self.done + repeats] = resize(picture[None], target)
+        self.done += repeats
+        self.lost += repeats * (not intact)
+        if self.on_frame is not None:
+            self.on_frame(self.done, count)
+
+    def are(self, times: Sequence[float], wanted: Sequence[float]) -> bool:
+        """Whether they were taken at `times`, `wanted` being the different ones of theirs."""
+        taken = [
+            time
+            for time, repeats in zip(wanted, Counter(self.sample.indices).values(), strict=True)
+            for _ in range(repeats)
+        ]
+        return len(taken) == len(times) and all(abs(a - b) < SAME for a, b in zip(taken, times, strict=True))
+
+    def video(self) -> Video:
+        assert self.frames is not None
+        return Video(self.frames, self.sample.fps, self.sample.duration, self.size)
 
 
 @dataclass(frozen=True)
-class _Timeline:
-    """The pictures of a file, without having decoded them.
+class _Scan:
+    """The pictures of a file by its packets, without having decoded them.
 
-    places: in decoding order, what tells each one: its time stamp, or its number where the file has no usable
-    ones (then `timed` is False). keys: the numbers in decoding order at which decoding can start. shown: the
-    places of those that appear on the screen, in the order of their appearance. unit: seconds of one step of
-    a time stamp. rate: frames per second as the file states it. end: the time stamp at which the last goes.
+    marks: all packets; shown: whether a frame is to come of each. places: the time stamp of each, in decoding order,
+    where every one is known and differs; empty where they cannot be sought by. shifts: what to add to the stamps of
+    joined recordings. times: in seconds on the container's clock, in order, of those shown. end: when the last goes.
+    rates: as the file states them. timed: whether it states times at all.
     """
 
+    marks: list[Mark]
+    shown: list[bool]
     places: list[int]
-    keys: list[int]
-    shown: list[int]
+    shifts: Shifts
+    times: list[float]
+    end: float
+    rates: tuple[float, ...]
     timed: bool
     unit: float
-    rate: float | None
-    end: int
 
-    def sample(self, fps: float, min_frames: int, max_frames: int) -> tuple[list[int], float, float]:
-        """Indices into `shown`, ascending; their rate (`Video.fps`); the clip's duration in seconds."""
-        total, start = len(self.shown), self.shown[0]
-        seconds = [(place - start) * self.unit for place in self.shown]
-        rate = self.rate
-        # Time stamps are rounded, in Matroska to milliseconds: within half a frame of its grid is constant.
-        steady = rate is not None and (
-            not self.timed or all(abs(time - k / rate) < 0.5 / rate for k, time in enumerate(seconds))
-        )
-        if not steady or rate is None:
-            rate = total / ((self.end - start) * self.unit)
-        indices = sample_indices(total, rate, fps=fps, min_frames=min_frames, max_frames=max_frames)
-        duration = total / rate
-        if not steady:
-            instants = (i * duration / len(indices) for i in range(len(indices)))
-            indices = [bisect_right(seconds, instant + 1e-6) - 1 for instant in instants]
-        return indices, sampled_fps(len(indices), duration, fps), duration
+    def timeline(self, times: Sequence[float], end: float) -> Timeline:
+        return Timeline([time - times[0] for time in times], end - times[0], self.rates, self.unit if self.timed else 0)
 
-    def spans(self, indices: list[int]) -> list[tuple[int, int]]:
-        """The runs (first, last) in decoding order, from keyframe to wanted picture, that give `indices`."""
-        if not self.timed:
-            return [(0, len(self.places) - 1)]
-        number = {place: n for n, place in enumerate(self.places)}
+    def spans(self, wanted: Sequence[float]) -> list[tuple[int, int]]:
+        """The runs (first, last) of packets, from keyframe to wanted picture, that give the pictures of these times."""
+        number = {place * self.unit: n for n, place in enumerate(self.places)}
+        keys = [n for n, each in enumerate(self.marks) if each.key]
         spans: list[tuple[int, int]] = []
-        for index in indices:
-            place = self.shown[index]
-            last = number[place]
+        for time in wanted:
+            last = number[time]
             # A picture that follows a keyframe but is shown before it needs the keyframe before.
-            key = bisect_right(self.keys, last) - 1
-            while key > 0 and self.places[self.keys[key]] > place:
+            key = bisect_right(keys, last) - 1
+            while key > 0 and self.places[keys[key]] > self.places[last]:
                 key -= 1
-            first = self.keys[key] if key >= 0 else 0
+            first = keys[key] if key >= 0 else 0
             if spans and first <= spans[-1][1] + 1:
                 spans[-1] = (spans[-1][0], max(last, spans[-1][1]))
             else:
@@ -153,143 +174,217 @@ class _Timeline:
         return spans
 
 
-def _scan(container: Any, stream: Any, name: str) -> _Timeline:
+def _scan(container: Any, stream: Any, name: str) -> _Scan:
     """Reads the whole file without decoding; warns where it ends before the time that it promises."""
     import av
 
-    places: list[int | None] = []
-    keys: list[int] = []
-    shown: list[int] = []
-    end, ends = 0, 0.0
-    for packet in packets(container, *container.streams.video, *container.streams.audio):
-        after = None if packet.pts is None else packet.pts + (packet.duration or 0)
-        if after is not None:
-            ends = max(ends, float(after * packet.time_base))
-        if packet.stream.index != stream.index:
-            continue
-        if packet.is_keyframe:
-            keys.append(len(places))
-        if not packet.is_discard:  # cut away by an edit list, but others may be decoded from it
-            shown.append(len(places))
-            end = max(end, after or 0)
-        places.append(packet.pts)
-    if not shown:
+    usual = sound_track(container, name, None)
+    marks: list[Mark] = []
+    sound: list[Mark] = []
+    shown: list[bool] = []
+    stamps: list[int | None] = []
+    ends = -math.inf
+    for place, packet in enumerate(packets(container, *container.streams.video, *container.streams.audio)):
+        found = mark(place, packet)
+        if found.shown is not None:
+            ends = max(ends, found.shown + found.duration)
+        if packet.stream.index == stream.index:
+            marks.append(found)
+            stamps.append(packet.pts)
+            # Cut away by an edit list, but others may be decoded from it; or coded to be never shown.
+            shown.append(not packet.is_discard and _is_shown(stream.codec_context.name, packet))
+        elif usual is not None and packet.stream.index == usual.index:
+            sound.append(found)
+    if not any(shown):
         raise MediaError(f"{name} has a picture stream without a single picture. The file is cut off or damaged.")
-    if container.duration is not None:
+    if container.duration is not None and not may_leap(container):
         start = (container.start_time or 0) / av.time_base
-        warn_if_short(name, container.duration / av.time_base, ends - start, "clip")
+        warn_if_short(name, container.duration / av.time_base, max(ends, start) - start, "clip")
 
-    numbers = [place for place in places if place is not None]
-    # AVI has no times of appearance, only a rate: what libavformat gives there counts in decoding order.
-    timed = len(set(numbers)) == len(places) and container.format.name != "avi"
-    rate = stream.average_rate or stream.guessed_rate
-    if not timed:
-        numbers, shown = list(range(len(places))), list(range(len(shown)))
-        if not rate:
-            raise MediaError(f"{name} states neither times nor a rate of its frames. Put it into an MP4 file.")
-    order = sorted(numbers[n] for n in shown)
-    if end <= order[-1]:  # the last one does not say how long it stays: as long as the others
-        gap = (order[-1] - order[0]) / (len(order) - 1) if len(order) > 1 else 0
-        end = order[-1] + max(1, round(gap))
-    return _Timeline(numbers, keys, order, timed, float(stream.time_base), float(rate) if rate else None, end)
-
-
-def _decode(container: Any, stream: Any, timeline: _Timeline, indices: list[int]) -> Iterator[tuple[Any, bool]]:
-    """For each different index a decoded frame and whether it is that one, not an earlier in its stead."""
-    wanted = deque(timeline.shown[index] for index in dict.fromkeys(indices))
-    latest: Any = None
-    for place, frame in _decode_spans(container, stream, timeline, timeline.spans(indices)):
-        while wanted and wanted[0] < place:
-            yield latest or frame, False
-            wanted.popleft()
-        if wanted and wanted[0] == place:
-            yield frame, True
-            wanted.popleft()
-        if not wanted:
-            return
-        latest = frame
-    if latest is not None:
-        for _ in wanted:
-            yield latest, False
+    rates = tuple(float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)
+    known = [stamp for stamp in stamps if stamp is not None]
+    unit = float(stream.time_base)
+    if container.format.name not in UNTIMED and 2 * len(known) >= len(stamps) and 2 * len(set(known)) > len(known):
+        shifts = Recordings(marks, sound).shifts(marks) if may_leap(container) else NONE
+        times, end = _laid_out(marks, shown, shifts)
+        trusted = container.format.name in WHOLE and len(set(known)) == len(stamps) and marks[0].key
+        if times:
+            return _Scan(marks, shown, known if trusted else [], shifts, times, end, rates, True, unit)
+    if not rates:
+        raise MediaError(f"{name} states neither times nor a rate of its frames. Put it into an MP4 file.")
+    times = [number / rates[0] for number in range(sum(shown))]
+    return _Scan(marks, shown, [], NONE, times, len(times) / rates[0], rates, False, unit)
 
 
-def _decode_spans(
-    container: Any, stream: Any, timeline: _Timeline, spans: list[tuple[int, int]]
-) -> Iterator[tuple[int, Any]]:
-    """(place, frame) of all pictures in the spans, in the order of appearance."""
-    import av
+def _is_shown(codec: str, packet: Any) -> bool:
+    """False for a packet of frames that others are made from, and that are not shown themselves.
 
-    stream.thread_type = "AUTO"
-    context = stream.codec_context
-    number = {place: n for n, place in enumerate(timeline.places)}
-    position, seekable = -1, timeline.timed
-    untimed = count()
-
-    def placed(frames: list[Any]) -> Iterator[tuple[int, Any]]:
-        for frame in frames:
-            place = frame.pts if timeline.timed else next(untimed)
-            if not frame.is_corrupt:
-                yield place, frame
-
-    for first, last in spans:
-        sought = False
-        if seekable and first > position + 1:
-            with suppress(av.FFmpegError):
-                container.seek(timeline.places[first], stream=stream)
-                sought = True
-        ahead = packets(container, stream)
-        while position < last and (packet := next(ahead, None)) is not None:
-            position = number.get(packet.pts, position) if timeline.timed else position + 1
-            if sought and position > first:
-                # The file's index led past the keyframe: from here on, read through from the start.
-                seekable = False
-                container.seek(min(0, *timeline.places), stream=stream)
-                ahead, position = packets(container, stream), -1
-            elif position >= first:
-                yield from placed(frames_of(context, packet))
-            sought = False
-        yield from placed(frames_of(context, None))
-        context.flush_buffers()
+    VP8: RFC 6386, section 9.1. VP9: its bitstream specification, sections 6.2 and annex B; of a superframe the last
+    frame is looked at.
+    """
+    if codec == "vp8":
+        return bool(bytes(memoryview(packet)[:1])[0] >> 4 & 1)
+    if codec == "vp9":
+        data = memoryview(packet)
+        marker = data[len(data) - 1]
+        if marker >> 5 == 0b110:
+            width, count = (marker >> 3 & 3) + 1, (marker & 7) + 1
+            index = len(data) - 2 - width * count
+            if index >= 0 and data[index] == marker:
+                sizes = bytes(data[index + 1 : -1])
+                before = sum(int.from_bytes(sizes[n * width : n * width + width], "little") for n in range(count - 1))
+                data = data[before:] if before < index else data
+        head = int.from_bytes(bytes(data[:2]), "big")  # marker (2 bits), profile (2, or 3 where both are set)
+        head <<= 4 if head >> 12 & 3 != 3 else 5
+        return bool(head >> 15 & 1 or head >> 13 & 1)  # show_existing_frame, frame_type, show_frame
+    return True
 
 
-def _upright(frame: Any) -> Tensor:
-    """(3, H, W) uint8 RGB, turned as the container's display matrix says."""
-    if frame.width * frame.height > MAX_PIXELS:
-        raise MediaError(f"a frame of {frame.width} x {frame.height} pixels is too large. Scale the clip down.")
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(picture, round(frame.rotation / 90), dims=(1, 2))
+def _laid_out(marks: Sequence[Mark], shown: Sequence[bool], shifts: Shifts) -> tuple[list[float], float]:
+    """The times of what is shown, in order, and when the last goes."""
+    times: list[float] = []
+    end = -math.inf
+    pending, shift = list(shifts)[::-1], 0.0
+    for number, (each, visible) in enumerate(zip(marks, shown, strict=True)):
+        if pending and number == pending[-1][0]:
+            shift = pending.pop()[1]
+        if visible and each.shown is not None:
+            times.append(each.shown + shift)
+            end = max(end, each.shown + shift + each.duration)
+    times.sort()
+    return times, _end(times, end)
 
 
-def _sample_array(
-    source: tuple[Any, Any],
-    fps: float,
-    max_frames: int,
-    min_frames: int,
-    size_for: Callable[[int, int, int], tuple[int, int]] | None,
-    on_frame: Callable[[int, int], None] | None,
-) -> Video:
-    array, native = as_array(source[0]), float(source[1])
-    if array.dim() != 4 or array.dtype != torch.uint8 or 3 not in (array.shape[1], array.shape[3]):
-        raise MediaError(f"an array of frames must be (N, 3, H, W) or (N, H, W, 3) uint8, not {described(array)}.")
-    if array.shape[1] != 3:
-        array = array.permute(0, 3, 1, 2)
-    indices = sample_indices(len(array), native, fps=fps, min_frames=min_frames, max_frames=max_frames)
-    size = (array.shape[2], array.shape[3])
-    frames = resize(array[indices], size_for(len(indices), *size) if size_for else size)
-    if on_frame is not None:
-        on_frame(len(indices), len(indices))
-    duration = len(array) / native
-    return Video(frames, sampled_fps(len(indices), duration, fps), duration, size)
+def _end(times: Sequence[float], end: float) -> float:
+    """When the last frame goes. One that does not say how long it stays, stays as long as the others."""
+    if end > times[-1]:
+        return end
+    return times[-1] + max((times[-1] - times[0]) / max(len(times) - 1, 1), 1e-3)
 
 
-def _require_pictures(container: Any, name: str) -> Any:
-    stream = moving_pictures(container)
-    if stream is None:
-        raise MediaError(f"{name} holds no moving pictures. Give it as a sound.")
-    require_decoder(stream, name)
-    context = stream.codec_context
-    if context.width * context.height > MAX_PIXELS:
-        raise MediaError(
-            f"{name} has frames of {context.width} x {context.height} pixels, which is too large. Scale it down."
-        )
-    return stream
+def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame | None) -> Video:
+    """The frames of a container: sought where its stamps can be trusted, else read through, at most twice."""
+    with open_container(source) as (container, name):
+        scan = _scan(container, require_pictures(container, name), name)
+    times, end = scan.times, scan.end
+    seek, again = bool(scan.places), True
+    while True:
+        sample = scan.timeline(times, end).sample(wish, name)
+        wanted = [times[index] for index in dict.fromkeys(sample.indices)]
+        frames = _Frames(sample, size_for, on_frame)
+        with open_container(source) as (container, name):
+            decoder = Decoder(require_pictures(container, name))
+            if seek:
+                try:
+                    _take(decoder.sought(container, scan.places, scan.shown, scan.spans(wanted)), wanted, frames)
+                except DisagreementError:
+                    seek = False
+                    continue
+                break
+            through = _Through(decoder.straight(container, scan.shifts), scan, wish.end)
+            _take(through, wanted, frames)
+        if not (again and through.times):
+            break
+        # The wish, of the frames that there really are: mostly they are those that the packets promised.
+        times, end = through.found(times, end, damaged=decoder.damage > 0)
+        real = scan.timeline(times, end).sample(wish, name)
+        if frames.are([times[index] for index in real.indices], wanted):
+            frames.sample = real
+            break
+        again = False
+    if frames.frames is None:
+        raise MediaError(f"{name}: not one of its frames could be decoded. The file is damaged.")
+    if frames.lost and decoder.damage:
+        count = len(sample.indices)
+        warn(f"{name}: {frames.lost} of {count} frames could not be decoded; earlier ones stand in for them.")
+    return frames.video()
+
+
+def _take(shown: Iterable[tuple[float, Any]], wanted: Sequence[float], frames: _Frames) -> None:
+    """Of all frames as they come, with their times, those that are on the screen at the wanted ones. Reads to the end.
+
+    The first stands in for what was to come before it.
+    """
+    waiting = deque(wanted)
+    latest: tuple[float, Any] | None = None
+
+    def take(time: float, frame: Any) -> None:
+        frames.add(upright(frame), intact=abs(time - waiting.popleft()) < SAME)
+
+    for time, frame in shown:
+        while latest is not None and waiting and waiting[0] < time - SAME:
+            take(*latest)
+        latest = time, frame
+    while latest is not None and waiting:
+        take(*latest)
+
+
+class _Through:
+    """All frames of a file from its beginning, in order, each with its time. times: of those that have come."""
+
+    def __init__(self, frames: Iterator[tuple[float | None, Any]], scan: _Scan, end: float | None) -> None:
+        self.frames, self.scan = frames, scan
+        self.most = math.inf if end is None else end
+        self.times: list[float] = []
+        self.end = -math.inf
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[tuple[float, Any]]:
+        step = 1 / self.scan.rates[0] if self.scan.rates else 0.0
+        latest = self.scan.times[0]
+        for number, (time, frame) in enumerate(self.frames):
+            stays = (frame.duration or 0) * self.scan.unit
+            if not self.scan.timed:
+                time = number * step
+            elif time is None:
+                time = latest + step if self.times else latest
+            # Stamps that go back, or stand still, are followed by what was to be shown later.
+            latest = max(time, latest) if self.times else time
+            self.times.append(latest)
+            self.end = max(self.end, latest + (stays or step))
+            if latest - self.times[0] >= self.most:
+                self.stopped = True
+                return
+            yield latest, frame
+
+    def found(self, times: list[float], end: float, *, damaged: bool) -> tuple[list[float], float]:
+        """The times of the frames, and when the last goes. times, end: what the packets promised.
+
+        What is missing in a damaged file was to be shown all the same, unless it came before everything else.
+        """
+        first, last = self.times[0], self.times[-1]
+        rest = [time for time in times if time > last] if self.stopped else []
+        kept = [time for time in times if first <= time and (not self.stopped or time <= last)]
+        if damaged and set(self.times) <= set(kept):
+            return [*kept, *rest], end
+        found = [*self.times, *rest]
+        return found, end if rest else _end(found, self.end)
+
+
+def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame | None) -> Video:
+    """The frames of an array or a list."""
+    if not isinstance(source, tuple) or len(source) != 2:
+        kind = "a list of frames" if isinstance(source, list) else "an array of frames"
+        raise MediaError(f"{kind} does not say how fast they follow: give fps, or a pair (frames, frames per second).")
+    given, rate = source
+    if isinstance(rate, bool) or not hasattr(rate, "__float__") or not 0 < float(rate) < math.inf:
+        raise MediaError(f"fps of a list or an array of frames must be a number above 0, not {rate!r:.80}.")
+    rate = float(rate)
+    pictures: Sequence[Any] | Tensor = given
+    if not isinstance(given, list):
+        pictures = as_array(given)
+        if pictures.dim() != 4 or pictures.dtype != torch.uint8 or 3 not in (pictures.shape[1], pictures.shape[3]):
+            raise MediaError(
+                f"an array of frames must be (N, 3, H, W) or (N, H, W, 3) uint8, not {described(pictures)}."
+            )
+        if pictures.shape[1] != 3:
+            pictures = pictures.permute(0, 3, 1, 2)
+    total = len(pictures)
+    if total == 0:
+        raise MediaError("a clip without a single frame has nothing to sample.")
+    timeline = Timeline([number / rate for number in range(total)], total / rate, (rate,))
+    sample = timeline.sample(replace(wish, every=isinstance(given, list)), "the clip")
+    frames = _Frames(sample, size_for, on_frame)
+    for index in dict.fromkeys(sample.indices):
+        frames.add(read_image(pictures[index]))
+    return frames.video()

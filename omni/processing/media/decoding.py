@@ -1,0 +1,140 @@
+"""The frames of one stream of a container, as they come out of its decoder, with their times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omni.processing.media.files import open_container, packets
+from omni.processing.media.stamps import NONE, Shifts
+from omni.processing.media.streams import moving_pictures
+
+WHOLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""Formats that state a time for every frame, the same before and after a seek."""
+UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "av1", "obu", "vvc", "dirac", "h263", "vc1")
+"""Formats that state a rate and no times of appearance: what libavformat gives for AVI counts in decoding order."""
+
+
+class DisagreementError(Exception):
+    """A file's packets and what is decoded of them are not the same frames, or its index leads elsewhere."""
+
+
+class Decoder:
+    """damage: how many packets and frames could not be decoded so far."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.context = stream.codec_context
+        self.unit = float(stream.time_base)
+        self.damage = 0
+        if stream.type == "video":
+            stream.thread_type = "AUTO"
+
+    def feed(self, packet: Any) -> list[Any]:
+        """The intact frames that a packet brings out, None for all that are still to come."""
+        import av
+
+        try:
+            frames = self.context.decode(packet)
+        except av.FFmpegError:
+            self.damage += packet is not None
+            return []
+        intact = [frame for frame in frames if not frame.is_corrupt]
+        self.damage += len(frames) - len(intact)
+        return intact
+
+    def drain(self) -> list[Any]:
+        frames = self.feed(None)
+        self.context.flush_buffers()
+        return frames
+
+    def straight(self, container: Any, shifts: Shifts = NONE) -> Iterator[tuple[float | None, Any]]:
+        """(seconds on the container's clock, frame) from beginning to end; None where the file has no time for it."""
+        stamps = _Stamps(self.unit)
+        pending = list(shifts)[::-1]
+        shift = 0.0
+        for number, packet in enumerate(packets(container, self.stream)):
+            if pending and number == pending[-1][0]:
+                if number and self.stream.type == "video":
+                    yield from ((stamps.time(frame, shift), frame) for frame in self.drain())
+                    stamps = _Stamps(self.unit)
+                shift = pending.pop()[1]
+            yield from ((stamps.time(frame, shift), frame) for frame in self.feed(packet))
+        yield from ((stamps.time(frame, shift), frame) for frame in self.feed(None))
+
+    def sought(
+        self, container: Any, places: Sequence[int], shown: Sequence[bool], spans: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[float, Any]]:
+        """(seconds, frame) of the spans (first, last), in the order of appearance.
+
+        places: the time stamps of all packets, in decoding order, each different; shown: whether a frame is to come of
+        each. Raises DisagreementError where other frames come, without damage that would explain it.
+        """
+        import av
+
+        number = {place: n for n, place in enumerate(places)}
+        position = -1
+        for first, last in spans:
+            damage, sought, found = self.damage, first > position + 1, set()
+            if sought:
+                try:
+                    container.seek(places[first], stream=self.stream)
+                except av.FFmpegError:
+                    raise DisagreementError from None
+            ahead = packets(container, self.stream)
+            while position < last and (packet := next(ahead, None)) is not None:
+                position = number.get(packet.pts, math.inf)
+                if position == math.inf or (sought and position > first):
+                    raise DisagreementError
+                sought = False
+                if position >= first:
+                    for frame in self.feed(packet):
+                        found.add(frame.pts)
+                        yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
+            for frame in self.drain():
+                found.add(frame.pts)
+                yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
+            # What comes after a keyframe and is shown before it may need what was not read.
+            promised = {places[n] for n in range(first, last + 1) if shown[n] and places[n] >= places[first]}
+            if position >= last and self.damage == damage:
+                if promised - found or {place for place in found if place is None or place >= places[first]} - promised:
+                    raise DisagreementError
+
+
+class _Stamps:
+    """The times of frames as they come out, as libavcodec guesses them (`guess_correct_pts`): by the stamps of
+    appearance, unless those go back more often than the stamps of decoding."""
+
+    def __init__(self, unit: float) -> None:
+        self.unit = unit
+        self.faults = [0, 0]
+        self.latest = [-math.inf, -math.inf]
+
+    def time(self, frame: Any, shift: float) -> float | None:
+        stamps = frame.pts, frame.dts
+        for kind, stamp in enumerate(stamps):
+            if stamp is not None:
+                self.faults[kind] += stamp <= self.latest[kind]
+                self.latest[kind] = stamp
+        pts, dts = stamps
+        best = pts if pts is not None and (dts is None or self.faults[0] <= self.faults[1]) else dts
+        return None if best is None else best * self.unit + shift
+
+
+def clip_start(source: Any) -> float | None:
+    """When the first frame of a file appears, in seconds on the container's clock; None where it has no pictures.
+
+    In formats that may begin in the middle of something, that is the first frame that can be decoded.
+    """
+    with open_container(source) as (container, _):
+        pictures = moving_pictures(container)
+        if pictures is None:
+            return None
+        stated = None if pictures.start_time is None else float(pictures.start_time * pictures.time_base)
+        if pictures.codec_context is None or container.format.name in (*WHOLE, *UNTIMED):
+            return stated
+        for time, _ in Decoder(pictures).straight(container):
+            if time is not None:
+                return time
+        return stated
