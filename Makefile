@@ -13,7 +13,7 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,plot,ray]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,plot,ray,heif]'
 	touch $@
 
 check: $(VENV)/installed

@@ -126,7 +126,7 @@ _TOO_LARGE = f"it has more than {MAX_BYTES / 2**30:g} GiB"
 _TOO_SLOW = f"it takes more than {MAX_SECONDS / 60:g} minutes"
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Why an address is not fetched."""
 
 
@@ -142,9 +142,9 @@ def _fetch(address: str, file: BinaryIO) -> None:
                     return
             here, before = urllib.parse.urljoin(here, target), scheme_of(here)
             if scheme_of(here) != before:
-                raise _Refused(f"it redirects from {before}:// to another scheme")
-        raise _Refused(f"it redirects more than {MAX_REDIRECTS} times")
-    except _Refused as error:
+                raise _RefusedError(f"it redirects from {before}:// to another scheme")
+        raise _RefusedError(f"it redirects more than {MAX_REDIRECTS} times")
+    except _RefusedError as error:
         raise MediaError(f"{shown(address)} is not fetched: {error}.") from None
     # What the libraries raise of broken answers, names and addresses; a connection that is shut ends in any of them.
     except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
@@ -159,12 +159,12 @@ def _answer(address: str, deadline: float, *, redirected: bool) -> Iterator[Any]
     """The answer of one server; a redirect is one, too. No answer, however slowly it drips, outlasts the deadline."""
     parts = urllib.parse.urlsplit(address)
     if not parts.hostname:
-        raise _Refused("it names no server")
+        raise _RefusedError("it names no server")
     proxied = parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname)
     guarded = redirected and not proxied  # a proxy looks names up by itself
     if guarded:
         for *_, place in socket.getaddrinfo(parts.hostname, parts.port or parts.scheme, type=socket.SOCK_STREAM):
-            _require_public(place[0])
+            _require_public(str(place[0]))
     timers: list[threading.Timer] = []
 
     def connected(connection: socket.socket) -> None:
@@ -207,30 +207,30 @@ def _answer(address: str, deadline: float, *, redirected: bool) -> Iterator[Any]
 
 def _copy(answer: Any, file: BinaryIO, deadline: float) -> None:
     if answer.status != 200:
-        raise _Refused(f"the server answers {answer.status} {answer.reason:.60}".rstrip())
+        raise _RefusedError(f"the server answers {answer.status} {answer.reason:.60}".rstrip())
     stated = answer.headers.get("Content-Length", "")
     promised = int(stated) if re.fullmatch(r"[0-9]{1,15}", stated) else None
     size = 0
     if promised is not None and promised > MAX_BYTES:
-        raise _Refused(_TOO_LARGE)
+        raise _RefusedError(_TOO_LARGE)
     while block := answer.read(2**20):
         size += len(block)
         if size > MAX_BYTES:
-            raise _Refused(_TOO_LARGE)
+            raise _RefusedError(_TOO_LARGE)
         if time.monotonic() >= deadline:
-            raise _Refused(_TOO_SLOW)
+            raise _RefusedError(_TOO_SLOW)
         file.write(block)
     if time.monotonic() >= deadline:  # where the connection was shut
-        raise _Refused(_TOO_SLOW)
+        raise _RefusedError(_TOO_SLOW)
     if promised is not None and size < promised:
-        raise _Refused(f"the connection ended after {size} of {promised} bytes")
+        raise _RefusedError(f"the connection ended after {size} of {promised} bytes")
 
 
 def _require_public(place: str) -> None:
     number = ipaddress.ip_address(place.partition("%")[0])
     mapped = getattr(number, "ipv4_mapped", None) or number
     if not mapped.is_global or mapped.is_multicast:
-        raise _Refused("it redirects to a private address")
+        raise _RefusedError("it redirects to a private address")
 
 
 def _shut(connection: socket.socket) -> None:

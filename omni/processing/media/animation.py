@@ -30,7 +30,8 @@ class Animation:
 
     def timeline(self) -> Timeline:
         """Reads every frame. Warns where the file ends before the last."""
-        times, end = [], 0.0
+        times: list[float] = []
+        end = 0.0
         for number in range(self.first, self.picture.n_frames):
             try:
                 self.picture.seek(number)

@@ -76,7 +76,8 @@ class Decoder:
         number = {place: n for n, place in enumerate(places)}
         position = -1
         for first, last in spans:
-            damage, sought, found = self.damage, first > position + 1, set()
+            damage, sought = self.damage, first > position + 1
+            found: set[int | None] = set()
             if sought:
                 try:
                     container.seek(places[first], stream=self.stream)
@@ -84,8 +85,8 @@ class Decoder:
                     raise DisagreementError from None
             ahead = packets(container, self.stream)
             while position < last and (packet := next(ahead, None)) is not None:
-                position = number.get(packet.pts, math.inf)
-                if position == math.inf or (sought and position > first):
+                position = number.get(packet.pts, -1)
+                if position < 0 or (sought and position > first):
                     raise DisagreementError
                 sought = False
                 if position >= first:
@@ -95,11 +96,12 @@ class Decoder:
             for frame in self.drain():
                 found.add(frame.pts)
                 yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
+            if position < last or self.damage > damage:
+                continue
             # What comes after a keyframe and is shown before it may need what was not read.
             promised = {places[n] for n in range(first, last + 1) if shown[n] and places[n] >= places[first]}
-            if position >= last and self.damage == damage:
-                if promised - found or {place for place in found if place is None or place >= places[first]} - promised:
-                    raise DisagreementError
+            if {place for place in found if place is None or place >= places[first]} != promised:
+                raise DisagreementError
 
 
 class _Stamps:

@@ -57,7 +57,7 @@ def open_file(source: Any) -> Iterator[tuple[BinaryIO, str]]:
         yield source, name
         return
     if scheme == "file":
-        source = path_of(source)
+        source = path_of(str(source))
     try:
         status = Path(source).stat()
         if stat.S_ISDIR(status.st_mode):

@@ -44,7 +44,7 @@ def read_image(source: Any) -> Tensor:
 
 
 def is_heif(file: BinaryIO) -> bool:
-    """Whether a file holds pictures that take pillow-heif to read, by the brands of its first box (ISO/IEC 14496-12)."""
+    """Whether a file's pictures take pillow-heif to read, by the brands in its first box (ISO/IEC 14496-12)."""
     head = file.read(1024)
     file.seek(0)
     if head[4:8] != b"ftyp":
@@ -95,8 +95,8 @@ def _open_heif(file: BinaryIO, name: str) -> Any:
             f"{name} is a HEIC picture: pip install 'seats-omni[heif]' (pillow-heif) reads it, or convert it to JPEG."
         ) from None
     try:
-        found = pillow_heif.open_heif(file)
-        found = found[found.primary_index]
+        pictures = pillow_heif.open_heif(file)
+        found = pictures[pictures.primary_index]
         width, height = found.size
         if width * height > MAX_PIXELS:
             raise MediaError(f"{name} has {width} x {height} pixels, which is too large. Scale it down.")

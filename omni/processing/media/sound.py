@@ -100,7 +100,7 @@ def _promised(container: Any, stream: Any) -> float | None:
 
 def _shifts(container: Any, stream: Any, name: str) -> Shifts:
     """What to add to the time stamps of a sound track where recordings are joined."""
-    pictures, usual = moving_pictures(container), sound_track(container, name, None)
+    pictures, usual = moving_pictures(container), sound_track(container, name, None) or stream
     streams = {each.index: each for each in (pictures, usual, stream) if each is not None}
     found = marks(container, *streams.values())
     seen = [] if pictures is None else found[pictures.index]
@@ -157,6 +157,7 @@ class _Mixer:
         self.clock += frame.samples / frame.sample_rate
         if self.clock > MAX_SECONDS:
             raise MediaError(f"{self.name}: its sound is longer than {MAX_SECONDS // 3600} hours. Cut it.")
+        assert self.resampler is not None
         for part in self.unpacker.resample(frame):
             # The plain mean, as librosa's: libswresample's own mix to one channel is louder than its sources.
             mono = torch.from_numpy(part.to_ndarray()).view(-1, part.layout.nb_channels).mean(dim=1)

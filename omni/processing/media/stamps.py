@@ -92,20 +92,20 @@ class Recordings:
 
 def _leaps(lead: Sequence[Mark], other: Sequence[Mark]) -> list[int]:
     """The numbers in `lead` of packets before which the stamps leap."""
-    known = [(number, each) for number, each in enumerate(lead) if each.decoded is not None]
-    steps = [after.decoded - before.decoded for (_, before), (_, after) in pairwise(known)]
+    known = [(number, each.decoded, each) for number, each in enumerate(lead) if each.decoded is not None]
+    steps = [after - before for (_, before, _), (_, after, _) in pairwise(known)]
     usual = median([step for step in steps if step > 0] or [0.0])
     even = sum(abs(step - usual) <= usual / 2 for step in steps) >= 0.9 * len(steps)
     places = [each.place for each in other]
     found = []
-    for step, ((_, before), (number, after)) in zip(steps, pairwise(known), strict=True):
+    for step, ((_, begin, before), (number, end, after)) in zip(steps, pairwise(known), strict=True):
         if step < -BACK:
             found.append(number)
         elif step > AHEAD + 2 * usual:
             first, last = bisect_left(places, before.place), bisect_right(places, after.place)
             if first > 0 and last < len(other):
                 inside = other[max(0, first - NEAR) : last + NEAR]
-                heard = sum(each.duration for each in inside if before.decoded < _time(each) < after.decoded)
+                heard = sum(each.duration for each in inside if begin < _time(each) < end)
                 leap = heard < step / 2
             else:  # nothing beside it to tell by: an even stream does not pause; ffmpeg's limit is 10 s
                 leap = even or (step > 10 and after.key)

@@ -91,11 +91,12 @@ class Timeline:
 
     def _constant_rate(self) -> float | None:
         """The rate on whose grid every time is, to half a frame; None where there is none."""
-        total = len(self.times)
-        fitted = (total - 1) / self.times[-1] if total >= 8 and self.times[-1] > 0 else 0.0
-        for rate in (*self.rates, fitted):
-            on_grid = rate > 0 and all(abs(time - n / rate) < 0.5 / rate for n, time in enumerate(self.times))
-            if on_grid and (rate != fitted or abs(total / rate - self.end) < 0.5 / rate):
+        total, last = len(self.times), self.times[-1]
+        rates = [rate for rate in self.rates if rate > 0]
+        if total >= 8 and last > 0 and abs(total * last / (total - 1) - self.end) < 0.5 * last / (total - 1):
+            rates.append((total - 1) / last)
+        for rate in rates:
+            if all(abs(time - number / rate) < 0.5 / rate for number, time in enumerate(self.times)):
                 return rate
         return None
 

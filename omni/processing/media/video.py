@@ -72,10 +72,10 @@ def read_video(
     clip. on_frame: called with (frames done, frames in all).
 
     The file is read once without decoding, for the times of its frames. Where these can be trusted, only what leads
-    from a keyframe to a wanted frame is read and decoded; elsewhere the file is decoded from beginning to end, and a second
-    time where its frames turn out to be others than its packets promised. Frames at a constant rate are taken by their
-    index. Where the rate varies, the same number is taken at even instants: at each, the frame that is then on the
-    screen.
+    from a keyframe to a wanted frame is read and decoded; elsewhere the file is decoded from beginning to end, and a
+    second time where its frames turn out to be others than its packets promised. Frames at a constant rate are taken by
+    their index. Where the rate varies, the same number is taken at even instants: at each, the frame that is then on
+    the screen.
 
     A clip that is cut off or damaged gives what can be decoded, with a warning that says how much is missing:
     a wanted frame that is lost is replaced by the one before it. Raises MediaError where nothing is left.
@@ -333,7 +333,7 @@ class _Through:
         step = 1 / self.scan.rates[0] if self.scan.rates else 0.0
         latest = self.scan.times[0]
         for number, (time, frame) in enumerate(self.frames):
-            stays = (frame.duration or 0) * self.scan.unit
+            stays = (frame.duration or 0) * self.scan.unit if self.scan.timed else step
             if not self.scan.timed:
                 time = number * step
             elif time is None:
@@ -368,7 +368,7 @@ def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame 
         raise MediaError(f"{kind} does not say how fast they follow: give fps, or a pair (frames, frames per second).")
     given, rate = source
     if isinstance(rate, bool) or not hasattr(rate, "__float__") or not 0 < float(rate) < math.inf:
-        raise MediaError(f"fps of a list or an array of frames must be a number above 0, not {rate!r:.80}.")
+        raise MediaError(f"a clip at {rate!r:.80} frames per second has nothing to sample: fps must be above 0.")
     rate = float(rate)
     pictures: Sequence[Any] | Tensor = given
     if not isinstance(given, list):

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from omni.processing.frames import VisionSizes, sample_indices
 from omni.processing.media import MediaError, kind_of, read_audio, read_image, read_video, video
+from omni.processing.media.decoding import Decoder
 
 MEDIA = Path(__file__).parents[4] / "shared/data/media"
 
@@ -100,14 +101,14 @@ def test_only_what_leads_to_a_wanted_frame_is_decoded(tmp_path: Path, monkeypatc
     """With a keyframe every second, four frames of a minute cost a fraction of its 600."""
     path = write_clip(tmp_path / "a.mp4", 600, 10, gop=10, draw=lambda n: numbered_frame(n % 256))
     fed = 0
-    frames_of = video.frames_of
+    feed = Decoder.feed
 
-    def counting(context: Any, packet: Any) -> Any:
+    def counting(decoder: Decoder, packet: Any) -> Any:
         nonlocal fed
         fed += packet is not None
-        return frames_of(context, packet)
+        return feed(decoder, packet)
 
-    monkeypatch.setattr(video, "frames_of", counting)
+    monkeypatch.setattr(Decoder, "feed", counting)
     assert numbers(path, max_frames=4) == [0, 150, 300 % 256, 450 % 256]
     assert fed == 4
 
@@ -530,7 +531,8 @@ def test_what_is_no_media_gets_a_sentence(tmp_path: Path, read: Callable[[Any], 
             read(tmp_path / name)
         assert name in str(caught.value)
     for source, message in (
-        ("https://example.org/clip.mp4", "Download it first"),
+        ("https://example.org/clip.mp4", r"urls=True .* or download it first"),
+        ("s3://bucket/clip.mp4", "Download it first"),
         ("a" * 5000, "cannot be opened"),
         ("a\0b.mp4", "cannot be the name of a file"),
         ("a\ud800.mp4", "cannot be the name of a file"),
