@@ -2,9 +2,9 @@
 
 A row is {"id", "media", "question"} and any setting of `omni.generate` under its long name with underscores, which
 goes before the command line's. media: a path, a list of them, or null; paths are relative to the questions' folder.
-Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "tokens", "stats"}, or
-{"id", "error"}; they come as they are ready. What is written already is not asked again: a run that was stopped goes
-on when started anew.
+Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "thought_cut", "tokens",
+"stats"}, or {"id", "error"}; they come as they are ready. What is written already is not asked again: a run that was
+stopped goes on when started anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import weights
 from omni.config import DTYPES, OmniConfig, read_config
-from omni.generate import ERRORS, messages, method_of, model_parser, settings_parser
+from omni.generate import ERRORS, messages, method_of, model_parser, report_of, sampling_of, settings_parser
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.processor import Processor
@@ -312,15 +312,15 @@ class Journal:
         import pyarrow.parquet
 
         new = self.path.with_suffix(".partial.parquet")
-        kinds = {"id": None, "text": None, "thought": None, "tokens": None, "stats": None, "error": None}
+        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error")
+        kinds: dict[str, Any] = dict.fromkeys(names)
         with self.file.open(encoding="utf-8") as lines:
             rows = [kinds | json.loads(line) for line in lines]
         for row in rows:
             row["id"] = str(row["id"])
             row["stats"] = row["stats"] and json.dumps(row["stats"])
-        schema = pyarrow.schema(
-            [(name, pyarrow.list_(pyarrow.int64()) if name == "tokens" else pyarrow.string()) for name in kinds]
-        )
+        types = {"tokens": pyarrow.list_(pyarrow.int64()), "thought_cut": pyarrow.bool_()}
+        schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in kinds])
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), new)
         new.replace(self.path)
         self.file.unlink()
@@ -469,8 +469,7 @@ class Answer:
                 seats=method_of(settings, self.model.config),
                 kv=settings.kv,
                 max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seed=settings.seed,
+                **sampling_of(settings),
             )
         except Exception as error:
             if len(group) > 1:  # whose fault it is shows when each is asked alone
@@ -481,8 +480,7 @@ class Answer:
 
 def line_of(told: dict[str, Any], generation: Generation) -> str:
     stats = {**asdict(generation.stats), "media_seconds": told["media_seconds"]}
-    report = {"text": generation.text, "thought": generation.thought, "tokens": generation.tokens, "stats": stats}
-    return json.dumps({"id": told["id"], **report}, ensure_ascii=False)
+    return json.dumps({"id": told["id"], **report_of(generation), "stats": stats}, ensure_ascii=False)
 
 
 if __name__ == "__main__":

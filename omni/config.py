@@ -408,6 +408,43 @@ def read_config(folder: Path) -> OmniConfig:
     return config
 
 
+_NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "num_beams": 1,
+    "min_new_tokens": 0,
+}
+"""Other settings of generation_config.json that change which token is picked, and the value with which none does."""
+
+
+def read_sampling(folder: Path) -> tuple[float, float, int | None]:
+    """Temperature, top_p and top_k of a checkpoint's `generation_config.json`; temperature 0 where it says greedy.
+
+    What it lacks of the three is transformers' default: 1, 1 and 50. Raises ConfigError where it names no sampling at
+    all, or settings that cannot be followed.
+    """
+    path = folder / "generation_config.json"
+    section = _Section(
+        _read_json(path) if path.is_file() else {}, path.name, {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    )
+    sampled = section.values.get("do_sample")
+    if sampled is None and not any(section.has(key) for key in section.defaults):
+        raise ConfigError(f"{folder} names no sampling settings in generation_config.json: give a temperature.")
+    for key, value in _NEUTRAL.items():
+        section.expect(key, value)
+    if sampled is False:
+        return 0.0, 1.0, None
+    top_k = section.get("top_k")
+    if type(top_k) is not int or top_k < 0:
+        raise ConfigError(f"generation_config.json.top_k must be a count, not {top_k!r:.80}.")
+    return section.number("temperature", 0, 100), section.number("top_p", 1e-6, 1), top_k or None
+
+
 def _family(root: _Section, folder: Path) -> str:
     names = root.values.get("architectures")
     if not names:

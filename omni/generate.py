@@ -120,7 +120,14 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
         "paper, what is left after the last: fewer bytes, for answers of one letter; answers in words suffer",
     )
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, help="default: %(default)s")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 is greedy (default)")
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        help="0 is greedy (default); checkpoint takes its generation config's, with top-p and top-k",
+    )
+    parser.add_argument("--top-p", type=_ratio, help="draw from the likeliest tokens that share this probability")
+    parser.add_argument("--top-k", type=_positive(int), help="draw from so many of the likeliest tokens")
     parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")
     parser.add_argument("--system", help="system message (default: the chat template's)")
     parser.add_argument("--no-audio", action="store_true", help="leave out the sound of clips")
@@ -167,18 +174,22 @@ def _answer(options: argparse.Namespace) -> None:
         on_prefill=prefills.append,
         on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
+        **sampling_of(options),
         seats=method,
         kv=options.kv,
     )
     generation = _print_stream(answer, quiet=options.json)
     if options.json:
         stats = {**asdict(generation.stats), "media_seconds": media_seconds}
-        report = {"text": generation.text, "thought": generation.thought, "tokens": generation.tokens, "stats": stats}
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps({**report_of(generation), "stats": stats}, ensure_ascii=False))
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
+    if generation.thought_cut:
+        print(
+            f"omni-generate: the thought was cut off at {len(generation.tokens)} tokens, before any answer: "
+            "raise --max-new-tokens.",
+            file=sys.stderr,
+        )
     print(figures(generation, media_seconds), file=sys.stderr)
     if options.explain:
         print(explain(inputs, prefills[0]), file=sys.stderr)
@@ -225,6 +236,21 @@ def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:
         return method_for(options.method, config, options.retention, **ratios)
     except ValueError as error:
         raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
+
+
+def report_of(generation: Generation) -> dict[str, Any]:
+    """An answer without its figures, as JSON has it."""
+    names = ("text", "thought", "thought_cut", "tokens")
+    return {name: getattr(generation, name) for name in names}
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that choose among tokens, as `Omni.generate` takes them."""
+    names = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
+    if names and options.temperature == 0:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InputError(f"{flags} is for sampling: add a --temperature above 0, or checkpoint.")
+    return {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}
 
 
 def _print_stream(answer: Any, *, quiet: bool) -> Generation:
@@ -310,6 +336,10 @@ def _not_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be 0 or more")
     return value
+
+
+def _temperature(text: str) -> float | str:
+    return text if text == "checkpoint" else _not_negative(text)
 
 
 def _ratio(text: str) -> float:

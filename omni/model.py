@@ -7,18 +7,19 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 import weights
-from omni.config import QWEN3, OmniConfig, read_config
+from omni.config import QWEN3, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
-from omni.processing.processor import Processor
+from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import Tokenizer
+from omni.processing.vocabulary import has_vocabulary
 from omni.runtime.blank import blank_clip
 from omni.runtime.sampling import Sampling
 from omni.thinker import Thinker
@@ -26,14 +27,16 @@ from seats.method import Method
 
 
 class GenerateOptions(TypedDict, total=False):
-    """max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`; greedy
-    unless given. seed: makes sampling repeatable on one device. stop_token_ids: instead of the checkpoint's own.
+    """max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`; greedy unless
+    given; the temperature "checkpoint" takes all that are not given from its generation config
+    (`omni.config.read_sampling`). seed: makes sampling repeatable on one device. stop_token_ids: instead of the
+    checkpoint's own and of <|im_end|>.
     seats, kv: token selection, as `Omni.prefill` takes it.
     """
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float | Literal["checkpoint"]
+    top_p: float | None
     top_k: int | None
     seed: int | None
     stop_token_ids: list[int] | None
@@ -75,12 +78,14 @@ class Generation:
     """An answer. tokens: ids, the stop token included; text: without control tokens.
 
     thought: what a reasoning checkpoint wrote between its marks, which `text` leaves out; "" where there is none.
+    thought_cut: whether `max_new_tokens` ended it inside a thought, so that there is no answer yet.
     """
 
     tokens: list[int]
     stats: Stats
     _prompt: Tensor = field(repr=False)
     _tokenizer: Callable[[], Tokenizer] = field(repr=False)
+    _stopped: bool = field(repr=False)
 
     @property
     def text(self) -> str:
@@ -89,6 +94,10 @@ class Generation:
     @property
     def thought(self) -> str:
         return self._parts[0]
+
+    @property
+    def thought_cut(self) -> bool:
+        return not self._stopped and AnswerStream(self._tokenizer(), self._prompt[0].tolist() + self.tokens).is_thought
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
@@ -252,8 +261,8 @@ class Omni:
         requests: list[Inputs],
         *,
         max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | Literal["checkpoint"] = 0.0,
+        top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
         stop_token_ids: list[int] | None = None,
@@ -266,7 +275,7 @@ class Omni:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {seed}.")
-        sampling = Sampling(temperature, top_p, top_k)
+        sampling = self._sampling(temperature, top_p, top_k)
         stops = frozenset(self._stop_token_ids() if stop_token_ids is None else stop_token_ids)
         generator = torch.Generator(self.device)
         if seed is None:
@@ -305,12 +314,28 @@ class Omni:
                 ),
                 inputs.input_ids,
                 lambda: self.processor.tokenizer,
+                answer[-1] in stops,
             )
             for answer, prefill, inputs in zip(answers, prefills, requests, strict=True)
         ]
 
     def _stop_token_ids(self) -> tuple[int, ...]:
-        return self.config.stop_token_ids or self.processor.stop_token_ids
+        """What the generation config lists, and the end of a turn, which some of them lack."""
+        listed = self.config.stop_token_ids
+        if not listed:
+            return self.processor.stop_token_ids
+        if not has_vocabulary(self.folder):
+            return listed
+        end = self.processor.tokenizer.added_tokens.get(TURN_END)
+        return listed if end is None else (*listed, end)
+
+    def _sampling(self, temperature: float | Literal["checkpoint"], top_p: float | None, top_k: int | None) -> Sampling:
+        own_top_p, own_top_k = 1.0, None
+        if temperature == "checkpoint":
+            temperature, own_top_p, own_top_k = read_sampling(self.folder)
+        elif isinstance(temperature, str):
+            raise ValueError(f'temperature must be a number or "checkpoint", not {temperature!r:.80}.')
+        return Sampling(temperature, own_top_p if top_p is None else top_p, own_top_k if top_k is None else top_k)
 
 
 def load(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omni.processing.reasoning import CLOSE, OPEN
 from omni.processing.tokenizer import Tokenizer
 from weights.files import parse_object, read_text
 
@@ -37,9 +39,24 @@ QWEN2_5_OMNI_TEMPLATE = (
 QWEN3_OMNI_TEMPLATE = (
     "{% set media = {'image': '<|vision_start|><|image_pad|><|vision_end|>',"
     " 'audio': '<|audio_start|><|audio_pad|><|audio_end|>',"
-    " 'video': '<|vision_start|><|video_pad|><|vision_end|>'} %}" + _TURNS
+    " 'video': '<|vision_start|><|video_pad|><|vision_end|>'} %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role + '\n' }}"
+    "{% set turn = namespace(text='') %}"
+    "{% if message.content is string %}{% set turn.text = message.content %}"
+    "{% else %}"
+    "{% for part in message.content %}{% set turn.text = turn.text ~ media.get(part.type, part.text) %}{% endfor %}"
+    "{% endif %}"
+    "{% if message.role == 'assistant' and '</think>' in turn.text %}"
+    "{{ turn.text.split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ turn.text }}"
+    "{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}"
 )
-"""The Qwen3-Omni family's: as the released one without tools, it adds no system message and opens no thought."""
+"""The Qwen3-Omni family's: as the released one without tools, it adds no system message, opens no thought, and leaves
+the thoughts of earlier answers out."""
 
 ROLES = ("system", "user", "assistant")
 MEDIA = ("image", "audio", "video")
@@ -113,6 +130,8 @@ def encode_chat(
     while the template runs. So no typed text can begin or end one: whole, in parts or beside the template's
     own text, and whatever the template strips or joins. Two consequences: a template that looks for such a
     token inside a text does not find it, and one that writes both edges of a token around a text makes it.
+    Except for the marks of a thought in an assistant's turn, for templates that look for them to drop it:
+    they are seen, and what the template leaves of them are marks.
 
     The template runs in a process of its own: see `render`. Raises ChatTemplateError for malformed messages
     and failing templates, TokenizerError for texts without UTF-8.
@@ -123,7 +142,7 @@ def encode_chat(
     stand_ins = dict(zip(edges, private, strict=False))
     if len(stand_ins) < len(edges):
         raise ChatTemplateError("the messages use up Unicode's private-use characters: take some out.")
-    prompt = render(template, _plain_messages(messages, stand_ins), add_generation_prompt)
+    prompt = render(template, _plain_messages(messages, stand_ins, CLOSE in template), add_generation_prompt)
     restored = str.maketrans({stand_in: edge for edge, stand_in in stand_ins.items()})
     ids: list[int] = []
     for piece in tokenizer.split(prompt):
@@ -134,8 +153,13 @@ def encode_chat(
     return ids
 
 
-def _plain_messages(messages: Sequence[Mapping[str, Any]], stand_ins: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Checked copies of messages that hold text alone: stand-ins in typed text, media left out."""
+def _plain_messages(
+    messages: Sequence[Mapping[str, Any]], stand_ins: Mapping[str, str], see_thoughts: bool = False
+) -> list[dict[str, Any]]:
+    """Checked copies of messages that hold text alone: stand-ins in typed text, media left out.
+
+    see_thoughts: the marks of a thought are left as they are in an assistant's turns.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ChatTemplateError('messages must be a list such as [{"role": "user", "content": "…"}].')
     table = str.maketrans(dict(stand_ins))
@@ -147,17 +171,18 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], stand_ins: Mapping[st
         role, content = message["role"], message["content"]
         if role not in ROLES:
             raise ChatTemplateError(f"{where} has the role {role!r}: known are {', '.join(ROLES)}.")
+        kept = _MARKS if see_thoughts and role == "assistant" else _NOTHING
         if isinstance(content, str):
-            plain.append({"role": role, "content": content.translate(table)})
+            plain.append({"role": role, "content": _plain_text(content, table, kept)})
         elif isinstance(content, (list, tuple)):
-            parts = [_plain_part(part, f"{where}, part {i}", table) for i, part in enumerate(content, 1)]
+            parts = [_plain_part(part, f"{where}, part {i}", table, kept) for i, part in enumerate(content, 1)]
             plain.append({"role": role, "content": parts})
         else:
             raise ChatTemplateError(f"{where}: content must be a text or a list of parts, not {content!r:.80}.")
     return plain
 
 
-def _plain_part(part: Any, where: str, table: Mapping[int, str]) -> dict[str, str]:
+def _plain_part(part: Any, where: str, table: Mapping[int, str], kept: re.Pattern[str]) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", *MEDIA):
         known = ", ".join(("text", *MEDIA))
@@ -168,7 +193,17 @@ def _plain_part(part: Any, where: str, table: Mapping[int, str]) -> dict[str, st
         return {"type": kind, kind: kind}
     if not isinstance(part["text"], str):
         raise ChatTemplateError(f"{where}: text must be a string, not {part['text']!r:.80}.")
-    return {"type": "text", "text": part["text"].translate(table)}
+    return {"type": "text", "text": _plain_text(part["text"], table, kept)}
+
+
+_MARKS, _NOTHING = re.compile(f"({OPEN}|{CLOSE})"), re.compile("((?!))")
+
+
+def _plain_text(text: str, table: Mapping[int, str], kept: re.Pattern[str]) -> str:
+    """A typed text with stand-ins, but for what `kept` finds."""
+    pieces = kept.split(text)
+    pieces[::2] = [piece.translate(table) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:

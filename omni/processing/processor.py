@@ -21,6 +21,8 @@ from omni.processing.prompt import clip_block, expand
 from omni.processing.settings import check_sound_settings
 from omni.processing.tokenizer import Tokenizer, TokenizerError
 
+TURN_END = "<|im_end|>"
+
 
 class Processor:
     """The parts of a checkpoint that turn text and media into tensors: vocabulary, template, sizes.
@@ -44,7 +46,7 @@ class Processor:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ends of a turn, for checkpoints that name none."""
-        return tuple(self.tokenizer.id_of(token) for token in ("<|im_end|>", "<|endoftext|>"))
+        return tuple(self.tokenizer.id_of(token) for token in (TURN_END, "<|endoftext|>"))
 
     def prepare(
         self,

@@ -19,14 +19,14 @@ class AnswerStream:
     """Turns new token ids into pieces of thought and answer as they come; the marks are part of neither.
 
     prompt: the ids before them. Reasoning templates leave a thought open at the end of the prompt. Blank lines after a
-    mark are left out. Vocabularies without the marks yield answers alone.
+    mark are left out. Vocabularies without the marks yield answers alone. is_thought: whether one is open now.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._marks = {tokenizer.added_tokens[mark]: mark for mark in (OPEN, CLOSE) if mark in tokenizer.added_tokens}
         last = next((self._marks[id] for id in reversed(list(prompt)) if id in self._marks), CLOSE)
-        self._is_thought, self._skip_blank = last == OPEN, last == OPEN
+        self.is_thought, self._skip_blank = last == OPEN, last == OPEN
         self._text = TextStream(tokenizer)
 
     def push(self, id: int) -> Piece:
@@ -35,7 +35,7 @@ class AnswerStream:
             return self._piece(self._text.push(id))
         piece = self.flush()
         self._text = TextStream(self._tokenizer)
-        self._is_thought, self._skip_blank = self._marks[id] == OPEN, True
+        self.is_thought, self._skip_blank = self._marks[id] == OPEN, True
         return piece
 
     def flush(self) -> Piece:
@@ -46,7 +46,7 @@ class AnswerStream:
         if self._skip_blank:
             text = text.lstrip("\n")
             self._skip_blank = not text
-        return Piece(text, self._is_thought)
+        return Piece(text, self.is_thought)
 
 
 def split_answer(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> tuple[str, str]:

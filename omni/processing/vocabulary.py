@@ -118,6 +118,11 @@ class Vocabulary:
                 )
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether there is what `read_vocabulary` reads: tensors in, tensors out goes without."""
+    return (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file()
+
+
 def read_vocabulary(folder: Path) -> Vocabulary:
     """Reads vocab.json and merges.txt, or tokenizer.json, and the added tokens.
 

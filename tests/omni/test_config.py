@@ -16,7 +16,7 @@ from conftest import SOUND, SOUND3, TEXT, TEXT3, VISION, VISION3
 
 import omni
 import omni.config as config_module
-from omni.config import DEFAULTS, VISION_ROPE_THETA, ConfigError, read_config
+from omni.config import DEFAULTS, VISION_ROPE_THETA, ConfigError, read_config, read_sampling
 from weights import CheckpointError, save_sharded
 
 BASE: dict[str, Any] = {
@@ -201,6 +201,39 @@ def test_reads_the_newer_rope_spelling_and_stop_tokens(tmp_path: Path) -> None:
     config = read_config(tmp_path)
     assert config.decoder.rope_theta == 5e5
     assert config.stop_token_ids == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}, (0.6, 0.95, 20)),
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20, "talker_temperature": 0.9}, (0.6, 0.95, 20)),
+        ({"do_sample": True}, (1.0, 1.0, 50)),
+        ({"top_k": 0, "repetition_penalty": 1.0}, (1.0, 1.0, None)),
+        ({"do_sample": False, "temperature": 0.6}, (0.0, 1.0, None)),
+    ],
+)
+def test_reads_the_sampling_of_a_generation_config(tmp_path: Path, settings: Any, expected: Any) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert read_sampling(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eos_token_id": 7, "talker_temperature": 0.9}, "names no sampling settings in generation_config.json"),
+        ({"temperature": -1}, "generation_config.json.temperature must be a number from 0 to 100"),
+        ({"top_p": "x"}, "top_p must be a number"),
+        ({"top_k": 1.5}, "top_k must be a count"),
+        ({"temperature": 0.6, "repetition_penalty": 1.05}, "repetition_penalty = 1.05 is not supported, only 1.0"),
+        ({"temperature": 0.6, "num_beams": 4}, "num_beams = 4 is not supported, only 1"),
+    ],
+)
+def test_sampling_that_cannot_be_followed_is_named(tmp_path: Path, settings: Any, words: str) -> None:
+    """Protects: with the checkpoint's sampling, nothing in it is passed over."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=words):
+        read_sampling(tmp_path)
 
 
 @pytest.mark.parametrize(

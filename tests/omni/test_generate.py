@@ -109,10 +109,38 @@ def test_thoughts_are_kept_apart(
     report = json.loads(capsys.readouterr().out)
     assert report["thought"]
     assert report["text"] == ""
+    assert report["thought_cut"] is True
     assert run(folder, "Why?") == 0
     out, err = capsys.readouterr()
     assert out == "\n"
     assert report["thought"] in err
+    assert "the thought was cut off at 6 tokens, before any answer: raise --max-new-tokens." in err
+
+
+def test_sampling_settings(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint's own sampling, top-p and top-k on the command line; without sampling they are refused."""
+    folder = shutil.copytree(checkpoint, tmp_path / "sampled")
+    settings = {"eos_token_id": [1], "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+    def tokens(*options: str) -> list[int]:
+        assert run(folder, "--json", "--seed", "3", *options, "Why?") == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+
+    own = tokens("--temperature", "checkpoint")
+    assert own == tokens("--temperature", "0.6", "--top-p", "0.95", "--top-k", "20")
+    assert own != tokens("--temperature", "0.6")
+    greedy = tokens()
+    assert own != greedy
+    assert tokens("--temperature", "checkpoint", "--top-k", "1") == greedy
+    assert run(folder, "--top-p", "0.9", "--top-k", "5", "Why?") == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("--top-p and --top-k is for sampling: add a --temperature above 0, or checkpoint.")
+    )
+    assert run(checkpoint, "--temperature", "checkpoint", "Why?") == 1
+    assert "names no sampling settings in generation_config.json: give a temperature." in capsys.readouterr().err
 
 
 def test_json_and_no_audio(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

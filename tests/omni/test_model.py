@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,22 @@ def test_typed_control_tokens_stay_text(model: omni.Omni) -> None:
     ids = model.prepare(chat({"type": "text", "text": "<|VIDEO|><|im_end|>"})).input_ids[0].tolist()
     assert model.config.tokens.video not in ids
     assert ids.count(model.processor.tokenizer.id_of("<|im_end|>")) == 2  # system and user turn
+
+
+@pytest.mark.parametrize("listed", [[1], 1, []])
+def test_the_end_of_a_turn_ends_an_answer(checkpoint: Path, tmp_path: Path, listed: Any) -> None:
+    """Protects: <|im_end|> stops, whatever the generation config lists; without a tokenizer what is listed stops."""
+    folder = shutil.copytree(checkpoint, tmp_path / "listed")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    model = omni.load(folder, device="cpu", dtype=torch.float32)
+    end = model.processor.tokenizer.id_of("<|im_end|>")
+    assert end in model._stop_token_ids()
+    if listed:
+        assert 1 in model._stop_token_ids()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+    if listed:
+        assert omni.load(folder, device="cpu", dtype=torch.float32)._stop_token_ids() == (1,)
 
 
 def test_stop_tokens_and_length(pair) -> None:

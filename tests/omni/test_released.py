@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from conftest import ROOT
 
 from omni.config import read_config
 from omni.model import tensor_names
+from omni.processing.chat import encode_chat
+from omni.processing.processor import Processor
 from omni.thinker import Thinker
 
 RELEASED = ROOT.parent / "shared" / "data" / "checkpoints"
@@ -76,3 +79,88 @@ def test_shapes_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert destination.view(parameters[destination.parameter]).shape == public[tensor].shape, tensor
     if name in PARAMETERS:
         assert sum(parameter.numel() for parameter in parameters.values()) == PARAMETERS[name]
+
+
+VOCABULARY = RELEASED.parent / "qwen2_tokenizer"
+IMAGE, AUDIO, VIDEO = ({"type": kind, kind: f"some.{kind}"} for kind in ("image", "audio", "video"))
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def turn(role: str, *content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content[0] if isinstance(content[0], str) else list(content)}
+
+
+SYSTEM = turn("system", "You are Qwen.")
+THOUGHT = "<think>\nIt flies, so\n\nit is a bird.\n</think>\n\nA bird."
+CONVERSATIONS = {
+    "a question": [turn("user", "What happens?")],
+    "a clip and a question": [turn("user", VIDEO, text("What happens?"))],
+    "several media": [turn("user", IMAGE, text("a "), AUDIO, VIDEO, VIDEO, text("\n b"), IMAGE)],
+    "media alone": [turn("user", AUDIO)],
+    "a system message": [SYSTEM, turn("user", VIDEO, text("Who speaks?"))],
+    "a system message in parts": [turn("system", text("Be "), text("brief.")), turn("user", text("Hello"))],
+    "a system message with a medium": [turn("system", text("Like this:"), AUDIO), turn("user", "Hello")],
+    "a late system message": [turn("user", "Hello"), SYSTEM, turn("user", "again")],
+    "several turns": [
+        turn("user", IMAGE, text("What is it?")),
+        turn("assistant", "A bird."),
+        turn("user", AUDIO, text("Does it sing so?")),
+        turn("assistant", text("It "), text("does.")),
+        turn("user", "Why?"),
+    ],
+    "a thought": [turn("user", IMAGE, text("What is it?")), turn("assistant", THOUGHT), turn("user", "Why?")],
+    "a thought, question in parts": [turn("user", "What?"), turn("assistant", THOUGHT), turn("user", text("Why?"))],
+    "a thought in parts": [
+        turn("user", VIDEO, text("What?")),
+        turn("assistant", text("<think>so"), text(" it is</think>"), text("\n\nA bird.")),
+        turn("user", "And?"),
+    ],
+    "several thoughts": [
+        SYSTEM,
+        *[turn("user", AUDIO, text("One?")), turn("assistant", THOUGHT)],
+        *[turn("user", "Two?"), turn("assistant", "</think>\nhalf of one"), turn("user", "Three?")],
+    ],
+    "an answer at the end": [turn("user", "What?"), turn("assistant", THOUGHT)],
+    "thoughts of brackets and white space": [
+        turn("user", "5 < 6 && 7 > 3 é \U0001f600 \t"),
+        turn("assistant", "<think>\n\n</think>\n\n <b>x</b> \n"),
+        turn("user", " \n "),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def processed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Processor, Any]:
+    """Our processor and transformers' tokenizer of a released folder, with the vocabulary beside it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("released")
+    for file in [*(RELEASED / request.param).iterdir(), *VOCABULARY.iterdir()]:
+        if "index" not in file.name:
+            shutil.copy(file, folder / file.name)
+    template = read_json(folder / "chat_template.json")["chat_template"]
+    theirs = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    theirs.chat_template = template
+    return Processor(folder, read_config(folder)), theirs
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_ids_are_those_of_transformers(processed: tuple[Processor, Any], name: str, prompted: bool) -> None:
+    """Protects: the released template and vocabulary give a conversation the same ids, thoughts of a history left out
+    as there."""
+    ours, theirs = processed
+    expected = theirs.apply_chat_template(CONVERSATIONS[name], add_generation_prompt=prompted, return_dict=False)
+    got = encode_chat(ours.tokenizer, ours.template, CONVERSATIONS[name], add_generation_prompt=prompted)
+    assert got == expected
+    assert ours.tokenizer.decode(got, skip_control=False) == theirs.decode(expected)
+
+
+def test_thoughts_of_a_history_are_gone(processed: tuple[Processor, Any]) -> None:
+    """Protects: that the comparison above compares something, where the family thinks."""
+    ours, _ = processed
+    prompt = ours.tokenizer.decode(encode_chat(ours.tokenizer, ours.template, CONVERSATIONS["a thought"]))
+    assert "A bird." in prompt
+    assert ("it is a bird" in prompt) == (ours.config.family == "qwen2_5_omni")

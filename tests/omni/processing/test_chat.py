@@ -192,6 +192,27 @@ def test_template_operations_make_no_control_tokens_of_typed_text(template: str,
     assert TOKENIZER.decode(ids) == unprotected
 
 
+THOUGHTFUL = "{% for m in messages %}{{ m.content.split('</think>')[-1].lstrip('\n') }}|{% endfor %}"
+
+
+def test_a_template_that_looks_for_thoughts_drops_those_of_an_assistant() -> None:
+    """Protects: an answer of the history goes without its thought; what a user typed is no mark."""
+    messages = [
+        *_user("a</think>b"),
+        {"role": "assistant", "content": "<think>\nwhy < not\n</think>\n\n<b> yes"},
+        {"role": "assistant", "content": [_text("<think>x</think>"), _text("\n <|im_end|>")]},
+    ]
+    listed = [{**m, "content": m["content"] if isinstance(m["content"], str) else ""} for m in messages]
+    assert TOKENIZER.decode(encode_chat(TOKENIZER, THOUGHTFUL, listed), skip_control=False) == "a</think>b|<b> yes||"
+    added = set(TOKENIZER.added_tokens.values())
+    assert not added & set(encode_chat(TOKENIZER, THOUGHTFUL, listed))
+    family = TOKENIZER.decode(encode_chat(TOKENIZER, QWEN3_OMNI_TEMPLATE, messages), skip_control=False)
+    assert family == (
+        "<|im_start|>user\na</think>b<|im_end|>\n<|im_start|>assistant\n<b> yes<|im_end|>\n"
+        "<|im_start|>assistant\n <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_templates_can_work_on_typed_text() -> None:
     """Comparing, searching and stripping see the text that was typed."""
     template = "{% set t = messages[0].content %}{{ t.strip() == 'Hi there' }} {{ 'there' in t }} {{ t | length }}"
