@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from omni.cache import CHUNK
 from omni.config import DecoderConfig
-from omni.layers import Linear, RMSNorm, SwiGLU
+from omni.layers import Linear, RMSNorm, SwiGLU, float32_product
 from omni.moe import Experts
 from omni.rope import rotate
 
@@ -72,19 +72,47 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> Tensor:
-    """Attention of one position to the cache and to itself: grouped heads, no copy of the cache, softmax in float32.
+    """Attention of one position to the cache and to itself: grouped heads, no copy of the cache.
 
     q: (B, kv_heads, group, dim). key, value: (B, kv_heads, 1, dim), its own. keys, values: (B, kv_heads, capacity,
-    dim), a multiple of CHUNK, of which `written`, (B, capacity), are there. Values are weighted chunk by chunk: one
-    query leaves too few rows to fill a GPU otherwise (as in flash-decoding,
-    https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Returns (B, kv_heads, group, dim).
+    dim), a multiple of CHUNK, of which `written`, (B, capacity), are there. Chunk by chunk, then what the chunks yield
+    by their weight: one query leaves too few rows to fill a GPU otherwise (as in flash-decoding,
+    https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Scores, which released weights make hundreds large, are
+    float32 from the product on. Returns (B, kv_heads, group, dim).
     """
-    q = q * q.shape[-1] ** -0.5
-    scores = (q @ keys.transpose(-1, -2)).float().masked_fill(~written[:, None, None], float("-inf"))
-    shares = torch.cat((scores, (q @ key.transpose(-1, -2)).float()), dim=-1).softmax(dim=-1)
-    own, shares = shares[..., -1:], rearrange(shares[..., :-1], "b kv group (c n) -> b kv c group n", n=CHUNK)
-    mixed = shares.to(values.dtype) @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK)
-    return (mixed.sum(dim=2, dtype=torch.float32) + own * value).to(values.dtype)
+    attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device
+    mixed, weights = attend_chunks(q, keys, values, rearrange(written, "b (c n) -> b c n", n=CHUNK))
+    own = (q.float() * key.float()).sum(dim=-1) * q.shape[-1] ** -0.5
+    shares = torch.cat((weights, own.unsqueeze(2)), dim=2).softmax(dim=2).unsqueeze(-1)
+    return ((mixed * shares[:, :, :-1]).sum(dim=2) + shares[:, :, -1] * value).to(values.dtype)
+
+
+NOT_THERE = torch.finfo(torch.float32).min
+"""A score of what is not there. Not -∞, of which a chunk that holds nothing would make NaN."""
+
+
+def chunks_on_a_device(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention inside each chunk: what it yields, (B, kv_heads, chunks, group, dim), and the logarithm of the sum that
+    its softmax divides by, (B, kv_heads, chunks, group) float32. written: (B, chunks, CHUNK); the rest: `attend`."""
+    scores = float32_product(q.flatten(0, 1), keys.flatten(0, 1)).unflatten(0, q.shape[:2]) * q.shape[-1] ** -0.5
+    scores = rearrange(scores, "b kv group (c n) -> b kv c group n", n=CHUNK)
+    scores = scores.masked_fill(~written[:, None, :, None], NOT_THERE)
+    weights = scores.logsumexp(dim=-1)
+    shares = (scores - weights.unsqueeze(-1)).exp().to(values.dtype)
+    return shares @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK), weights
+
+
+def chunks_on_a_cpu(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by PyTorch's own kernel, for which each chunk is a head. It multiplies bfloat16 and float16, which most
+    processors cannot, several times as fast as a product does, and sums scores in float32."""
+    batch, kv_heads, chunks = *q.shape[:2], written.shape[1]
+    mask = torch.zeros(written.shape, device=q.device).masked_fill(~written, NOT_THERE)
+    mixed, weights = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        repeat(q, "b kv group d -> b (kv c) group d", c=chunks),
+        *(rearrange(stored, "b kv (c n) d -> b (kv c) n d", n=CHUNK) for stored in (keys, values)),
+        attn_mask=repeat(mask, "b c n -> b (kv c) 1 n", kv=kv_heads),
+    )
+    return mixed.view(batch, kv_heads, chunks, *mixed.shape[2:]), weights.unflatten(1, (kv_heads, chunks))
 
 
 class Layer(nn.Module):

@@ -57,6 +57,58 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product if bias is None else product + bias
 
 
+HALVES = (torch.bfloat16, torch.float16)
+BLOCK_BYTES = 2**21
+"""Of what is brought to float32 at a time: it stays in the cache of a CPU."""
+
+
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` in float32 from the product on: of what goes into a softmax or a comparison, whatever dtype is stored.
+
+    In bfloat16 sums around 20 would be multiples of 1/8, and a good many tokens, or experts, the likeliest at once.
+    """
+    if x.dtype != weight.dtype or x.dtype not in HALVES:
+        return linear(x, weight).float()
+    if one_row_on_a_cpu(x):
+        return matrix_vector(weight, x.flatten().float()).view(*x.shape[:-1], -1)
+    return float32_product(x.reshape(1, -1, x.shape[-1]), weight.unsqueeze(0)).view(*x.shape[:-1], -1)
+
+
+def float32_product(x: Tensor, y: Tensor) -> Tensor:
+    """(n, rows, in) · (n, out, in)ᵀ → (n, rows, out) float32: products of 16 bits are exact there, and summed there."""
+    return _float32_product(x, y) if x.dtype in HALVES else (x @ y.mT).float()
+
+
+@torch.library.custom_op("omni::float32_product", mutates_args=())
+def _float32_product(x: Tensor, y: Tensor) -> Tensor:
+    """Without a copy of y in float32. An operator of its own, as the compiler would keep one on a CPU."""
+    if x.is_cuda:
+        return torch.bmm(x, y.mT, out_dtype=torch.float32)
+    x, out = x.float(), x.new_empty(*x.shape[:2], y.shape[1], dtype=torch.float32)
+    step = max(1, BLOCK_BYTES // (4 * y.shape[0] * y.shape[2]))
+    for start in range(0, y.shape[1], step):
+        out[..., start : start + step] = x @ y[:, start : start + step].float().mT
+    return out
+
+
+@_float32_product.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], y.shape[1], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = ctx.saved_tensors
+    gradient = gradient.to(x.dtype)
+    return gradient @ y, gradient.mT @ x
+
+
+_float32_product.register_autograd(_backward, setup_context=_save)
+
+
 class Linear(nn.Linear):
     """nn.Linear by `linear`."""
 

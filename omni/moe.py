@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.config import DecoderConfig
-from omni.layers import matrix_vector, one_row_on_a_cpu
+from omni.layers import float32_linear, matrix_vector, one_row_on_a_cpu
 
 
 class Experts(nn.Module):
@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(n, hidden) → shares in the tokens' dtype and experts, (n, experts_per_token) each."""
-        shares, chosen = self.router(tokens).softmax(dim=-1, dtype=torch.float32).topk(self.per_token, dim=-1)
+        shares, chosen = float32_linear(tokens, self.router.weight).softmax(dim=-1).topk(self.per_token, dim=-1)
         if self.normalise:
             shares = shares / shares.sum(dim=-1, keepdim=True)
         return shares.to(tokens.dtype), chosen

@@ -17,7 +17,7 @@ from omni.encoders.qwen3_audio import Qwen3AudioEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
 from omni.encoders.received import Signals
 from omni.inputs import Inputs
-from omni.layers import Call, Linear, RMSNorm, directly, linear
+from omni.layers import Call, Linear, RMSNorm, directly, float32_linear
 from omni.rope import multimodal_rotary
 from seats.method import Needs
 
@@ -98,4 +98,4 @@ class Thinker(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(B, hidden) of the last layer → (B, vocab) float32."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return linear(self.norm(x), weight).float()
+        return float32_linear(self.norm(x), weight)

@@ -102,6 +102,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         text: dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
         sound: dict[str, Any] | None = None,
+        adjust: Callable[[Any], None] | None = None,
     ) -> Pair:
         torch.manual_seed(seed)
         tied = (text or {}).get("tie_word_embeddings", False)
@@ -133,6 +134,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
                 torch.nn.init.normal_(parameter, std=0.1)
             else:
                 parameter.data += 0.1 * torch.randn_like(parameter)
+        if adjust is not None:
+            adjust(whole)
         whole = whole.to(dtype)
         folder = tmp_path_factory.mktemp("checkpoint")
         whole.save_pretrained(folder)
