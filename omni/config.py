@@ -146,6 +146,10 @@ MAX_HEADS = 4096
 MAX_TOKENS = 2**24
 MAX_MEL_FRAMES = 60_000
 """Ten minutes: sounds are padded to whole windows."""
+PRODUCT_WIDTH = 64
+"""Channels that the vision encoder's MLPs are filled up to with zeros, which change no sum. Hopper's matrix kernels
+want rows of whole 16 bytes, and the compiler spaces rows by whole 128 bytes, which the kernels that add a bias refuse.
+Qwen2.5-Omni's 3420 are neither, Qwen3-Omni's 4304 not the latter; 3456 and 4352 take 1 % more memory there."""
 
 
 class ConfigError(ValueError):
@@ -178,6 +182,11 @@ class VisionConfig:
     @property
     def patch_dim(self) -> int:
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def padded_size(self) -> int:
+        """intermediate_size up to a whole number of `PRODUCT_WIDTH`: the width that the MLPs have in memory."""
+        return -(-self.intermediate_size // PRODUCT_WIDTH) * PRODUCT_WIDTH
 
 
 @dataclass(frozen=True)

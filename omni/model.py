@@ -386,6 +386,8 @@ def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
     if config.family == QWEN3:
         return weights.qwen3_omni_moe(
             vision_depth=vision.depth,
+            vision_intermediate=vision.intermediate_size,
+            vision_padded=vision.padded_size,
             deepstack_levels=len(vision.deepstack_blocks),
             audio_layers=audio.num_layers,
             sparse_layers=[decoder.is_sparse(index) for index in range(decoder.num_layers)],
@@ -400,6 +402,7 @@ def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
         vision_depth=vision.depth,
         vision_size=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
+        vision_padded=vision.padded_size,
         audio_layers=audio.num_layers,
         decoder_layers=decoder.num_layers,
         query_rows=decoder.num_heads * decoder.head_dim,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import weights
 from omni.config import OmniConfig, read_config
 from omni.model import tensor_names
 from omni.thinker import Thinker
@@ -179,6 +180,7 @@ def random_thinker(config: OmniConfig, device: torch.device, dtype: torch.dtype,
         elif owner.endswith("norm"):
             value.fill_(leaf == "weight")
         setattr(thinker.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    weights.clear(thinker, tensor_names(config))
     return thinker.eval()
 
 

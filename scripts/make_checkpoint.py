@@ -314,7 +314,7 @@ def main() -> None:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)
     weights.save_sharded(public_tensors(thinker), options.folder, max_shard_bytes=4 << 20)
-    count = sum(parameter.numel() for parameter in thinker.parameters())
+    count = sum(tensor.numel() for _, tensor in public_tensors(thinker))
     print(f"{options.folder}: {count / 1e6:.1f} M parameters with RANDOM weights; its answers are noise.")
 
 

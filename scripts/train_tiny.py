@@ -40,6 +40,7 @@ import weights
 from omni.config import OmniConfig, read_config
 from omni.decoder import Layer
 from omni.inputs import Inputs
+from omni.model import tensor_names
 from omni.processing.chat import encode_chat
 from omni.processing.frames import patchify
 from omni.processing.mel import log_mel
@@ -462,6 +463,7 @@ class Student(nn.Module):
                 if name.startswith("layers") and name.endswith(("output.weight", "down.weight")):
                     std /= math.sqrt(2 * config.decoder.num_layers)
                 nn.init.normal_(parameter, std=std)
+        weights.clear(self.thinker, tensor_names(config))  # and no gradient reaches what is zero there
 
     def encode(self, clip: Clip) -> tuple[Tensor, Tensor]:
         """What the encoders make of video, (n, hidden), and of sound."""

@@ -1,7 +1,7 @@
 """Public checkpoints: hub id or folder, safetensors shards, parameters."""
 
 from weights.checkpoint import CheckpointError, StoredTensor, read_index
-from weights.load import Destination, fill
+from weights.load import Destination, clear, fill
 from weights.names import qwen2_5_omni, qwen3_omni_moe
 from weights.save import save_sharded
 from weights.source import locate
@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "Destination",
     "StoredTensor",
+    "clear",
     "fill",
     "locate",
     "qwen2_5_omni",

@@ -25,16 +25,33 @@ class Destination:
 
     rows: `slice(a, b)` of a parameter that fuses several tensors by rows (dimension 0).
     entry: place in a parameter that stacks tensors in a new dimension 0; `rows` are then rows of the entry.
+    zeros: how many of these rows, the last ones, and of the last columns are no part of the public tensor: a product
+    wider than its weights, which must be zero there.
     """
 
     parameter: str
     rows: slice | None = None
     entry: int | None = None
+    zeros: tuple[int, int] = (0, 0)
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part of the parameter that the public tensor fills, of the public tensor's shape."""
+        part = self.with_zeros(parameter)
+        for dim, zeros in enumerate(self.zeros):
+            part = part.narrow(dim, 0, part.shape[dim] - zeros) if zeros else part
+        return part
+
+    def with_zeros(self, parameter: Tensor) -> Tensor:
+        """The same, and the zeros that belong to it."""
         part = parameter if self.entry is None else parameter[self.entry]
         return part if self.rows is None else part[self.rows]
+
+    def clear(self, parameter: Tensor) -> None:
+        """Writes the zeros, and nothing else."""
+        part = self.with_zeros(parameter)
+        for dim, zeros in enumerate(self.zeros):
+            if zeros:
+                part.narrow(dim, part.shape[dim] - zeros, zeros).zero_()
 
 
 @torch.no_grad()
@@ -69,6 +86,7 @@ def fill(
         empty = _allocate(parameter.shape, dtype, torch.device(device), transposed)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(empty, parameter.requires_grad))
     parameters = dict(module.named_parameters())
+    clear(module, destinations)
 
     wanted = sorted(destinations, key=lambda name: (stored[name].path, stored[name].offset))
     total = sum(stored[name].num_bytes for name in wanted)
@@ -79,6 +97,12 @@ def fill(
                     destination = destinations[name]
                     _copy(file, stored[name], destination.view(parameters[destination.parameter]))
                     bar.update(stored[name].num_bytes)
+
+
+def clear(module: nn.Module, destinations: Mapping[str, Destination]) -> None:
+    """Writes zeros where parameters are wider than their public tensors: after filling them with something else."""
+    for destination in destinations.values():
+        destination.clear(module.get_parameter(destination.parameter).detach())
 
 
 def _check(
@@ -103,8 +127,9 @@ def _check(
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in parameters}
     for name, destination in destinations.items():
         part = destination.view(parameters[destination.parameter])
-        begin = int(part.storage_offset())
-        spans[destination.parameter].append((begin, begin + part.numel()))
+        whole = destination.with_zeros(parameters[destination.parameter])
+        begin = int(whole.storage_offset())
+        spans[destination.parameter].append((begin, begin + whole.numel()))
         if name in stored and stored[name].shape != part.shape:
             shapes = f"is {stored[name].shape}, the model takes {tuple(part.shape)}"
             misshapen.append(f"misshapen: {name!r} in {stored[name].path.name} {shapes}")

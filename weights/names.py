@@ -1,6 +1,7 @@
 """Public tensor names of each family and the parameters they fill.
 
 Rows are those of fused products: `query_rows` = heads · head_dim, `key_rows` = kv_heads · head_dim; sizes are channels.
+`vision_padded`: of the vision encoder's intermediate size, filled up with zeros.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ class _Names:
         kinds: str = "weight bias",
         rows: slice | None = None,
         entry: int | None = None,
+        zeros: tuple[int, int] = (0, 0),
     ) -> None:
         """Tensors of one module: `public` and `parameter` each followed by the kinds."""
         for kind in kinds.split():
             # A parameter that stacks modules is no module: it has no kinds.
             owner = parameter if entry is not None else f"{parameter}.{kind}"
-            self.all[f"thinker.{public}.{kind}"] = Destination(owner, rows, entry)
+            self.all[f"thinker.{public}.{kind}"] = Destination(owner, rows, entry, zeros)
 
     def fuse(
         self,
@@ -37,12 +39,15 @@ class _Names:
         parts: Mapping[str, int],
         kinds: str = "weight bias",
         entry: int | None = None,
+        zeros: int = 0,
     ) -> None:
-        """Modules `public.part` fill `parameter` one below the other. parts: their names and rows."""
+        """Modules `public.part` fill `parameter` one below the other. parts: their names and rows; zeros: more rows
+        after each."""
         start = 0
         for part, rows in parts.items():
-            self.add(f"{public}.{part}", parameter, kinds, slice(start, start + rows), entry)
-            start += rows
+            end = start + rows + zeros
+            self.add(f"{public}.{part}", parameter, kinds, slice(start, end), entry, (zeros, 0))
+            start = end
 
     def add_audio_blocks(self, layers: int, key_kinds: str) -> None:
         for index in range(layers):
@@ -83,6 +88,7 @@ def qwen2_5_omni(
     vision_depth: int,
     vision_size: int,
     vision_intermediate: int,
+    vision_padded: int,
     audio_layers: int,
     decoder_layers: int,
     query_rows: int,
@@ -103,8 +109,10 @@ def qwen2_5_omni(
         names.fuse(f"{public}.attn", f"{block}.attention.qkv", dict.fromkeys("qkv", vision_size))
         names.add(f"{public}.attn.proj", f"{block}.attention.output")
         gate_up = dict.fromkeys(("gate_proj", "up_proj"), vision_intermediate)
-        names.fuse(f"{public}.mlp", f"{block}.mlp.gate_up", gate_up)
-        names.add(f"{public}.mlp.down_proj", f"{block}.mlp.down")
+        zeros = vision_padded - vision_intermediate
+        names.fuse(f"{public}.mlp", f"{block}.mlp.gate_up", gate_up, zeros=zeros)
+        names.add(f"{public}.mlp.down_proj", f"{block}.mlp.down", "weight", zeros=(0, zeros))
+        names.add(f"{public}.mlp.down_proj", f"{block}.mlp.down", "bias")
 
     names.add("audio_tower.conv1", "audio.conv1")
     names.add("audio_tower.conv2", "audio.conv2")
@@ -123,6 +131,8 @@ def qwen2_5_omni(
 def qwen3_omni_moe(
     *,
     vision_depth: int,
+    vision_intermediate: int,
+    vision_padded: int,
     deepstack_levels: int,
     audio_layers: int,
     sparse_layers: Sequence[bool],
@@ -153,8 +163,10 @@ def qwen3_omni_moe(
         names.add(f"{public}.norm2", f"{block}.mlp_norm")
         names.add(f"{public}.attn.qkv", f"{block}.attention.qkv")
         names.add(f"{public}.attn.proj", f"{block}.attention.output")
-        names.add(f"{public}.mlp.linear_fc1", f"{block}.mlp.up")
-        names.add(f"{public}.mlp.linear_fc2", f"{block}.mlp.down")
+        zeros = vision_padded - vision_intermediate
+        names.add(f"{public}.mlp.linear_fc1", f"{block}.mlp.up", zeros=(zeros, 0))
+        names.add(f"{public}.mlp.linear_fc2", f"{block}.mlp.down", "weight", zeros=(0, zeros))
+        names.add(f"{public}.mlp.linear_fc2", f"{block}.mlp.down", "bias")
 
     for index in range(3):
         names.add(f"audio_tower.conv2d{index + 1}", f"audio.convolutions.{index}")

@@ -66,7 +66,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, 1e-6)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, 1e-6)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+        self.mlp = SwiGLU(config.hidden_size, config.padded_size, bias=True)
 
     @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, frame: FrameLayout) -> Tensor:

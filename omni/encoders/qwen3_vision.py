@@ -62,8 +62,8 @@ def _between(side: int, patches: int, index: Tensor) -> tuple[Tensor, Tensor, Te
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = nn.Linear(config.hidden_size, config.padded_size)
+        self.down = nn.Linear(config.padded_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import weights.load
-from weights import CheckpointError, Destination, fill, save_sharded
+from weights import CheckpointError, Destination, clear, fill, save_sharded
 
 
 class Small(nn.Module):
@@ -188,3 +188,54 @@ def test_longer_side_of_a_matrix_is_contiguous(tmp_path) -> None:
     fused = [tensors[f"thinker.{name}"] for name in "qkv"]
     assert module.inner.weight.stride() == (1, 6)
     assert torch.equal(module.inner.weight, torch.cat(fused))
+
+
+PADDED = {
+    "thinker.gate": Destination("up.weight", slice(0, 4), zeros=(1, 0)),
+    "thinker.up": Destination("up.weight", slice(4, 8), zeros=(1, 0)),
+    "thinker.bias": Destination("up.bias", zeros=(2, 0)),
+    "thinker.down": Destination("down", zeros=(0, 3)),
+    "thinker.expert.0": Destination("experts", entry=0, zeros=(1, 2)),
+    "thinker.expert.1": Destination("experts", entry=1, zeros=(1, 2)),
+}
+
+
+def padded_on_meta() -> nn.Module:
+    with torch.device("meta"):
+        module = nn.ParameterDict({"down": torch.empty(3, 8), "experts": torch.empty(2, 3, 5)})
+        module.up = nn.Linear(6, 8)
+    return module
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parameters_wider_than_their_tensors_are_zero_beyond_them(tmp_path, monkeypatch, transposed) -> None:
+    """Protects: public tensors keep their shapes, and what is memory alone adds nothing to a product."""
+    monkeypatch.setattr(weights.load, "PIECE_BYTES", 30)
+    empty = dict(padded_on_meta().named_parameters())
+    tensors = {name: torch.randn(place.view(empty[place.parameter]).shape) for name, place in PADDED.items()}
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    assert shapes == [(3, 6), (3, 6), (6,), (3, 5), (2, 3), (2, 3)]
+    save_sharded(tensors, tmp_path, max_shard_bytes=1 << 20)
+    module = padded_on_meta()
+    fill(module, tmp_path, PADDED, device="cpu", dtype=torch.float32, transposed=transposed)
+    parameters = dict(module.named_parameters())
+    for name, place in PADDED.items():
+        assert torch.equal(place.view(parameters[place.parameter]), tensors[name]), name
+    written = sum(int((parameter != 0).sum()) for parameter in parameters.values())
+    assert written == sum(tensor.numel() for tensor in tensors.values())
+    before = {name: parameter.clone() for name, parameter in parameters.items()}
+    for name, place in PADDED.items():
+        place.with_zeros(parameters[place.parameter].data).fill_(7)
+        place.view(parameters[place.parameter].data).copy_(tensors[name])
+    clear(module, PADDED)
+    assert all(torch.equal(parameters[name], value) for name, value in before.items())
+
+
+def test_zeros_that_no_tensor_owns_are_found(tmp_path) -> None:
+    """Protects: padding is stated, not guessed from what is left over."""
+    empty = dict(padded_on_meta().named_parameters())
+    tensors = {name: torch.randn(place.view(empty[place.parameter]).shape) for name, place in PADDED.items()}
+    save_sharded(tensors, tmp_path, max_shard_bytes=1 << 20)
+    unstated = PADDED | {"thinker.up": Destination("up.weight", slice(4, 7))}
+    with pytest.raises(CheckpointError, match=r"not filled once: up\.weight, elements 42 to 48"):
+        fill(padded_on_meta(), tmp_path, unstated, device="cpu", dtype=torch.float32)
