@@ -8,9 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.processing.frames import Pixels
+
 
 class InputError(ValueError):
     """A request that the model cannot run: what was wrong with it and what to do."""
+
+
+class Patches:
+    """A field that takes patches, or the bytes that they are made of, and is read as patches.
+
+    Bytes are a quarter of them, so they stay bytes until somebody reads the field; from then on it holds patches.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, inputs: Inputs | None, owner: type) -> Tensor | None:
+        if inputs is None:
+            return None  # what the field is unless given
+        held = inputs.held(self.name)
+        if isinstance(held, Pixels):
+            held = inputs.__dict__[self.name] = held.patches()
+        return held
+
+    def __set__(self, inputs: Inputs, value: Tensor | Pixels | None) -> None:
+        inputs.__dict__[self.name] = value
 
 
 @dataclass
@@ -19,7 +42,8 @@ class Inputs:
 
     input_ids: (1, S) int64, every media placeholder expanded to as many ids as the media has tokens.
     attention_mask: (1, S); positions that it masks are dropped.
-    pixel_values: (patches, patch_dim) of all images; image_grid_thw: (images, 3) their size in patches.
+    pixel_values: (patches, patch_dim) of all images; image_grid_thw: (images, 3) their size in patches. May be given as
+    `Pixels`, the bytes of which patches are made, as `Omni.prepare` does; whoever reads them gets patches.
     pixel_values_videos, video_grid_thw: the same of all clips; video_second_per_grid: (clips,) seconds.
     input_features: (sounds, mel bins, frames) log-mel; feature_attention_mask: (sounds, frames), its frames
     that are real. Sounds of clips and sounds on their own stand in the order of the prompt.
@@ -29,9 +53,9 @@ class Inputs:
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
-    pixel_values: Tensor | None = None
+    pixel_values: Patches = Patches()
     image_grid_thw: Tensor | None = None
-    pixel_values_videos: Tensor | None = None
+    pixel_values_videos: Patches = Patches()
     video_grid_thw: Tensor | None = None
     video_second_per_grid: Tensor | None = None
     input_features: Tensor | None = None
@@ -40,7 +64,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = self.held(field.name)
             if isinstance(value, (list, tuple)):
                 setattr(self, field.name, torch.as_tensor(value))
         self._check("input_ids", 2)
@@ -59,19 +83,25 @@ class Inputs:
                 raise InputError("a grid_thw must be (n, 3) positive counts of patches: time, height, width.")
 
     def _together(self, name: str, dims: int, **partners: int) -> None:
-        present = getattr(self, name) is not None
+        present = self.held(name) is not None
         for partner in partners:
-            if (getattr(self, partner) is not None) != present:
+            if (self.held(partner) is not None) != present:
                 raise InputError(f"{name} and {partner} go together: give both or neither.")
         if present:
             for key, count in {name: dims, **partners}.items():
                 self._check(key, count)
 
     def _check(self, name: str, dims: int) -> None:
-        value: Any = getattr(self, name)
+        value = self.held(name)
+        if isinstance(value, Pixels):
+            return
         if not isinstance(value, Tensor) or value.dim() != dims:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{name} must be a tensor of {dims} dimensions, not {got}.")
+
+    def held(self, name: str) -> Any:
+        """What a field holds: of pictures and clips bytes, `Pixels`, as long as nobody asked for patches."""
+        return self.__dict__[name]
 
     @property
     def mel_lengths(self) -> Tensor:

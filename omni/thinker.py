@@ -46,11 +46,11 @@ class Thinker(nn.Module):
         """
         features: dict[str, Tensor] = {}
         signals: dict[str, Signals] = {}
-        if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
-            features["image"], _ = self.vision(inputs.pixel_values, inputs.image_grid_thw, call=call)
-        if inputs.pixel_values_videos is not None and inputs.video_grid_thw is not None:
-            grid_thw = inputs.video_grid_thw
-            features["video"], signal = self.vision(inputs.pixel_values_videos, grid_thw, needs, call=call)
+        if inputs.image_grid_thw is not None:
+            features["image"], _ = self.vision(inputs.held("pixel_values"), inputs.image_grid_thw, call=call)
+        if inputs.video_grid_thw is not None:
+            clips = inputs.held("pixel_values_videos")
+            features["video"], signal = self.vision(clips, inputs.video_grid_thw, needs, call=call)
             if signal is not None:
                 signals["video"] = signal
         if inputs.input_features is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from omni.config import VisionConfig
 from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call, directly
+from omni.processing.frames import Pixels, cut_patches
 from omni.rope import rotate
 from seats.method import Needs
 
@@ -51,11 +52,12 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, patches: Tensor, grid_thw: Tensor, needs: Needs | None = None, *, call: Call = directly
+        self, patches: Tensor | Pixels, grid_thw: Tensor, needs: Needs | None = None, *, call: Call = directly
     ) -> tuple[Tensor, Signals | None]:
         """Encodes pictures or clips, one after another.
 
-        patches: (ΣT·H·W, patch_dim), on any device. grid_thw: (n, 3) patches in time, height and width.
+        patches: (ΣT·H·W, patch_dim), on any device, or the bytes that they are made of: those go to the device, and
+        are cut and normalised there. grid_thw: (n, 3) patches in time, height and width.
         Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device; and what a method
         `needs` of these tokens.
         """
@@ -63,25 +65,43 @@ class VisionEncoder(nn.Module):
         return torch.cat(tokens, dim=1), joined(signals)
 
     def _encode(
-        self, patches: Tensor, grids_thw: list[list[int]], needs: Needs | None, call: Call
+        self, patches: Tensor | Pixels, grids_thw: list[list[int]], needs: Needs | None, call: Call
     ) -> Iterator[tuple[Tensor, Signals | None]]:
         device = self.patch_embedding.device
+        if isinstance(patches, Pixels):
+            mean, std = patches.normalisation(device)
         start = 0
-        for grids, height, width in grids_thw:
-            clip = patches[start : start + grids * height * width].view(grids, height * width, -1)
-            start += grids * height * width
+        for clip, (grids, height, width) in enumerate(grids_thw):
             batch = grids_per_batch(height * width, self.config.temporal_patch_size) if grids > 1 else 1
             layout = self.layout(height, width)
             for first in range(0, grids, batch):
-                group = clip[first : first + batch].to(device)
-                real = len(group)
-                group = F.pad(group, (0, 0, 0, 0, 0, batch - real))
+                real = min(batch, grids - first)
+                if isinstance(patches, Pixels):
+                    frames = sent(patches.grids(clip, first, batch), device)
+                    group = call(self.cut, frames, mean, std)
+                else:
+                    group = patches[start : start + real * height * width].to(device).to(self.patch_embedding.dtype)
+                    group = F.pad(group.view(real, height * width, -1), (0, 0, 0, 0, 0, batch - real))
+                    start += real * height * width
                 valid = None if needs is None else torch.arange(batch, device=device) < real
                 tokens, signals = call(self.encode_batch, group, layout, valid, needs)
                 if signals is not None:
                     received, keys = signals.first(real)
                     signals = Signals(received.flatten(), None if keys is None else keys.flatten(0, 1))
                 yield tokens[:, :real].flatten(1, 2), signals
+
+    def cut(self, frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """`cut_patches` in the encoder's dtype."""
+        sizes = {"merge": self.config.spatial_merge_size, "step": self.config.temporal_patch_size}
+        patches = cut_patches(frames, mean, std, patch=self.config.patch_size, **sizes)
+        return patches.to(self.patch_embedding.dtype)
+
+
+def sent(frames: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; on a GPU without waiting for it, by way of memory that it reads by itself."""
+    if device.type == "cuda" and frames.device.type == "cpu":
+        return frames.pin_memory().to(device, non_blocking=True)
+    return frames.to(device)
 
 
 def grids_per_batch(patches_per_grid: int, step: int) -> int:
@@ -116,10 +136,14 @@ class Attention(nn.Module):
         return self.output(rearrange(mixed, "g h n d -> g n (h d)"))
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned, and values, (grids, heads, N, dim) each."""
-        qkv = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
-        q, k = rotate(qkv[:2], *rotary)
-        return q, k, qkv[2]
+        """Queries and keys, turned, and values, (grids, heads, N, dim) each.
+
+        In memory a patch's heads are adjacent, as the products before and after have them: nothing is copied for that.
+        """
+        qkv = rearrange(self.qkv(x), "g n (three h d) -> g n three h d", three=3, h=self.heads)
+        cos, sin = (table[:, None, None] for table in rotary)
+        q, k = rotate(qkv[:, :, :2], cos, sin).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
 
 
 def signals(q: Tensor, k: Tensor, real: Tensor | None, group: int, needs: Needs) -> Signals:
@@ -149,4 +173,4 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, windows: tuple[tuple[int, int], ..
         by_window = (rearrange(x, "g h (w n) d -> (g w) h n d", n=size) for x in qkv)
         part = F.scaled_dot_product_attention(*by_window)
         mixed.append(rearrange(part, "(g w) h n d -> g h (w n) d", g=len(q)))
-    return torch.cat(mixed, dim=2)
+    return torch.cat(mixed, dim=2) if len(mixed) > 1 else mixed[0]

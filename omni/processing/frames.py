@@ -284,31 +284,87 @@ def patchify(frames: Tensor, sizes: VisionSizes, *, of_clip: bool = False) -> tu
     """(N, 3, h, w) uint8 → normalised patches (t * gh * gw, 3 * temporal * patch²) float32, grid (3,) int64.
 
     of_clip: by the mean and standard deviation of clips instead of those of pictures. The grid is (t, gh, gw) in
-    patches; h and w are multiples of `sizes.factor`. Patches are ordered by time, then by `merge_size` x
-    `merge_size` block, then within the block; a patch's numbers by channel, time, row, column. A last group short
-    of `temporal_patch_size` frames (a single picture, an odd count) repeats its last one.
+    patches; h and w are multiples of `sizes.factor`. Order of patches: `cut_patches`.
     """
-    count, _, height, width = frames.shape
-    patch, merge, step = sizes.patch_size, sizes.merge_size, sizes.temporal_patch_size
-    grid = -(-count // step), height // patch, width // patch
-    patches = torch.empty(
-        grid[0], grid[1] // merge, grid[2] // merge, merge, merge, 3, step, patch, patch, dtype=torch.float32
-    )
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in sizes.colours(of_clip))
-    # A few frames at a time, and shuffled as bytes: a long clip is in memory as float32 once, as the result.
-    for first in range(0, grid[0], 4):
-        into = patches[first : first + 4]
-        index = torch.arange(first * step, (first + len(into)) * step).clamp(max=count - 1)
-        into.copy_(
-            rearrange(
-                frames[index],
-                "(t step) c (gh mh ph) (gw mw pw) -> t gh gw mh mw c step ph pw",
-                step=step,
-                mh=merge,
-                mw=merge,
-                ph=patch,
-                pw=patch,
-            ).contiguous()
-        )
-        into.div_(255).sub_(mean).div_(std)
-    return patches.view(math.prod(grid), 3 * step * patch**2), torch.tensor(grid)
+    pixels = Pixels((frames,), sizes, of_clip)
+    return pixels.patches(), pixels.grid_thw[0]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures or clips as bytes: of them come patches, four times as large in float32, where they are needed.
+
+    frames: of each picture or clip, (N, 3, h, w) uint8; h and w are multiples of `sizes.factor`. A last temporal grid
+    short of `temporal_patch_size` frames (a single picture, an odd count) repeats its last one. of_clip: clips may have
+    a mean and standard deviation of their own.
+    """
+
+    frames: tuple[Tensor, ...]
+    sizes: VisionSizes
+    of_clip: bool = False
+
+    @property
+    def grid_thw(self) -> Tensor:
+        """(n, 3) int64: patches in time, height and width."""
+        patch, step = self.sizes.patch_size, self.sizes.temporal_patch_size
+        counts = ((len(clip), *clip.shape[2:]) for clip in self.frames)
+        return torch.tensor([[-(-count // step), height // patch, width // patch] for count, height, width in counts])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `patches`."""
+        sizes = self.sizes
+        return int(self.grid_thw.prod(dim=1).sum()), 3 * sizes.temporal_patch_size * sizes.patch_size**2
+
+    def grids(self, clip: int, first: int, count: int) -> Tensor:
+        """(count * temporal_patch_size, 3, h, w) uint8, of the clip's temporal grids from `first` on.
+
+        Where there are no more, the last frame is repeated.
+        """
+        step = self.sizes.temporal_patch_size
+        some = self.frames[clip][first * step : (first + count) * step]
+        lacking = count * step - len(some)
+        return torch.cat((some, some[-1:].expand(lacking, -1, -1, -1))) if lacking else some
+
+    def normalisation(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the channels, (3,) float32 each."""
+        mean, std = torch.tensor(self.sizes.colours(self.of_clip)).to(device)
+        return mean, std
+
+    def patches(self) -> Tensor:
+        """What transformers' processors call pixel_values: (ΣT·H·W, patch_dim) float32, of all one after another."""
+        sizes, place = self.sizes, 0
+        patches = torch.empty(self.shape)
+        for clip, (grids, height, width) in enumerate(self.grid_thw.tolist()):
+            # A few frames at a time: a long clip is in memory as float32 once, as the result.
+            for first in range(0, grids, 4):
+                count = min(4, grids - first)
+                rows = count * height * width
+                some = cut_patches(
+                    self.grids(clip, first, count),
+                    *self.normalisation(),
+                    patch=sizes.patch_size,
+                    merge=sizes.merge_size,
+                    step=sizes.temporal_patch_size,
+                )
+                patches[place : place + rows] = some.flatten(0, 1)
+                place += rows
+        return patches
+
+
+def cut_patches(frames: Tensor, mean: Tensor, std: Tensor, *, patch: int, merge: int, step: int) -> Tensor:
+    """(t * step, 3, h, w) uint8 → normalised patches (t, gh * gw, 3 * step * patch²) float32. mean, std: (3,).
+
+    Patches of a temporal grid are ordered by `merge` x `merge` block, then within the block; a patch's numbers by
+    channel, time, row, column.
+    """
+    by_patch = rearrange(
+        frames,
+        "(t step) c (gh mh ph) (gw mw pw) -> t (gh gw mh mw) c (step ph pw)",
+        step=step,
+        mh=merge,
+        mw=merge,
+        ph=patch,
+        pw=patch,
+    )  # shuffled as bytes
+    return by_patch.float().div_(255).sub_(mean[:, None]).div_(std[:, None]).flatten(2)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
+from omni.processing.frames import Pixels
 from omni.processing.prompt import take_turns
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3
@@ -67,8 +68,8 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
         found, given = int((kinds == kind).sum()), sum(block.shape[1] for block in media[kind])
         if found != given:
             raise InputError(f"the prompt has {found} {name} placeholders but its media make {given} tokens.")
-    _check_patches("pixel_values", inputs.pixel_values, inputs.image_grid_thw, config)
-    _check_patches("pixel_values_videos", inputs.pixel_values_videos, inputs.video_grid_thw, config)
+    _check_patches("pixel_values", inputs, inputs.image_grid_thw, config)
+    _check_patches("pixel_values_videos", inputs, inputs.video_grid_thw, config)
 
     positions, clip = _walk(ids, kinds, {kind: deque(blocks) for kind, blocks in media.items()}, config)
     length = len(ids)
@@ -179,9 +180,12 @@ def _vision_positions(grid_thw: Tensor | None, seconds: Tensor | None, config: O
     return blocks
 
 
-def _check_patches(name: str, patches: Tensor | None, grid_thw: Tensor | None, config: OmniConfig) -> None:
+def _check_patches(name: str, inputs: Inputs, grid_thw: Tensor | None, config: OmniConfig) -> None:
+    patches = inputs.held(name)
     if patches is None or grid_thw is None:
         return
+    if isinstance(patches, Pixels) and not torch.equal(patches.grid_thw, grid_thw.cpu()):
+        raise InputError(f"{name} has frames of {patches.grid_thw.tolist()} patches, but its grid_thw says other.")
     expected = (int(grid_thw.prod(dim=1).sum()), config.vision.patch_dim)
     if tuple(patches.shape) != expected:
         raise InputError(f"{name} is {tuple(patches.shape)} but its grid_thw asks for {expected}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, encode_chat, load_template
-from omni.processing.frames import VisionSizes, patchify, resize, vision_sizes
+from omni.processing.frames import Pixels, VisionSizes, resize, vision_sizes
 from omni.processing.media import read_audio, read_image, read_video
 from omni.processing.mel import log_mel
 from omni.processing.prompt import clip_block, expand
@@ -77,8 +77,8 @@ class Processor:
             sizes = replace(sizes, video_total_pixels=total_pixels)
         tokens = self.config.tokens
         blocks: list[tuple[int, list[int]]] = []
-        images: list[tuple[Tensor, Tensor]] = []
-        clips: list[tuple[Tensor, Tensor]] = []
+        images: list[Tensor] = []
+        clips: list[Tensor] = []
         seconds: list[float] = []
         sounds: list[Tensor] = []
         media = _media(messages)
@@ -87,8 +87,8 @@ class Processor:
             if kind == "image":
                 picture = read_image(source)
                 size = sizes.image_size(picture.shape[1], picture.shape[2])
-                images.append(patchify(resize(picture[None], size), sizes))
-                count = len(images[-1][0]) // sizes.merge_size**2
+                images.append(resize(picture[None], size))
+                count = size[0] * size[1] // sizes.factor**2
                 blocks.append((tokens.image, [tokens.image] * count))
             elif kind == "audio":
                 if mel is None:
@@ -107,21 +107,22 @@ class Processor:
                     size_for=sizes.clip_size,
                     on_frame=on_frame,
                 )
-                clips.append(patchify(video.frames, sizes, of_clip=True))
+                clips.append(video.frames)
                 seconds.append(sizes.temporal_patch_size / video.fps)
                 heard = None
                 # A sound too short for a single token is none.
                 if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
                     sounds.append(mel)
                     heard = count
-                del video  # its frames are not held beside those of the next clip, or beside the sound
-                grid = clips[-1][1].tolist()
+                grid = Pixels((video.frames,), sizes).grid_thw[0].tolist()
                 blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
         fields: dict[str, Any] = {}
         if images:
-            fields["pixel_values"], fields["image_grid_thw"] = _join(images)
+            fields["pixel_values"] = Pixels(tuple(images), sizes)
+            fields["image_grid_thw"] = fields["pixel_values"].grid_thw
         if clips:
-            fields["pixel_values_videos"], fields["video_grid_thw"] = _join(clips)
+            fields["pixel_values_videos"] = Pixels(tuple(clips), sizes, of_clip=True)
+            fields["video_grid_thw"] = fields["pixel_values_videos"].grid_thw
             fields["video_second_per_grid"] = torch.tensor(seconds)
         if sounds:
             lengths = torch.tensor([mel.shape[1] for mel in sounds])
@@ -190,10 +191,3 @@ def _media(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
 def _name(source: Any) -> str:
     """A source in a message: its path, or what kind of object it is."""
     return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
-
-
-def _join(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Patches and grids of several pictures or clips as one tensor each."""
-    patches = [patches for patches, _ in items]
-    # One clip is not copied: an hour of video is gigabytes.
-    return patches[0] if len(items) == 1 else torch.cat(patches), torch.stack([grid for _, grid in items])
