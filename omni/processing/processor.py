@@ -87,7 +87,7 @@ class Processor:
             if kind == "image":
                 picture = read_image(source)
                 size = sizes.image_size(picture.shape[1], picture.shape[2])
-                images.append(resize(picture[None], size))
+                images.append(resize(picture[None], size).clone())  # whoever gave an array may write to it
                 count = size[0] * size[1] // sizes.factor**2
                 blocks.append((tokens.image, [tokens.image] * count))
             elif kind == "audio":

@@ -15,6 +15,7 @@ import omni
 from omni import stages
 from omni.cache import Cache
 from omni.decoder import Layer
+from omni.encoders import vision
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
 from omni.model import Omni
@@ -139,7 +140,7 @@ def test_an_interrupted_request_leaves_the_next_one_right(
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(processor, "encode_chat", 1), (processor, "resize", 1), (processor, "patchify", 1), (AnswerStream, "push", 2)],
+    [(processor, "encode_chat", 1), (processor, "resize", 1), (vision, "cut_patches", 1), (AnswerStream, "push", 2)],
     ids=["template", "picture", "patches", "text"],
 )
 def test_an_interrupt_around_the_model_leaves_the_next_request_right(
