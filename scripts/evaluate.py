@@ -2,13 +2,13 @@
 
     python scripts/world.py .world --split test --count 160
     python scripts/evaluate.py .world                         # the checkpoint tiny, SEATS
-    python scripts/evaluate.py .world --methods all
+    python scripts/evaluate.py .world --methods all --workers 16        # on a machine with as many cores
     python scripts/evaluate.py clips/ --model Qwen/Qwen2.5-Omni-7B --retention 0.35 0.10
 
 The folder has clips and questions.jsonl: on each line {"media", "prompt", "answer", "options", "kind"}, `options` empty
 where the answer is free and else four, which the prompt letters A to D. An answer counts where its first letter is that
-of the right option, or where its words are those of the answer. Interrupted, it reports on the clips that are done.
-Results are saved, rendered in benchmarks/README.md and
+of the right option, or where its words are those of the answer. Answers are kept clip by
+clip, so that the same command goes on where it was stopped. Results are saved, rendered in benchmarks/README.md and
 drawn under benchmarks/figures.
 """
 
@@ -22,6 +22,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -191,6 +192,51 @@ def answers(
     ]
 
 
+Answers = list[list[dict[str, Any]]]
+"""Of each question about a clip, what each setting made of it."""
+
+
+def threads(workers: int) -> int:
+    return max(1, torch.get_num_threads() // workers)
+
+
+def read_partial(path: Path, wanted: Sequence[Setting]) -> dict[str, Answers]:
+    """What an earlier run left, by clip."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    if any(row["settings"] != [setting.name for setting in wanted] for row in rows):
+        raise SystemExit(f"{path} has answers of other settings: remove it, or ask for the same.")
+    return {row["media"]: row["answers"] for row in rows}
+
+
+def asked_by(
+    options: argparse.Namespace, clips: list[list[dict[str, Any]]], wanted: list[Setting]
+) -> Iterator[tuple[str, Answers]]:
+    """The answers about each clip, as they come, by one process or several."""
+    if options.workers == 1:
+        begin(options, wanted, threads(1))
+        yield from map(ask_about, clips)
+        return
+    arguments = (options, wanted, threads(options.workers))
+    with get_context("spawn").Pool(options.workers, initializer=begin, initargs=arguments) as pool:
+        yield from pool.imap_unordered(ask_about, clips)
+
+
+def begin(options: argparse.Namespace, wanted: list[Setting], cores: int) -> None:
+    """In every process that asks: `ask_about` has what it needs."""
+    global ask_about_with
+    torch.set_num_threads(cores)
+    ask_about_with = load(options), options.folder, wanted, options.max_new_tokens
+
+
+ask_about_with: tuple[Omni, Path, list[Setting], int]
+
+
+def ask_about(clip: list[dict[str, Any]]) -> tuple[str, Answers]:
+    model, folder, wanted, new = ask_about_with
+    return clip[0]["media"], next(ask(model, folder, clip, wanted, new))
+
+
 def interval(right: list[list[float]], draws: int = 2000) -> tuple[float, float]:
     """95 % of the means of clips drawn anew: questions about one clip stand and fall together."""
     sums, sizes = (torch.tensor([f(clip) for clip in right], dtype=torch.float64) for f in (sum, len))
@@ -293,29 +339,34 @@ def main() -> None:
     parser.add_argument("--retention", type=float, nargs="+", default=list(RETENTIONS))
     parser.add_argument("--ablate", type=float, default=0.10, help="retention of the ablations, 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1, help="processes that ask, cores shared out between them")
     options = parser.parse_args()
     questions = read_questions(options.folder)[: options.limit]
-    model = load(options)
     methods = NAMES if "all" in options.methods else options.methods
     wanted = settings(methods, options.retention, options.ablate)
-    found: list[list[dict[str, Any]]] = []
-    with tqdm(total=len(questions), unit="question") as bar:
-        try:
-            for clip in ask(model, options.folder, questions, wanted, options.max_new_tokens):
-                found += clip
-                bar.update(len(clip))
-        except KeyboardInterrupt:
-            if not found:
-                raise
-            questions = questions[: len(found)]
+    name = Path(options.model).name
+    partial = options.results / "accuracy" / f"{name}.partial.jsonl"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    by_clip = [list(group) for _, group in groupby(questions, key=lambda question: question["media"])]
+    done = read_partial(partial, wanted)
+    left = [clip for clip in by_clip if len(done.get(clip[0]["media"], [])) != len(clip)]
+    with tqdm(total=len(questions), unit="question") as bar, partial.open("a", encoding="utf-8") as written:
+        bar.update(len(questions) - sum(map(len, left)))
+        for media, answers in asked_by(options, left, wanted):
+            done[media] = answers
+            line = {"settings": [setting.name for setting in wanted], "media": media, "answers": answers}
+            written.write(json.dumps(line) + "\n")
+            written.flush()
+            bar.update(len(answers))
+    found = [answer for clip in by_clip for answer in done[clip[0]["media"]]]
     rows = summarise(questions, found, wanted)
     for row in rows:
         print(row["name"], row.get("error") or f"choice {share(row['choice'])} free {share(row['free'])}", sep=": ")
-    name = Path(options.model).name
+    on_gpu = torch.cuda.is_available() if options.device is None else options.device != "cpu"
     result = {
         "model": name,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{torch.get_num_threads()} threads of a CPU" if model.device.type == "cpu" else "GPU",
+        "machine": "GPU" if on_gpu else f"{options.workers} x {threads(options.workers)} threads of a CPU",
         "versions": {"torch": importlib.metadata.version("torch")},
         "clips": len({question["media"] for question in questions}),
         "questions": len(questions),
@@ -326,6 +377,7 @@ def main() -> None:
         ],
     }
     save(options.results, name, result)
+    partial.unlink()
 
 
 if __name__ == "__main__":
