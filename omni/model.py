@@ -362,7 +362,7 @@ def load(
     config = read_config(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else config.dtype
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         thinker = Thinker(config)
     weights.fill(
         thinker,
@@ -378,6 +378,16 @@ def load(
     )
     thinker.eval().requires_grad_(False)
     return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm)
+
+
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Modules are made without their first values. On meta there are none, and the normal distribution's shape function
+    imports the compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from omni.config import DecoderConfig
 from omni.layers import float32_linear, matrix_vector, one_row_on_a_cpu
+from seats.operators import operator
 
 
 class Experts(nn.Module):
@@ -50,7 +51,7 @@ class Experts(nn.Module):
         return shares.to(tokens.dtype), chosen
 
 
-@torch.library.custom_op("omni::grouped_product", mutates_args=())
+@operator("omni::grouped_product")
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows times the transposed matrix of their group.
 

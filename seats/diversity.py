@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seats.budget import keep_counts
 from seats.method import Media, require_ratio
+from seats.operators import operator
 
 BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Windows are taken in blocks whose float32 features and similarities fit in this."""
@@ -49,7 +50,7 @@ def keep_most_diverse(media: Media, ratio: float) -> Tensor:
     return max_min_keep(features, weights, sizes, keep_counts(sizes, ratio)).view(media.received.shape)
 
 
-@torch.library.custom_op("seats::max_min_keep", mutates_args=(), device_types="cpu")
+@operator("seats::max_min_keep", device_types="cpu")
 def max_min_keep(features: Tensor, weights: Tensor, sizes: Tensor, counts: Tensor) -> Tensor:
     """Weighted max-min diversity, every window for itself: each pick is the token farthest from those picked.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seats.budget import keep_counts, split_budgets, window_budgets
 from seats.method import Step, require_ratio
+from seats.operators import operator
 
 TEXT, VIDEO, AUDIO, PADDING = range(4)
 
@@ -120,7 +121,7 @@ def select_in_graph(
 _select_region = torch.compiler.nested_compile_region(select)
 
 
-@torch.library.custom_op("seats::select", mutates_args=(), device_types="cpu")
+@operator("seats::select", device_types="cpu")
 def _select_on_a_cpu(
     scores: Tensor,
     kind: Tensor,

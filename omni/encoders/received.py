@@ -9,6 +9,8 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from seats.operators import operator
+
 SCORES_AT_A_TIME = 2**20
 """What stays in the cache of a CPU."""
 
@@ -49,7 +51,7 @@ def received_attention(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Ten
     return _received(q, k, valid)
 
 
-@torch.library.custom_op("omni::received_attention", mutates_args=(), device_types="cpu")
+@operator("omni::received_attention", device_types="cpu")
 def _received(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
     """An operator of its own: window by window and head by head it would unroll into a graph."""
     windows, heads, positions, dim = q.shape

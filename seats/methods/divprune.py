@@ -13,6 +13,7 @@ from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
 from seats.methods.ranking import apart, intact, part, sound_intact, unit
+from seats.operators import operator
 
 BLOCK = 2048
 """Tokens whose neighbours are sought at a time."""
@@ -54,7 +55,7 @@ def most_diverse(media: Media, ratio: float | Tensor) -> Kept:
     return Kept(keep.view(media.received.shape))
 
 
-@torch.library.custom_op("seats::farthest", mutates_args=())
+@operator("seats::farthest")
 def farthest(features: Tensor, there: Tensor, counts: Tensor, steps: int) -> Tensor:
     """Max-min picks over the whole of a row, without the matrix of all distances: (B, N) bool.
 

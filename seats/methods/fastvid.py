@@ -14,6 +14,7 @@ from seats.diversity import BLOCK_BYTES, blocks
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
 from seats.methods.ranking import highest, intact, part, sound_intact, unit
+from seats.operators import operator
 from seats.selection import compact, rank_in_group
 
 FLOOR = 0.05
@@ -154,7 +155,7 @@ def dealt(whole: Tensor, parts: Tensor, number: Tensor) -> Tensor:
     return whole // parts + (number < whole % parts).long()
 
 
-@torch.library.custom_op("seats::euclidean_peaks", mutates_args=())
+@operator("seats::euclidean_peaks")
 def peaks(features: Tensor, among: Tensor) -> Tensor:
     """How much of a cluster's centre each token is among some of its frame (DPC-kNN): (W, n) float32, 0 of others.
 
@@ -203,7 +204,7 @@ def peaks_of(features: Tensor, among: Tensor) -> Tensor:
     return (density * torch.where(denser.any(dim=-1), to_denser, farthest[:, None])).masked_fill(~among, 0)
 
 
-@torch.library.custom_op("seats::gathered", mutates_args=())
+@operator("seats::gathered")
 def gathered(
     features: Tensor, rest: Tensor, anchor: Tensor, segment: Tensor, position: Tensor, count: Tensor, weight: float
 ) -> Tensor:

@@ -14,6 +14,7 @@ from seats.diversity import blocks
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
 from seats.methods.ranking import highest, unit
+from seats.operators import operator
 from seats.selection import compact, rank_in_group
 
 BLOCK = 4096
@@ -241,7 +242,7 @@ def merge(rest: Tensor, joins: Tensor, anchors: Tensor, is_anchor: Tensor, video
     return taken / (1 + weight.sum(dim=-1, keepdim=True))
 
 
-@torch.library.custom_op("seats::best_cosines", mutates_args=())
+@operator("seats::best_cosines")
 def best_cosines(queries: Tensor, asked: Tensor, keys: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """The largest cosine of each query to any key that is there, (B, Q) float32, and the first such key, (B, Q) int64.
 
@@ -270,7 +271,7 @@ def _(queries: Tensor, asked: Tensor, keys: Tensor, there: Tensor) -> tuple[Tens
     return torch.empty_like(asked, dtype=torch.float32), torch.empty_like(asked, dtype=torch.long)
 
 
-@torch.library.custom_op("seats::density_peaks", mutates_args=())
+@operator("seats::density_peaks")
 def density_peaks(features: Tensor, sizes: Tensor, neighbours: int) -> Tensor:
     """How much of a cluster's centre each token is among those of its window (DPC-kNN): (W, n) float32.
 
