@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 import weights
+from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
 from omni.config import DTYPES, OmniConfig, read_config
-from omni.generate import ERRORS, messages, method_of, model_parser, report_of, sampling_of, settings_parser
+from omni.generate import model_parser, settings_parser
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.processor import Processor

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, reduce
 from threading import Lock
 
@@ -30,7 +30,7 @@ KV = ("layerwise", "pruned")
 """What the cache keeps of a prefill: `Omni.prefill`."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Prefill:
     """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
 
@@ -43,9 +43,9 @@ class Prefill:
 
     logits: Tensor
     kept: list[Tensor]
-    relevance: list[Tensor | None] = field(repr=False)
-    cache: Cache = field(repr=False)
-    config: OmniConfig = field(repr=False)
+    relevance: list[Tensor | None]
+    cache: Cache
+    config: OmniConfig
     method: Method | None
     next_position: float
     tokens: dict[str, int]
@@ -54,6 +54,11 @@ class Prefill:
     full_macs: int
     encode_seconds: float
     prefill_seconds: float
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.tokens.items() if count)
+        kept = f", kept {' > '.join(map(str, self.segments))}" if self.kept else ""
+        return f"Prefill({counts} tokens{kept}, {self.prefill_seconds:.2f} s)"
 
 
 class Engine:

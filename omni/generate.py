@@ -6,29 +6,19 @@ Bare, it asks the checkpoint `tiny` about a clip, both of which are shipped, wit
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import re
+import signal
 import sys
-import time
+import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+import omni
 
-from omni.config import DTYPES, ConfigError, OmniConfig
-from omni.engine import KV, Prefill
-from omni.inputs import InputError
-from omni.model import Generation, load
-from omni.processing.chat import ChatTemplateError
-from omni.processing.frames import vision_sizes
-from omni.processing.media import MediaError, kind_of
-from omni.processing.tokenizer import TokenizerError
-from omni.show import check_path, explain, show
-from seats.method import Method
-from seats.methods import NAMES, method_for
-from weights import CheckpointError
+# PyTorch, whose import takes most of a second, waits until there is a question: nothing here needs it.
 
 CLIP = Path(__file__).parent / "demo" / "clip.mp4"
 QUESTION = """What was on screen when the low tone sounded?
@@ -39,19 +29,89 @@ D. a green star
 Answer with the letter."""
 """Of the clip, for the checkpoint `tiny`: it is D."""
 
-ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, MediaError, InputError)
-"""Every way in which a request can be wrong; anything else is a fault of this library."""
+DTYPES = ("bfloat16", "float16", "float32")
+KV = ("layerwise", "pruned")
+METHODS = (
+    "seats",
+    "random",
+    "fastv",
+    "fastv-om",
+    "visionzip",
+    "visionzip-om",
+    "divprune",
+    "divprune-om",
+    "dycoke",
+    "fastvid",
+    "omnizip",
+)
+"""As in `omni.config`, `omni.engine` and `seats.methods`: what they list is behind PyTorch."""
+
+TINY = "tiny knows its own small world alone, coloured shapes and tones (its clip: omni/demo/clip.mp4)"
+
+
+class UsageError(Exception):
+    """Arguments that make no request: what was wrong and how to ask."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one question; returns the exit status: 0, 1 for a bad request, 130 when interrupted."""
+    """Runs one question; returns the exit status: 0, 1 for a bad request, 2 for none, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = argument_parser().parse_intermixed_args(arguments) if arguments else None
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        return _run(arguments, lambda: None)
+    state = {"interrupted": False, "importing": True}
+
+    def interrupt(*_: object) -> None:
+        # What is imported may take the exception for one of its own; and a second time there is no more patience.
+        if state["importing"] or state["interrupted"]:
+            os.write(2, INTERRUPTED.encode())
+            os._exit(130)
+        state["interrupted"] = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        status = _run(arguments, lambda: state.update(importing=False))
+    except BaseException:
+        if not state["interrupted"]:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if state["interrupted"]:  # also where a library swallowed it
+        sys.stderr.write(INTERRUPTED)
+        return 130
+    return status
+
+
+INTERRUPTED = "\nomni-generate: interrupted.\n"
+"""On a line of its own, after a bar or half an answer."""
+
+
+def _run(arguments: list[str], imported: Callable[[], None]) -> int:
+    """imported: called when PyTorch and all of the model's code is there."""
+    options = None
+    try:
+        if arguments:
+            options = argument_parser().parse_intermixed_args(arguments)
+            options.media, options.question = split_words(options.words)
+            for source in options.media:  # known before anything is loaded; what else may be wrong with it, later
+                if "://" not in source and not os.path.lexists(source):
+                    raise UsageError(f"{source} does not exist.")
+    except UsageError as error:
+        print(f"omni-generate: {error}", file=sys.stderr)
+        return 1 if str(error).endswith(" does not exist.") else 2
+
+    import torch
+
+    from omni.answer import ERRORS, answer, demo
+
+    imported()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             warnings.filterwarnings("ignore", module=r"torch\.")  # what its compiler says of itself
-            demo() if options is None else _answer(options)
+            demo() if options is None else answer(options)
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)
         return 1
@@ -66,10 +126,36 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader of stdout went away (`| head`): nothing more to say, not even at interpreter exit.
         sys.stdout = None
         return 1
-    except KeyboardInterrupt:
-        print("\nomni-generate: interrupted.", file=sys.stderr)  # on a line of its own, after a bar or half an answer
-        return 130
     return 0
+
+
+def split_words(words: list[str]) -> tuple[list[str], str]:
+    """Media and question of a command line, whichever comes first.
+
+    What is there as a file, or looks like the name of one, is a medium. Of what is left the last is the question, and
+    anything else a file that is missing. Raises UsageError where nothing is left, and for a single word that asks
+    nothing; beside media one may ("Transcribe").
+    """
+    how = 'Ask like this: omni-generate clip.mp4 "What happens here?"'
+    told = [index for index, word in enumerate(words) if not _names_a_file(word)]
+    if not words:
+        raise UsageError(f"there is no question. {how}")
+    if not told:
+        raise UsageError(f"there is no question, {words[-1]} names a file. {how}")
+    at = told[-1]
+    media, question = words[:at] + words[at + 1 :], words[at]
+    if re.fullmatch(r"(?![A-Za-z]+$)[\w-]+" if media else r"[\w-]+", question, re.ASCII):
+        raise UsageError(f"{question!r} asks nothing. {how}")
+    return media, question
+
+
+def _names_a_file(word: str) -> bool:
+    try:
+        if os.path.lexists(word):
+            return True
+    except ValueError:  # a zero byte
+        return False
+    return bool(re.fullmatch(r"\S*(/\S*|\.\w{2,5})", word, re.ASCII))
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -79,8 +165,13 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Answer a question about clips, pictures and sounds. Without arguments: a demonstration.",
         parents=[model_parser(), settings_parser()],
     )
-    parser.add_argument("media", nargs="*", help="clips, pictures or sounds, told apart by their content")
-    parser.add_argument("question")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar='media ... "question"',
+        help="clips, pictures or sounds, told apart by their content, and a question in quotation marks",
+    )
+    parser.add_argument("--version", action="version", version=f"seats-omni {omni.__version__}")
     parser.add_argument("--show", metavar="PATH", help="draw what each stage kept: a page (.html) or a picture (.png)")
     parser.add_argument("--explain", action="store_true", help="print what each stage kept as a table, on stderr")
     parser.add_argument("--json", action="store_true", help="print answer and figures as one JSON object")
@@ -90,7 +181,9 @@ def argument_parser() -> argparse.ArgumentParser:
 def model_parser() -> argparse.ArgumentParser:
     """What to load, for command lines that take it."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", default="Qwen/Qwen2.5-Omni-7B", help="hub id or folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="Qwen/Qwen2.5-Omni-7B", help=f"hub id, folder or tiny (default: %(default)s); {TINY}"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
@@ -110,7 +203,7 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
     parser.add_argument("--video-ratio", type=_ratio, help="of video alone (default: what --retention implies)")
     parser.add_argument("--audio-ratio", type=_ratio, help="of sound alone (default: what --retention implies)")
     parser.add_argument(
-        "--method", choices=NAMES, default="seats", metavar="NAME", help=f"what to keep by: {', '.join(NAMES)}"
+        "--method", choices=METHODS, default="seats", metavar="NAME", help=f"what to keep by: {', '.join(METHODS)}"
     )
     parser.add_argument(
         "--kv",
@@ -134,183 +227,8 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
     return parser
 
 
-def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The command line as a conversation in the chat format."""
-    content: list[dict[str, str]] = []
-    for source in options.media:
-        kind = kind_of(source)
-        content.append({"type": kind, kind: source})
-    content.append({"type": "text", "text": options.question})
-    system = [] if options.system is None else [{"role": "system", "content": options.system}]
-    return [*system, {"role": "user", "content": content}]
-
-
-def _answer(options: argparse.Namespace) -> None:
-    if options.show:
-        check_path(options.show)
-    conversation = messages(options)  # a file that is not there is known before gigabytes are read
-    model = load(
-        options.model,
-        device=_device(options.device),
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        revision=options.revision,
-        compile=options.compile,
-        progress=True,
-    )
-    started = time.perf_counter()
-    inputs = model.prepare(
-        conversation,
-        use_audio_in_video=not options.no_audio,
-        fps=options.fps,
-        max_frames=options.max_frames,
-        max_pixels=options.max_pixels,
-        on_frame=_decoding_bar(),
-    )
-    media_seconds = time.perf_counter() - started
-    method = method_of(options, model.config)
-    prefills: list[Prefill] = []
-    answer = model.stream(
-        inputs,
-        on_prefill=prefills.append,
-        on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
-        max_new_tokens=options.max_new_tokens,
-        **sampling_of(options),
-        seats=method,
-        kv=options.kv,
-    )
-    generation = _print_stream(answer, quiet=options.json)
-    if options.json:
-        stats = {**asdict(generation.stats), "media_seconds": media_seconds}
-        print(json.dumps({**report_of(generation), "stats": stats}, ensure_ascii=False))
-    elif generation.thought:
-        print(file=sys.stderr)  # ends the line of the thought
-    if generation.thought_cut:
-        print(
-            f"omni-generate: the thought was cut off at {len(generation.tokens)} tokens, before any answer: "
-            "raise --max-new-tokens.",
-            file=sys.stderr,
-        )
-    print(figures(generation, media_seconds), file=sys.stderr)
-    if options.explain:
-        print(explain(inputs, prefills[0]), file=sys.stderr)
-    if options.show:
-        show(
-            inputs,
-            prefills[0],
-            options.show,
-            sizes=vision_sizes(model.folder, model.config),
-            question=options.question,
-            answer=generation.text,
-            settings=f"{options.model}, retention {options.retention:g}, kv {options.kv}, fps {options.fps:g}",
-        )
-
-
-def demo() -> None:
-    """Asks `tiny` about its clip and prints answers and figures side by side, a line for each retention."""
-    model = load("tiny")
-    content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
-    inputs = model.prepare([{"role": "user", "content": content}])
-    print(f"{CLIP}\n{QUESTION}\n")
-    print(f"{'tokens kept':12} {'answer':24} {'tokens by layers':32} {'multiply-accumulates':>21} {'prefill':>9}")
-    for retention in (1.0, 0.35, 0.10):
-        selection = None if retention == 1 else method_for("seats", model.config, retention)
-        model.prefill(inputs, seats=selection)  # so that what a first call costs is not in the figures
-        answer = model.generate(inputs, seats=selection, max_new_tokens=32)
-        stats = answer.stats
-        kept = " > ".join(map(str, stats.segments))
-        fewer = (
-            f"{stats.macs / 1e9:.2f} G ({stats.macs_ratio:.1f}x fewer)" if selection else f"{stats.macs / 1e9:.2f} G"
-        )
-        print(f"{retention:<12.0%} {answer.text:24} {kept:32} {fewer:>21} {1000 * stats.prefill_seconds:6.0f} ms")
-    print("\nNothing was compiled: for a single question that takes longer than the answer.")
-    print('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
-
-
-def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:
-    """None where every token is kept, whatever the model: one too shallow for the stages can still do that."""
-    given = {options.video_ratio, options.audio_ratio} - {None}
-    if options.retention == 1 and given <= {1.0}:
-        return None
-    ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
-    try:
-        return method_for(options.method, config, options.retention, **ratios)
-    except ValueError as error:
-        raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
-
-
-def report_of(generation: Generation) -> dict[str, Any]:
-    """An answer without its figures, as JSON has it."""
-    names = ("text", "thought", "thought_cut", "tokens")
-    return {name: getattr(generation, name) for name in names}
-
-
-def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that choose among tokens, as `Omni.generate` takes them."""
-    names = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
-    if names and options.temperature == 0:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-        raise InputError(f"{flags} is for sampling: add a --temperature above 0, or checkpoint.")
-    return {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}
-
-
-def _print_stream(answer: Any, *, quiet: bool) -> Generation:
-    while True:
-        try:
-            piece = next(answer)
-        except StopIteration as stop:
-            if not quiet:
-                print(flush=True)
-            return stop.value
-        if not quiet:
-            print(piece, end="", flush=True)
-
-
-def figures(generation: Generation, media_seconds: float) -> str:
-    """Tokens by modality, time to the first token in its parts, rate after it; before it what each stage kept."""
-    stats = generation.stats
-    tokens = ", ".join(f"{count} {name}" for name, count in stats.tokens.items() if count)
-    first = media_seconds + stats.encode_seconds + stats.prefill_seconds
-    kept = ""
-    if len(stats.segments) > 1:
-        steps = " > ".join(map(str, stats.segments))
-        kept = f"kept: {steps} tokens, {stats.macs_ratio:.1f} times fewer multiply-accumulates\n"
-    return (
-        f"{kept}tokens: {tokens}; first token after {first:.2f} s (decode {media_seconds:.2f}, "
-        f"encoders {stats.encode_seconds:.2f}, prefill {stats.prefill_seconds:.2f}); "
-        f"{stats.new_tokens} new tokens, {stats.tokens_per_second:.1f} per second"
-    )
-
-
-def _decoding_bar() -> Callable[[int, int], None]:
-    """A progress bar on stderr, one per clip."""
-    from tqdm import tqdm
-
-    bars: list[Any] = []
-
-    def on_frame(done: int, total: int) -> None:
-        if not bars or bars[-1].n >= bars[-1].total:
-            bars.append(tqdm(total=total, desc="Decoding", unit="frame", file=sys.stderr, leave=False))
-        bars[-1].update(done - bars[-1].n)
-        if done == total:
-            bars[-1].close()
-
-    return on_frame
-
-
 def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"omni-generate: warning: {message}", file=sys.stderr)
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here ({reason}); try --device cpu.") from None
-    return device
 
 
 def _number(kind: type, text: str) -> Any:
@@ -345,7 +263,8 @@ def _temperature(text: str) -> float | str:
 def _ratio(text: str) -> float:
     value = _number(float, text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+        meant = f", not {text}: {value / 100:g}?" if 1 < value < 100 else ""
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1{meant}")
     return value
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omni.processing.frames import Pixels
+
+FORMAT = "omni.Inputs"
+"""In the metadata of a request's file."""
 
 
 class InputError(ValueError):
@@ -36,7 +42,7 @@ class Patches:
         inputs.__dict__[self.name] = value
 
 
-@dataclass
+@dataclass(repr=False)
 class Inputs:
     """One request, under the names and shapes of transformers' processors: `Inputs(**batch)` takes theirs.
 
@@ -102,6 +108,48 @@ class Inputs:
     def held(self, name: str) -> Any:
         """What a field holds: of pictures and clips bytes, `Pixels`, as long as nobody asked for patches."""
         return self.__dict__[name]
+
+    def __repr__(self) -> str:
+        media = {"image": self.image_grid_thw, "clip": self.video_grid_thw, "sound": self.input_features}
+        counts = [f"{self.input_ids.shape[1]} tokens"]
+        counts += [f"{len(some)} {name}{'s' * (len(some) > 1)}" for name, some in media.items() if some is not None]
+        return f"Inputs({', '.join(counts)})"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the request as safetensors, which `load` reads. A file that is there is replaced when the new one is
+        whole. Raises InputError where it cannot be written."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        metadata = {FORMAT: "1", "use_audio_in_video": str(self.use_audio_in_video)}
+        try:
+            # A tensor may be a view of another, as `Inputs(**batch)` takes what it is given.
+            save_file({name: value.contiguous().clone() for name, value in self.tensors().items()}, part, metadata)
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be written: {error}.") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Inputs:
+        """A request that `save` wrote, on the CPU. Raises InputError for a file that is missing or something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read: {error}.") from None
+        heard = metadata.get("use_audio_in_video")
+        if FORMAT not in metadata or found.keys() - {field.name for field in fields(cls)}:
+            raise InputError(f"{path} holds no request: Inputs.save writes them.")
+        return cls(**found, use_audio_in_video=heard == "True")
 
     @property
     def mel_lengths(self) -> Tensor:

@@ -7,23 +7,30 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from textwrap import shorten
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 import weights
-from omni.config import QWEN3, OmniConfig, read_config, read_sampling
+from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
 from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
-from omni.processing.tokenizer import Tokenizer
+from omni.processing.tokenizer import Tokenizer, TokenizerError
 from omni.processing.vocabulary import has_vocabulary
 from omni.runtime.blank import blank_clip
 from omni.runtime.sampling import Sampling
 from omni.thinker import Thinker
+from seats.config import preset_for
 from seats.method import Method
+from seats.methods import method_for
+
+Selection = Method | float | str
+"""What to keep tokens by: a method; a number, an overall retention of `seats.preset_for`; a name, a method of
+`seats.method_for` at its retention of 0.35."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -40,7 +47,7 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     stop_token_ids: list[int] | None
-    seats: Method | None
+    seats: Selection | None
     kv: str
 
 
@@ -73,7 +80,7 @@ class Stats:
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0
 
 
-@dataclass
+@dataclass(repr=False)
 class Generation:
     """An answer. tokens: ids, the stop token included; text: without control tokens.
 
@@ -86,6 +93,14 @@ class Generation:
     _prompt: Tensor = field(repr=False)
     _tokenizer: Callable[[], Tokenizer] = field(repr=False)
     _stopped: bool = field(repr=False)
+
+    def __repr__(self) -> str:
+        try:
+            text = f"{shorten(self.text, 100, placeholder=' ...')!r}, "
+        except (TokenizerError, ConfigError):  # a checkpoint without its tokenizer answers in ids
+            text = ""
+        fewer = f", {self.stats.macs_ratio:.1f} times fewer operations" if self.stats.macs_ratio > 1 else ""
+        return f"Generation({text}{len(self.tokens)} tokens, {self.stats.tokens_per_second:.1f} per second{fewer})"
 
     @property
     def text(self) -> str:
@@ -156,19 +171,21 @@ class Omni:
         )
 
     @overload
-    def prefill(self, inputs: Inputs, seats: Method | None = None, kv: str = "layerwise") -> Prefill: ...
+    def prefill(self, inputs: Inputs, seats: Selection | None = None, kv: str = "layerwise") -> Prefill: ...
 
     @overload
     def prefill(
-        self, inputs: Sequence[Inputs], seats: Method | None = None, kv: str = "layerwise"
+        self, inputs: Sequence[Inputs], seats: Selection | None = None, kv: str = "layerwise"
     ) -> list[Prefill]: ...
 
     def prefill(
-        self, inputs: Inputs | Sequence[Inputs], seats: Method | None = None, kv: str = "layerwise"
+        self, inputs: Inputs | Sequence[Inputs], seats: Selection | None = None, kv: str = "layerwise"
     ) -> Prefill | list[Prefill]:
         """Runs the prompt, with token selection where `seats` asks for it and there is video or sound to select from.
 
         Several prompts run together, in a plan that holds all of them: of one size they waste nothing.
+        seats: a method; a number, the retention of the family's preset (`seats.preset_for`); a name, that method at a
+        retention of 0.35 (`seats.method_for`); None: every token stays.
         kv: "layerwise" leaves each layer what it attended to. "pruned" cuts every layer's cache to the tokens that are
         left at the end, with SEATS the text alone. It is the paper's, whose questions are answered by one letter: the
         first token of an answer is the same, later ones never see video and sound, and answers in words suffer.
@@ -176,8 +193,7 @@ class Omni:
         that this model cannot follow and for prompts that cannot run together, MemoryError where the device has too
         little.
         """
-        requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
-        prefills, _ = self.engine.prefill(requests, 0, seats, kv)
+        prefills, _ = self.engine.prefill(listed(inputs), 0, self._method(seats), kv)
         return prefills[0] if isinstance(inputs, Inputs) else prefills
 
     @overload
@@ -193,8 +209,7 @@ class Omni:
 
         Errors: `stream` and `prefill`.
         """
-        requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
-        tokens = self._tokens(requests, **options)
+        tokens = self._tokens(listed(inputs), **options)
         while True:
             try:
                 next(tokens)
@@ -205,7 +220,7 @@ class Omni:
         self,
         seconds: Sequence[float],
         *,
-        seats: Method | None = None,
+        seats: Selection | None = None,
         kv: str = "layerwise",
         max_new_tokens: int = 512,
         fps: float = 2.0,
@@ -242,6 +257,8 @@ class Omni:
         Raises InputError before any work where prompt and answer exceed the context, ValueError for options
         out of range.
         """
+        if not isinstance(inputs, Inputs):
+            raise TypeError("stream answers one request, omni.Inputs; generate takes a list of them and answers all.")
         answer = AnswerStream(self.processor.tokenizer, inputs.input_ids[0].tolist())
         tokens = self._tokens([inputs], on_prefill=on_prefill, **options)
         generation = None
@@ -266,7 +283,7 @@ class Omni:
         top_k: int | None = None,
         seed: int | None = None,
         stop_token_ids: list[int] | None = None,
-        seats: Method | None = None,
+        seats: Selection | None = None,
         kv: str = "layerwise",
         on_prefill: Callable[[Prefill], None] | None = None,
     ) -> Generator[list[int], None, list[Generation]]:
@@ -284,7 +301,7 @@ class Omni:
             generator.manual_seed(seed)
 
         started = time.perf_counter()
-        prefills, cache = self.engine.prefill(requests, max_new_tokens, seats, kv)
+        prefills, cache = self.engine.prefill(requests, max_new_tokens, self._method(seats), kv)
         if on_prefill is not None:
             on_prefill(prefills[0])
         answers: list[list[int]] = [[] for _ in requests]
@@ -319,6 +336,15 @@ class Omni:
             for answer, prefill, inputs in zip(answers, prefills, requests, strict=True)
         ]
 
+    def _method(self, seats: Selection | None) -> Method | None:
+        if isinstance(seats, str):
+            return method_for(seats, self.config)
+        if isinstance(seats, (int, float)) and not isinstance(seats, bool):
+            return preset_for(self.config, seats)
+        if seats is not None and not hasattr(seats, "keeps_everything"):
+            raise TypeError(f"seats must be a retention, a method's name, a method or None, not {seats!r:.80}.")
+        return cast("Method | None", seats)
+
     def _stop_token_ids(self) -> tuple[int, ...]:
         """What the generation config lists, and the end of a turn, which some of them lack."""
         listed = self.config.stop_token_ids
@@ -336,6 +362,13 @@ class Omni:
         elif isinstance(temperature, str):
             raise ValueError(f'temperature must be a number or "checkpoint", not {temperature!r:.80}.')
         return Sampling(temperature, own_top_p if top_p is None else top_p, own_top_k if top_k is None else top_k)
+
+
+def listed(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
+    requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
+    if not all(isinstance(each, Inputs) for each in requests):
+        raise TypeError("a request must be omni.Inputs, which Omni.prepare makes of messages; or Inputs(**tensors).")
+    return requests
 
 
 def load(

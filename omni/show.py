@@ -10,12 +10,13 @@ import os
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from importlib.resources import files
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from einops import rearrange
@@ -137,6 +138,21 @@ class Tile:
     window: int
 
 
+@dataclass(frozen=True)
+class Page:
+    """What each stage kept, as a page of its own; a notebook shows it where it is a cell's value."""
+
+    html: str = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """In a frame, so that neither the page's styles nor its scripts meet the notebook's."""
+        return (
+            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" title="What each stage kept" '
+            'style="width: 100%; height: 50em; border: 0"></iframe>'
+        )
+
+
+@overload
 def show(
     inputs: Inputs,
     prefill: Prefill,
@@ -146,16 +162,42 @@ def show(
     question: str = "",
     answer: str = "",
     settings: str = "",
-) -> None:
-    """Draws what each stage kept: a page where `path` ends with .html, a still picture where with .png.
+) -> None: ...
+
+
+@overload
+def show(
+    inputs: Inputs,
+    prefill: Prefill,
+    path: None = None,
+    *,
+    sizes: VisionSizes | None = None,
+    question: str = "",
+    answer: str = "",
+    settings: str = "",
+) -> Page: ...
+
+
+def show(
+    inputs: Inputs,
+    prefill: Prefill,
+    path: str | Path | None = None,
+    *,
+    sizes: VisionSizes | None = None,
+    question: str = "",
+    answer: str = "",
+    settings: str = "",
+) -> Page | None:
+    """Draws what each stage kept: a page where `path` ends with .html, a still picture where with .png; without a path
+    the page is returned, which notebooks show.
 
     prefill: of these inputs. sizes: the checkpoint's (`vision_sizes`), by which its processor made patches; the
     family's unless given. The texts are shown as they are. A file that is there is replaced when the new one is whole.
     Raises InputError for a path that cannot be written or of another ending, for a prefill of other inputs, and where a
     .png is asked for and there is no matplotlib.
     """
-    path = check_path(path)
-    suffix = path.suffix.lower()
+    path = None if path is None else check_path(path)
+    suffix = ".html" if path is None else path.suffix.lower()
     config, view = prefill.config, read(inputs, prefill)
     if sizes is None:
         sizes = replace(
@@ -169,7 +211,10 @@ def show(
     method = "every token kept" if prefill.method is None else str(prefill.method)
     texts = {"question": question, "answer": answer, "settings": "\n".join(filter(None, (settings, method)))}
     content = (page if suffix == ".html" else still)(view, drawn, texts, thinned)
+    if path is None:
+        return Page(content.decode())
     _write(path, content)
+    return None
 
 
 def check_path(path: str | Path) -> Path:

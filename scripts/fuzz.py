@@ -39,8 +39,8 @@ from hypothesis import strategies as st
 
 import omni
 import weights
+from omni.answer import ERRORS
 from omni.config import ConfigError
-from omni.generate import ERRORS
 from omni.inputs import InputError
 from omni.processing import chat, sandbox
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, ChatTemplateError, encode_chat, load_template

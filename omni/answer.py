@@ -1,0 +1,228 @@
+"""What the command line does with a question, once it is known to be one: everything here needs PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+
+from omni.config import DTYPES, ConfigError, OmniConfig
+from omni.engine import Prefill
+from omni.generate import CLIP, QUESTION, TINY, settings_parser
+from omni.inputs import InputError, Inputs
+from omni.model import Generation, load
+from omni.processing.chat import ChatTemplateError
+from omni.processing.frames import vision_sizes
+from omni.processing.media import MediaError, kind_of
+from omni.processing.tokenizer import TokenizerError
+from omni.show import check_path, explain, show
+from seats.method import Method
+from seats.methods import method_for
+from weights import CheckpointError
+
+ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, MediaError, InputError)
+"""Every way in which a request can be wrong; anything else is a fault of this library."""
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Prints an answer, and on stderr what it took. Raises one of ERRORS, or MemoryError."""
+    if options.show:
+        check_path(options.show)
+    conversation = messages(options)  # a file that is not there is known before gigabytes are read
+    model = load(
+        options.model,
+        device=_device(options.device),
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        revision=options.revision,
+        compile=options.compile,
+        progress=sys.stderr.isatty(),
+    )
+    started = time.perf_counter()
+    inputs = model.prepare(
+        conversation,
+        use_audio_in_video=not options.no_audio,
+        fps=options.fps,
+        max_frames=options.max_frames,
+        max_pixels=options.max_pixels,
+        on_frame=_reading_bar() if sys.stderr.isatty() else None,
+    )
+    media_seconds = time.perf_counter() - started
+    if options.model == "tiny" and not of_its_world(inputs):
+        print(f"omni-generate: {TINY}: what it says of anything else means nothing.", file=sys.stderr)
+    method = method_of(options, model.config)
+    prefills: list[Prefill] = []
+    answer = model.stream(
+        inputs,
+        on_prefill=prefills.append,
+        on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
+        max_new_tokens=options.max_new_tokens,
+        **sampling_of(options),
+        seats=method,
+        kv=options.kv,
+    )
+    generation = _print_stream(answer, quiet=options.json)
+    if options.json:
+        stats = {**asdict(generation.stats), "media_seconds": media_seconds}
+        settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
+        asked = {"model": options.model, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        report = {**report_of(generation), "stats": stats, **asked, "settings": settings}
+        print(json.dumps(report, ensure_ascii=False))
+    elif generation.thought:
+        print(file=sys.stderr)  # ends the line of the thought
+    if generation.thought_cut:
+        print(
+            f"omni-generate: the thought was cut off at {len(generation.tokens)} tokens, before any answer: "
+            "raise --max-new-tokens.",
+            file=sys.stderr,
+        )
+    print(figures(generation, media_seconds), file=sys.stderr)
+    if options.explain:
+        print(explain(inputs, prefills[0]), file=sys.stderr)
+    if options.show:
+        show(
+            inputs,
+            prefills[0],
+            options.show,
+            sizes=vision_sizes(model.folder, model.config),
+            question=options.question,
+            answer=generation.text,
+            settings=f"{options.model}, retention {options.retention:g}, kv {options.kv}, fps {options.fps:g}",
+        )
+
+
+TIMES = 5
+"""Prefills of the demonstration whose median is shown."""
+
+
+def demo() -> None:
+    """Asks `tiny` about its clip and prints answers and figures side by side, a line for each retention."""
+    model = load("tiny")
+    content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
+    inputs = model.prepare([{"role": "user", "content": content}])
+    print(f"{CLIP}\n{QUESTION}\n")
+    print(
+        f"{'tokens kept':12} {'answer':8} {'tokens by layers':28} {'multiply-accumulates':>21} "
+        f"{'first prefill':>14} {f'median of {TIMES}':>13}"
+    )
+    for retention in (1.0, 0.35, 0.10):
+        selection = None if retention == 1 else method_for("seats", model.config, retention)
+        # A first call costs more: memory is taken, code is read.
+        first, *seconds = (model.prefill(inputs, seats=selection).prefill_seconds for _ in range(1 + TIMES))
+        answer = model.generate(inputs, seats=selection, max_new_tokens=32)
+        stats = answer.stats
+        kept = " > ".join(map(str, stats.segments))
+        macs = f"{stats.macs / 1e9:.2f} G"
+        fewer = f"{macs} ({stats.macs_ratio:.1f}x fewer)" if selection else macs
+        print(
+            f"{retention:<12.0%} {answer.text:8} {kept:28} {fewer:>21} "
+            f"{1000 * first:11.0f} ms {1000 * median(seconds):10.0f} ms"
+        )
+    print("\nNothing was compiled: for a single question that takes longer than the answer.")
+    print('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
+
+
+def of_its_world(inputs: Inputs) -> bool:
+    """Whether a request looks like those that `tiny` was trained on: one clip of `scripts/world.py`'s frame size."""
+    grids = inputs.video_grid_thw
+    return grids is not None and grids[:, 1:].tolist() == [[8, 8]] and inputs.pixel_values is None
+
+
+def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The command line as a conversation in the chat format."""
+    content: list[dict[str, str]] = []
+    for source in options.media:
+        kind = kind_of(source)
+        content.append({"type": kind, kind: source})
+    content.append({"type": "text", "text": options.question})
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return [*system, {"role": "user", "content": content}]
+
+
+def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:
+    """None where every token is kept, whatever the model: one too shallow for the stages can still do that."""
+    given = {options.video_ratio, options.audio_ratio} - {None}
+    if options.retention == 1 and given <= {1.0}:
+        return None
+    ratios = {"video_ratio": options.video_ratio, "audio_ratio": options.audio_ratio}
+    try:
+        return method_for(options.method, config, options.retention, **ratios)
+    except ValueError as error:
+        raise InputError(f"token selection cannot run: {error} --retention 1 keeps every token.") from None
+
+
+def report_of(generation: Generation) -> dict[str, Any]:
+    """An answer without its figures, as JSON has it."""
+    names = ("text", "thought", "thought_cut", "tokens")
+    return {name: getattr(generation, name) for name in names}
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that choose among tokens, as `Omni.generate` takes them."""
+    names = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
+    if names and options.temperature == 0:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InputError(f"{flags} is for sampling: add a --temperature above 0, or checkpoint.")
+    return {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}
+
+
+def _print_stream(answer: Any, *, quiet: bool) -> Generation:
+    while True:
+        try:
+            piece = next(answer)
+        except StopIteration as stop:
+            if not quiet:
+                print(flush=True)
+            return stop.value
+        if not quiet:
+            print(piece, end="", flush=True)
+
+
+def figures(generation: Generation, media_seconds: float) -> str:
+    """Tokens by modality, time to the first token in its parts, rate after it; before it what each stage kept."""
+    stats = generation.stats
+    tokens = ", ".join(f"{count} {name}" for name, count in stats.tokens.items() if count)
+    first = media_seconds + stats.encode_seconds + stats.prefill_seconds
+    kept, whole = "", sum(stats.tokens.values())
+    if stats.segments != [whole]:
+        steps = " > ".join(map(str, stats.segments))
+        kept = f"kept: {steps} of {whole} tokens, {stats.macs_ratio:.1f} times fewer multiply-accumulates\n"
+    return (
+        f"{kept}tokens: {tokens}; first token after {first:.2f} s (media {media_seconds:.2f}, "
+        f"encoders {stats.encode_seconds:.2f}, prefill {stats.prefill_seconds:.2f}); "
+        f"{stats.new_tokens} new tokens, {stats.tokens_per_second:.1f} per second"
+    )
+
+
+def _reading_bar() -> Callable[[int, int], None]:
+    """A progress bar on stderr, one per clip."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def on_frame(done: int, total: int) -> None:
+        if not bars or bars[-1].n >= bars[-1].total:
+            bars.append(tqdm(total=total, desc="Reading", unit="frame", file=sys.stderr, leave=False))
+        bars[-1].update(done - bars[-1].n)
+        if done == total:
+            bars[-1].close()
+
+    return on_frame
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used here ({reason}); try --device cpu.") from None
+    return device
