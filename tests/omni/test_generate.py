@@ -7,16 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import wave
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT
 
 import omni
-from omni.generate import main
+import omni.generate
+from omni.config import DTYPES
+from omni.engine import KV
+from omni.generate import main, split_words
 from seats import preset_for
+from seats.methods import NAMES
 
 
 def run(checkpoint: Path, *arguments: str | Path) -> int:
@@ -151,6 +157,9 @@ def test_json_and_no_audio(checkpoint: Path, clip: Path, capsys: pytest.CaptureF
     assert report["stats"]["tokens"]["audio"] == 0
     assert report["stats"]["tokens"]["video"] > 0
     assert report["stats"]["media_seconds"] > 0
+    assert report["model"] == str(checkpoint)
+    assert report["dtype"] == "float32" and report["device"] == "cpu"
+    assert report["settings"]["fps"] == 1 and report["settings"]["method"] == "seats"
 
 
 def test_sound_system_message_and_seed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,20 +198,144 @@ def test_bad_request_is_one_sentence(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("pipe", ["stderr", "stdout"])
-def test_an_interrupt_ends_the_command_at_once(checkpoint: Path, clip: Path, pipe: str) -> None:
-    """SIGINT while the model loads and the clip is decoded (a bar is on stderr), and in the middle of an answer: status
-    130, one line that says so, no traceback."""
+@pytest.mark.parametrize("moment", ["importing", "loading", "answering"])
+def test_an_interrupt_ends_the_command_at_once(checkpoint: Path, clip: Path, moment: str) -> None:
+    """SIGINT while PyTorch is imported, while the model loads and the clip is read, in the middle of an answer: status
+    130, one line that says so, no traceback. What imports may take the exception for one of their own."""
     options = ["--model", checkpoint, "--device", "cpu", "--max-new-tokens", "20000"]
-    command = [sys.executable, "-m", "omni.generate", *options, clip, "What happens here?"]
+    # The probe says on stderr how far the command is.
+    probe = "import sys, omni.generate as g; watch = sys.argv.pop(1); start = g._run; sys.stderr.write('+\\n'); "
+    probe += "importing = lambda words, done: start(words, lambda: (done(), sys.stderr.write('+\\n')) and None); "
+    probe += "g._run = importing if watch == 'loading' else start; sys.exit(g.main())"
+    command = [sys.executable, "-c", probe, moment, *options, clip, "What happens here?"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
-        stream = getattr(process, pipe)
-        assert stream.read(1)
+        assert process.stdout is not None and process.stderr is not None
+        for _ in range(2 if moment == "loading" else 1):
+            assert process.stderr.readline() == b"+\n"
+        if moment == "importing":
+            time.sleep(0.2)
+        if moment == "answering":
+            assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert err.decode().splitlines()[-1] == "omni-generate: interrupted."
+    assert err.decode().split("\n")[-2:] == ["omni-generate: interrupted.", ""]
     assert b"Traceback" not in err
+
+
+def test_an_interrupt_that_a_library_swallows_counts(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def run_and_swallow(words: list[str], imported: Callable[[], None]) -> int:
+        imported()
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        return 0
+
+    monkeypatch.setattr(omni.generate, "_run", run_and_swallow)
+    assert main(["What?"]) == 130
+    assert capsys.readouterr().err == "\nomni-generate: interrupted.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--version"], 0, f"seats-omni {omni.__version__}"),
+        (["--help"], 0, "tiny knows its own small world alone"),
+        (["missing.mp4", "What?"], 1, "omni-generate: missing.mp4 does not exist."),
+        (["version"], 2, "omni-generate: 'version' asks nothing. Ask like this: omni-generate clip.mp4 \"What"),
+    ],
+)
+def test_needs_no_model_to_say_so(arguments: list[str], status: int, words: str) -> None:
+    """Nor PyTorch, whose import takes most of a second."""
+    code = (
+        "import sys, omni.generate as g\ntry: status = g.main()\nexcept SystemExit as stop: status = stop.code or 0\n"
+    )
+    code += "assert 'torch' not in sys.modules\nsys.exit(status)"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode, words in said) == (status, True), said
+
+
+def test_answers_import_no_compiler(clip: Path) -> None:
+    """Neither what makes the parameters nor the first operator of our own, whatever the method."""
+    code = """
+import sys, omni, seats.methods
+model = omni.load("tiny", device="cpu")
+content = [{"type": "video", "video": sys.argv[1]}, {"type": "text", "text": "Which sound came first?"}]
+inputs = model.prepare([{"role": "user", "content": content}])
+for name in seats.methods.NAMES:
+    model.generate(inputs, seats=name, max_new_tokens=2)
+found = {"torch._dynamo", "torch._inductor", "triton", "sympy"} & sys.modules.keys()
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code, omni.generate.CLIP], check=True, env=ENVIRONMENT)
+
+
+def test_the_parser_lists_what_there_is() -> None:
+    """It cannot ask: that would import PyTorch."""
+    assert omni.generate.METHODS == NAMES
+    assert omni.generate.KV == KV
+    assert tuple(DTYPES) == omni.generate.DTYPES
+
+
+@pytest.mark.parametrize(
+    ("words", "media", "question"),
+    [
+        (["CLIP", "What happens?"], ["CLIP"], "What happens?"),
+        (["What happens?", "CLIP"], ["CLIP"], "What happens?"),
+        (["CLIP", "What happens?", "CLIP"], ["CLIP", "CLIP"], "What happens?"),
+        (["missing.mp4", "What?"], ["missing.mp4"], "What?"),
+        (["What?", "missing.mp4"], ["missing.mp4"], "What?"),
+        (["https://example.org/a", "Why?"], ["https://example.org/a"], "Why?"),
+        (["clips/one", "Why?"], ["clips/one"], "Why?"),
+        (["CLIP", "Transcribe"], ["CLIP"], "Transcribe"),
+        (["Is clip.mp4 loud?"], [], "Is clip.mp4 loud?"),
+        (["发生了什么"], [], "发生了什么"),
+    ],
+)
+def test_media_and_question(clip: Path, words: list[str], media: list[str], question: str) -> None:
+    here = [str(clip) if word == "CLIP" else word for word in words]
+    assert split_words(here) == ([str(clip) if word == "CLIP" else word for word in media], question)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "there is no question."),
+        (["CLIP"], "there is no question, "),
+        (["."], "there is no question, . names a file."),
+        (["missing.mp4"], "there is no question, missing.mp4 names a file."),
+        (["version"], "'version' asks nothing."),
+        (["CLIP", "clip2"], "'clip2' asks nothing."),
+    ],
+)
+def test_a_forgotten_question_is_noticed(clip: Path, words: list[str], reason: str, capsys) -> None:
+    here = [str(clip) if word == "CLIP" else word for word in words]
+    assert main(["--json", *here]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
+    assert reason in err and 'Ask like this: omni-generate clip.mp4 "What happens here?"' in err
+
+
+def test_a_percentage_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--retention", "35", "What?"])
+    assert "must be above 0 and at most 1, not 35: 0.35?" in capsys.readouterr().err
+
+
+def test_every_method_says_what_it_kept(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And tiny that it knows nothing of a clip that is not of its world; nothing draws a bar where nobody looks."""
+    for method in ("seats", "divprune-om"):
+        assert main(["--model", "tiny", "--device", "cpu", "--method", method, str(clip), "What happens here?"]) == 0
+        err = capsys.readouterr().err
+        assert "times fewer multiply-accumulates" in err and "\nkept: " in err
+        assert "(media " in err and "%|" not in err
+        assert err.startswith("omni-generate: tiny knows its own small world alone")
+    assert main(["--model", "tiny", "--device", "cpu", str(omni.generate.CLIP), "Which sound came first?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a falling sweep\n"
+    assert err.startswith("kept: ")
 
 
 def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +352,6 @@ def test_bad_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--temperature", "-1", "What?"],
         ["--seed", str(2**64), "What?"],
         ["--retention", "0", "What?"],
-        ["--json"],
     ],
 )
 def test_bad_options_are_usage_errors(arguments: list[str]) -> None:
