@@ -131,7 +131,7 @@ def demo() -> None:
 def of_its_world(inputs: Inputs) -> bool:
     """Whether a request looks like those that `tiny` was trained on: one clip of `scripts/world.py`'s frame size."""
     grids = inputs.video_grid_thw
-    return grids is not None and grids[:, 1:].tolist() == [[8, 8]] and inputs.pixel_values is None
+    return grids is not None and grids[:, 1:].tolist() == [[8, 8]] and inputs.image_grid_thw is None
 
 
 def messages(options: argparse.Namespace) -> list[dict[str, Any]]:

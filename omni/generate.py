@@ -56,10 +56,6 @@ class UsageError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Runs one question; returns the exit status: 0, 1 for a bad request, 2 for none, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if threading.current_thread() is not threading.main_thread() or (
-        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        return _run(arguments, lambda: None)
     state = {"interrupted": False, "importing": True}
 
     def interrupt(*_: object) -> None:
@@ -70,14 +66,20 @@ def main(arguments: list[str] | None = None) -> int:
         state["interrupted"] = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else whoever calls has one
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    status = 130
     try:
         status = _run(arguments, lambda: state.update(importing=False))
-    except BaseException:
-        if not state["interrupted"]:
+    except BaseException as error:
+        if not (state["interrupted"] or isinstance(error, KeyboardInterrupt)):
             raise
+        state["interrupted"] = True
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     if state["interrupted"]:  # also where a library swallowed it
         sys.stderr.write(INTERRUPTED)
         return 130
@@ -91,16 +93,17 @@ INTERRUPTED = "\nomni-generate: interrupted.\n"
 def _run(arguments: list[str], imported: Callable[[], None]) -> int:
     """imported: called when PyTorch and all of the model's code is there."""
     options = None
-    try:
-        if arguments:
-            options = argument_parser().parse_intermixed_args(arguments)
+    if arguments:
+        options = argument_parser().parse_intermixed_args(arguments)
+        try:
             options.media, options.question = split_words(options.words)
-            for source in options.media:  # known before anything is loaded; what else may be wrong with it, later
-                if "://" not in source and not os.path.lexists(source):
-                    raise UsageError(f"{source} does not exist.")
-    except UsageError as error:
-        print(f"omni-generate: {error}", file=sys.stderr)
-        return 1 if str(error).endswith(" does not exist.") else 2
+        except UsageError as error:
+            print(f"omni-generate: {error}", file=sys.stderr)
+            return 2
+        for source in options.media:  # known before anything is loaded; what else may be wrong with it, later
+            if "://" not in source and not os.path.lexists(source):
+                print(f"omni-generate: {source} does not exist.", file=sys.stderr)
+                return 1
 
     import torch
 

@@ -116,8 +116,9 @@ class Inputs:
         return f"Inputs({', '.join(counts)})"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is there, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        """What is there, by name; of pictures and clips patches, which are not held on to."""
+        found = {field.name: self.held(field.name) for field in fields(self)}
+        found = {name: value.patches() if isinstance(value, Pixels) else value for name, value in found.items()}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def save(self, path: str | Path) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seats.operators import operator
+
 Call = Callable[..., Any]
 """How an encoder calls those of its methods that see tensors of static shape: (method, *arguments) → its result."""
 
@@ -79,7 +81,7 @@ def float32_product(x: Tensor, y: Tensor) -> Tensor:
     return _float32_product(x, y) if x.dtype in HALVES else (x @ y.mT).float()
 
 
-@torch.library.custom_op("omni::float32_product", mutates_args=())
+@operator("omni::float32_product")
 def _float32_product(x: Tensor, y: Tensor) -> Tensor:
     """Without a copy of y in float32. An operator of its own, as the compiler would keep one on a CPU."""
     if x.is_cuda:
