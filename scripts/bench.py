@@ -3,6 +3,7 @@
     python scripts/bench.py                         # both families, 0.5 B parameters on a CPU, full size on a GPU
     python scripts/bench.py --families qwen3 --dtypes bfloat16 --rows prefill decode
     python scripts/bench.py --minutes 5             # what is least known first; stops in time
+    python scripts/bench.py --archive compiled.tgz  # what is compiled is kept there, for the next run, and taken thence
     python scripts/bench.py --size small --results /tmp/small     # see that all of it runs; measures nothing
     python scripts/bench.py --merge FILE...         # take the rows of other runs' result files
     python scripts/bench.py --render                # benchmarks/README.md from the result files alone
@@ -17,24 +18,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cache import archived
 from bench_check import check
 from bench_models import SIZES
-from bench_report import write_readme
+from bench_report import as_text, write_readme
 from bench_results import ROOT, Clock, Names, commit_of, least_known_first, load, merge, path_of, run_of, save
 from bench_rows import first_prefill, rows_of
-from bench_sides import Bench, ceilings, machine
+from bench_sides import Bench, ceilings, first_line, machine
 
 from omni.config import DTYPES
 
-CHECK_SECONDS, GUESS_SECONDS = 90.0, 40.0
+CHECK_SECONDS, SETUP_SECONDS = 90.0, 30.0
+GUESSES = {"prefill of 10 min": 120.0, "start": 180.0, "plans": 60.0, "experts": 5.0, "throughput": 90.0, "": 40.0}
+"""Seconds that rows are taken to need which were never measured, by how their names begin."""
+
+
+def guess(name: str) -> float:
+    return next(seconds for begin, seconds in GUESSES.items() if name.startswith(begin))
 
 
 def main() -> None:
@@ -47,6 +56,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3000, help="of the clip's prompt at 0.5B (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of a row (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no row that would not end in time")
+    parser.add_argument("--archive", type=Path, help="a .tgz of what the compiler made: read, where there, and written")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks")
     parser.add_argument("--commit", help="what is measured, where git does not know (default: what it says)")
     parser.add_argument("--again", action="store_true", help="measure rows of this commit, too")
@@ -69,7 +79,9 @@ def main() -> None:
         commit = options.commit or commit_of()
         if commit is None:
             parser.error("this is no git checkout: say with --commit what is measured.")
-        measure_all(options, device, size, dtypes, folder, commit)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is compiled is kept then, too
+        with archived(options.archive) as keep:
+            measure_all(options, device, size, dtypes, folder, commit, keep)
     write_readme(options.results)
 
 
@@ -84,13 +96,21 @@ def merge_files(paths: list[Path], folder: Path, commit: str | None) -> None:
 
 
 def measure_all(
-    options: argparse.Namespace, device: torch.device, size: str, dtypes: list[str], folder: Path, commit: str
+    options: argparse.Namespace,
+    device: torch.device,
+    size: str,
+    dtypes: list[str],
+    folder: Path,
+    commit: str,
+    keep: Callable[[], None],
 ) -> None:
     name, clock = machine(device), Clock(options.minutes)
     path = path_of(folder, name)
     result = load(path, name, device.type)
 
-    write = partial(save, path, result)
+    def write() -> None:
+        save(path, result)
+        keep()
 
     def check_models() -> None:
         checked = result.get("checked", {"run": {"commit": None}})
@@ -106,9 +126,7 @@ def measure_all(
         clock.share(len(models) - index)
         bench = Bench(family, size, DTYPES[dtype], device, options.repeats)
         section = result["sections"].setdefault(f"{family} {size} {dtype}", {"rows": {}})
-        measure_model(
-            bench, rows_of(bench, options.tokens), section, clock, options, commit, partial(save, path, result)
-        )
+        measure_model(bench, rows_of(bench, options.tokens), section, clock, options, commit, write)
     if options.minutes is not None:
         check_models()
 
@@ -126,8 +144,8 @@ def measure_model(
     section["all_rows"] = [name for names in rows for name in names]
     where = f"{bench.family} {str(bench.dtype).removeprefix('torch.')}"
     for names in least_known_first(rows, section, commit, options.rows, again=options.again):
-        expected = max(section["rows"].get(name, {}).get("took_seconds", GUESS_SECONDS) for name in names)
-        setup = 0 if bench.is_made else section.get("setup_seconds", GUESS_SECONDS)
+        expected = max(section["rows"].get(name, {}).get("took_seconds") or guess(name) for name in names)
+        setup = 0 if bench.is_made else section.get("setup_seconds", SETUP_SECONDS)
         if not clock.fits(expected + setup):
             print(f"{where}, {names[0]}: {expected + setup:.0f} s do not fit any more", flush=True)
             continue
@@ -141,7 +159,7 @@ def measure_model(
             machine_rates = {"before": before, "after": ceilings(bench)}
         except Exception as error:  # the other rows are still to come
             traceback.print_exc()
-            failure = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300], "run": run_of(commit)}
+            failure = {"error": first_line(error), "run": run_of(commit)}
             section.setdefault("failed", {}).update(dict.fromkeys(names, failure))
             write()
             continue
@@ -162,8 +180,9 @@ def short_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row as one line."""
     times = {name: round(ratio["median"], 2) for name, ratio in row.get("times_as_fast", {}).items()}
     seconds = {name: float(f"{value:.3g}") for name, value in row["seconds"].items()}
-    targets = [f"{t['what']}: {t['measured']:.2f} of {t['at_least']}" for t in row.get("targets", [])]
-    return {"seconds": seconds, "times as fast as": times, "targets": targets}
+    found = {"seconds": seconds, "times as fast as": times, "targets": list(map(as_text, row.get("targets", [])))}
+    found |= {name: row[name] for name in ("apart", "not_run", "selection_share") if name in row}
+    return {name: value for name, value in found.items() if value}
 
 
 if __name__ == "__main__":

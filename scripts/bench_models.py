@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def make_config(family: str, size: str) -> tuple[Any, OmniConfig]:
     """transformers' configuration, and ours of the same config.json."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
     sections = SIZES[size][family]
     width, tied = sections["text_config"]["hidden_size"], size != "full"
     thinker: dict[str, Any] = {
@@ -144,7 +146,6 @@ def make_reference(config: Any) -> nn.Module:
     """transformers' model, its parameters on `meta`."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     kind = getattr(transformers, config.architectures[0])
     with parameters_on_meta():
         return kind(config).eval()
@@ -220,3 +221,102 @@ def as_loaded_for_eager(thinker: Thinker) -> Thinker:
         if parameter.dim() == 2 and parameter.shape[0] >= parameter.shape[1]:
             parameter.data = parameter.data.t().contiguous().t()
     return eager
+
+
+@contextmanager
+def in_float32(module: nn.Module, layers: nn.ModuleList, method: str) -> Iterator[None]:
+    """Inside, a model computes in float32 with the weights that it has.
+
+    Its layers, run by `method`, one at a time, so that a model that fills most of a GPU has room; the rest at once.
+    """
+
+    @contextmanager
+    def widened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        kept = [(parameter, parameter.data) for parameter in parameters]
+        try:
+            for parameter, value in kept:
+                parameter.data = value.float()
+            yield
+        finally:
+            for parameter, value in kept:
+                parameter.data = value
+
+    def widening(layer: nn.Module) -> Callable[..., Any]:
+        run = getattr(layer, method)
+
+        def widened_run(*arguments: Any, **options: Any) -> Any:
+            with widened(layer.parameters()):
+                return run(*arguments, **options)
+
+        return widened_run
+
+    inside = {id(parameter) for parameter in layers.parameters()}
+    for layer in layers:
+        setattr(layer, method, widening(layer))
+    try:
+        with widened([parameter for parameter in module.parameters() if id(parameter) not in inside]):
+            yield
+    finally:
+        for layer in layers:
+            delattr(layer, method)
+
+
+def their_prefill(language: Any, head: nn.Module, tokens: int, *, compiled: bool) -> Callable[[], Tensor]:
+    """transformers' decoder from embeddings to the logits of the next token, the cache filled."""
+    weight = head.weight
+    x = torch.randn(1, tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+    positions = torch.arange(tokens, device=weight.device).expand(3, 1, -1)
+
+    def run(x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        found = language(inputs_embeds=x, position_ids=positions, use_cache=True)
+        cached = [part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)]
+        return head(found.last_hidden_state[:, -1]), cached
+
+    run = torch.compile(run, dynamic=False) if compiled else run
+
+    without_gradients = torch.no_grad() if compiled else torch.inference_mode()
+    return without_gradients(lambda: run(x, positions)[0])
+
+
+def their_decode(
+    language: Any, head: nn.Module, prompt: int, new: int, *, compiled: bool, wait: Callable[[], None]
+) -> Callable[[], float]:
+    """Seconds of each of transformers' steps after so many tokens, fed on its own picks.
+
+    compiled: with its static cache, one graph for all steps, on a GPU replayed: as its `generate` does by itself with
+    `cache_implementation="static"`. Else with the cache that grows.
+    """
+    from transformers import StaticCache
+
+    device = head.weight.device
+    ids = torch.zeros(1, prompt, dtype=torch.long, device=device)
+    cache = StaticCache(config=language.config, max_cache_len=prompt + new) if compiled else None
+
+    def step(token: Tensor, position: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
+        found = language(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        return head(found.last_hidden_state[:, -1:]).argmax(-1), found.past_key_values
+
+    def picked(token: Tensor, position: Tensor) -> Tensor:
+        return step(token, position, cache)[0]
+
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    replayed = torch.compile(picked, fullgraph=True, dynamic=False, mode=mode)
+
+    def decode() -> float:
+        if cache is not None:
+            cache.reset()
+        token, grown = step(ids, None, cache)
+        for index in range(new):
+            if index == 2:  # by then a step is recorded
+                wait()
+                started = time.perf_counter()
+            if cache is not None:
+                position = torch.full((3, 1, 1), prompt + index, device=device)
+                token = replayed(token, position).clone()
+            else:
+                token, grown = step(token, None, grown)
+            token.tolist()
+        return (time.perf_counter() - started) / (new - 2)
+
+    without_gradients = torch.no_grad() if compiled else torch.inference_mode()
+    return without_gradients(decode)

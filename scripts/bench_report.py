@@ -110,7 +110,10 @@ def machine_part(result: dict[str, Any]) -> str:
         if rows := dict(sorted(section["rows"].items(), key=lambda row: (*listed, row[0]).index(row[0]))):
             for table in (ratio_table, prefill_table, seconds_table, profile_table):
                 lines += [*table(rows), ""]
-            lines += [*start_lines(rows), "", "Measured:", "", *run_lines(rows)]
+            for other in (agreement_table, throughput_table, plan_lines, start_lines, not_run_lines):
+                if found := other(rows):
+                    lines += [*found, ""]
+            lines += ["Measured:", "", *run_lines(rows)]
         for row, failure in section.get("failed", {}).items():
             lines += ["", f"{row} failed at {failure['run']['commit']}: {failure['error']}"]
         if missing := [row for row in section.get("all_rows", ()) if row not in rows]:
@@ -157,24 +160,40 @@ def targets_table(sections: dict[str, Any]) -> list[str]:
     for name, section in sections.items():
         for row_name, row in section["rows"].items():
             for target in row.get("targets", []):
-                measured, at_least = target["measured"], target["at_least"]
-                verdict = "met" if measured >= at_least else f"missed by {1 - measured / at_least:.0%}"
-                cells = (name, row_name, target["what"], f"{measured:.2f}", f"{at_least:.2f}", verdict)
+                cells = (name, row_name, target["what"], *judged(target))
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def judged(target: dict[str, Any]) -> tuple[str, str, str]:
+    """What was measured, the target, and the verdict."""
+    measured = target["measured"]
+    if "at_least" in target:
+        wanted, missed = f"{target['at_least']:.2f}", 1 - measured / target["at_least"]
+    else:
+        wanted, missed = f"at most {target['at_most']:.3g}", measured / target["at_most"] - 1
+    verdict = "met" if missed <= 0 else f"missed by {missed:.0%}"
+    return f"{measured:.2f}" if measured >= 0.01 else f"{measured:.1e}", wanted, verdict
+
+
+def as_text(target: dict[str, Any]) -> str:
+    measured, wanted, verdict = judged(target)
+    return f"{target['what']}: {measured} of {wanted}, {verdict}"
 
 
 def ratio(found: dict[str, float] | None) -> str:
     return f"{found['median']:.2f} ({found['lowest']:.2f} to {found['highest']:.2f})" if found else ""
 
 
+SIDES = (
+    *("compiled", "eager", "transformers", "transformers compiled", "every token"),
+    *("one dense product", "reading the weights"),
+)
+
+
 def ratio_table(rows: dict[str, Any]) -> list[str]:
     """How many times as fast."""
-    sides = [
-        side
-        for side in ("eager", "transformers", "every token", "one dense product")
-        if any(side in row.get("times_as_fast", {}) for row in rows.values())
-    ]
+    sides = [side for side in SIDES if any(side in row.get("times_as_fast", {}) for row in rows.values())]
     lines = [f"| times as fast as | {' | '.join(sides)} | rounds |", "| --- " * (len(sides) + 2) + "|"]
     for name, row in rows.items():
         if faster := row.get("times_as_fast"):
@@ -185,9 +204,9 @@ def ratio_table(rows: dict[str, Any]) -> list[str]:
 
 def prefill_table(rows: dict[str, Any]) -> list[str]:
     lines = [
-        "| | tokens by segment | multiply-accumulates done, times fewer | by the paper's count | GFLOP/s "
-        "| of the matrix rate | selection | peak memory, GB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | tokens by segment | multiply-accumulates done, times fewer | by the paper's count | the paper's own "
+        "| GFLOP/s | of the matrix rate | selection | peak memory, GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
         if "segments" in row:
@@ -195,6 +214,7 @@ def prefill_table(rows: dict[str, Any]) -> list[str]:
             peak = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
             cells = (
                 *(name, " > ".join(map(str, row["segments"])), f"{row['work_ratio']:.2f}", f"{row['macs_ratio']:.2f}"),
+                papers(row),
                 *(f"{row['gflops']:.0f}", ratio(row["of_matrix_rate"]), share, peak),
             )
             lines.append(f"| {' | '.join(cells)} |")
@@ -209,7 +229,7 @@ def prefill_table(rows: dict[str, Any]) -> list[str]:
 
 
 def seconds_table(rows: dict[str, Any]) -> list[str]:
-    sides = ("compiled", "eager", "transformers", "every token", "one dense product")
+    sides = [side for side in SIDES if any(side in row["seconds"] for row in rows.values())]
     lines = [
         f"| seconds | {' | '.join(sides)} | first call | machine: matrix GFLOP/s, copy GB/s |",
         "| --- " * (len(sides) + 3) + "|",
@@ -217,8 +237,9 @@ def seconds_table(rows: dict[str, Any]) -> list[str]:
     for name, row in rows.items():
         if "first_call_seconds" in row:
             cells = [f"{row['seconds'][side]:.3g}" if side in row["seconds"] else "" for side in sides]
-            for side in row.get("out_of_memory", []):
-                cells[sides.index(side)] = "out of memory"
+            for side, reason in row.get("not_run", {}).items():
+                if side in sides:
+                    cells[sides.index(side)] = "out of memory" if reason == "out of memory" else "not run"
             before, after = row["ceilings"]["before"], row["ceilings"]["after"]
             rates = ", ".join(f"{before[key]:.0f} to {after[key]:.0f}" for key in before)
             lines.append(f"| {name} | {' | '.join(cells)} | {row['first_call_seconds']:.3g} | {rates} |")
@@ -244,6 +265,66 @@ def profile_table(rows: dict[str, Any]) -> list[str]:
                 limit = f"{theirs['median'] / products:.2f}"
             lines.append(f"| {name} | {shares} | {limit} |")
     return lines
+
+
+def papers(row: dict[str, Any]) -> str:
+    """What the paper says of a prompt like its own."""
+    of_the_paper = row.get("of_the_paper", {})
+    texts = []
+    if of_the_paper.get("macs_ratio"):
+        texts.append(f"{of_the_paper['macs_ratio']:.1f}")
+    if of_the_paper.get("times_as_fast"):
+        texts.append(f"{of_the_paper['times_as_fast']:.1f} times as fast")
+    return "; ".join(texts)
+
+
+def agreement_table(rows: dict[str, Any]) -> list[str]:
+    found = {name: row["apart"] for name, row in rows.items() if "apart" in row}
+    if not found:
+        return []
+    sides = list(dict.fromkeys(side for apart in found.values() for side in apart))
+    lines = [
+        f"| logits apart from transformers' in float32, of their norm | {' | '.join(sides)} |",
+        "| --- " * (len(sides) + 1) + "|",
+    ]
+    for name, apart in found.items():
+        cells = [f"{apart[side]:.1e}" if side in apart else "" for side in sides]
+        lines.append(f"| {name}, {rows[name]['tokens']:,} tokens | {' | '.join(cells)} |")
+    return lines
+
+
+def throughput_table(rows: dict[str, Any]) -> list[str]:
+    found = {name: row for name, row in rows.items() if "questions" in row}
+    if not found:
+        return []
+    sides = list(next(iter(found.values()))["seconds"])
+    lines = [
+        f"| questions a second, encoders included | {' | '.join(sides)} | questions | new tokens of each |",
+        "| --- " * (len(sides) + 3) + "|",
+    ]
+    for name, row in found.items():
+        cells = [f"{1 / row['seconds'][side]:.3g}" for side in sides]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['questions']} | {row['new_tokens']} |")
+    return lines
+
+
+def plan_lines(rows: dict[str, Any]) -> list[str]:
+    if "plans" not in rows:
+        return []
+    seconds = ", ".join(f"{name} {value:.3g}" for name, value in rows["plans"]["seconds"].items())
+    return [
+        f"The first prefill at 10 % of {rows['plans']['rounds']} plans never met before, in a process that has met "
+        f"one, nothing of them on disk, in seconds: {seconds}."
+    ]
+
+
+def not_run_lines(rows: dict[str, Any]) -> list[str]:
+    return [
+        f"- {name}: {side} did not run: {reason}"
+        for name, row in rows.items()
+        for side, reason in row.get("not_run", {}).items()
+        if reason != "out of memory"
+    ]
 
 
 def start_lines(rows: dict[str, Any]) -> list[str]:

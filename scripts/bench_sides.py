@@ -31,11 +31,11 @@ Seconds = Callable[[], float]
 
 @dataclass
 class Measured:
-    """Seconds of sides in rounds. first: of the first call. failed: sides for which there was too little memory."""
+    """Seconds of sides in rounds. first: of the first call. failed: sides that did not run, and why."""
 
     first: dict[str, float]
     times: dict[str, list[float]]
-    failed: list[str]
+    failed: dict[str, str]
 
     def ratios(self, ours: str, other: str) -> list[float]:
         """How many times as fast as the other side, round by round."""
@@ -45,18 +45,30 @@ class Measured:
         return statistics.median(self.times[side])
 
     def row(self, sides: dict[str, str]) -> dict[str, Any]:
-        """sides: name in the row → side; the first is ours."""
+        """sides: name in the row → side; the first is ours. Raises RuntimeError where that one did not run."""
         there = {name: side for name, side in sides.items() if side not in self.failed}
-        (_, side), *others = there.items()
+        (name, ours), *_ = sides.items()
+        if name not in there:
+            raise RuntimeError(f"{name}: {self.failed[ours]}")
         row = {
-            "rounds": len(self.times[side]),
+            "rounds": len(self.times[ours]),
             "seconds": {name: self.median(side) for name, side in there.items()},
-            "first_call_seconds": self.first[side],
-            "times_as_fast": {name: spread(self.ratios(side, other)) for name, other in others},
+            "first_call_seconds": self.first[ours],
+            "times_as_fast": {name: spread(self.ratios(ours, side)) for name, side in there.items() if side != ours},
         }
-        if self.failed:
-            row["out_of_memory"] = [name for name in sides if name not in there]
+        if len(there) < len(sides):
+            row["not_run"] = {name: self.failed[side] for name, side in sides.items() if name not in there}
         return row
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip of so many seconds with sound, and a question. rows, columns: tokens of its frames."""
+
+    seconds: float
+    text: int = 100
+    rows: int = 12
+    columns: int = 12
 
 
 @dataclass
@@ -118,14 +130,14 @@ class Bench:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def clip(self, seconds: float) -> omni.Inputs:
-        """A clip with sound, a temporal grid of 144 tokens and 25 or 13 of sound a second, 100 of text."""
-        vision = self.compiled.config.vision
-        side = 12 * vision.patch_size * vision.spatial_merge_size
-        return blank_clip(self.compiled.config, seconds, height=side, width=side, max_frames=10_000)
+    def inputs(self, clip: Clip) -> omni.Inputs:
+        """A temporal grid of rows · columns tokens and 25 or 13 of sound a second."""
+        unit = self.config.vision.patch_size * self.config.vision.spatial_merge_size
+        height, width = clip.rows * unit, clip.columns * unit
+        return blank_clip(self.config, clip.seconds, height=height, width=width, max_frames=10_000, text=clip.text)
 
     def preset(self, retention: float) -> seats.SeatsConfig | None:
-        return None if retention == 1 else seats.preset_for(self.compiled.config, retention)
+        return None if retention == 1 else seats.preset_for(self.config, retention)
 
     def once(self, work: Callable[[], object]) -> float:
         """Seconds of one call, the device idle before and after."""
@@ -166,21 +178,29 @@ class Bench:
         target = torch.empty_like(source)
         return 2.0 * source.nbytes, self.timed(lambda: target.copy_(source))
 
-    def measure(self, sides: dict[str, Seconds], *, repeats: int | None = None) -> Measured:
+    def measure(
+        self, sides: dict[str, Seconds], *, repeats: int | None = None, may_fail: tuple[str, ...] = ()
+    ) -> Measured:
         """Sides in turns, so that a slow minute slows all.
 
-        A side for which the device has too little memory is left out, and named.
+        A side for which the device has too little memory is left out, and one that may fail where it does: named, with
+        the reason.
         """
-        first, failed = {}, []
+        first, failed = {}, {}
         for name, side in list(sides.items()):
             try:
                 first[name] = side()
                 if first[name] < 1:  # what takes seconds is warm by then
                     side()
+                continue
             except OUT_OF_MEMORY:
-                torch.cuda.empty_cache()
-                failed.append(name)
-                del sides[name]
+                failed[name] = "out of memory"
+            except Exception as error:
+                if name not in may_fail:
+                    raise
+                failed[name] = first_line(error)
+            torch.cuda.empty_cache()
+            del sides[name]
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(repeats or self.repeats):
             for name, side in sides.items():
@@ -207,8 +227,16 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def target(what: str, measured: float, at_least: float) -> dict[str, Any]:
     return {"what": what, "measured": measured, "at_least": at_least}
+
+
+def limit(what: str, measured: float, at_most: float) -> dict[str, Any]:
+    return {"what": what, "measured": measured, "at_most": at_most}
 
 
 @contextmanager

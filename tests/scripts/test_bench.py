@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +193,186 @@ def test_runs_merge_by_row(tmp_path: Path) -> None:
     save(tmp_path / "results" / "a.json", merged)
     assert load(tmp_path / "results" / "a.json", "a GPU", "cuda") == merged
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def bench_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A small model that says it is compiled and runs eagerly: no row is about machine code here."""
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
+    from bench_sides import Bench
+
+    def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
+        bench = Bench(family, "small", dtype, torch.device("cpu"), 1)
+        vars(bench)["copy"] = vars(bench)["matrix"] = (1.0, lambda: 1.0)  # in place of a gigabyte
+        return bench
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+def test_agreement_compares_with_float32_of_the_same_weights(bench_of: Callable[..., Any], family: str) -> None:
+    """Weights come back as they were; other weights are found out."""
+    from bench_rows import agreement_row
+    from bench_sides import Clip
+
+    bench, clip = bench_of(family, torch.bfloat16), Clip(1, text=20, rows=2, columns=2)
+    before = {name: parameter.data_ptr() for name, parameter in bench.thinker.named_parameters()}
+    row = agreement_row(bench, clip)
+    exactly, rounded = row["apart"]["eager, in float32"], row["apart"]["eager"]
+    assert exactly < 1e-5 < 1e-3 < rounded < 0.1
+    assert row["targets"][0]["measured"] == exactly
+    assert before == {name: parameter.data_ptr() for name, parameter in bench.thinker.named_parameters()}
+    assert {parameter.dtype for parameter in bench.thinker.parameters()} == {torch.bfloat16}
+    assert "prefill" not in vars(bench.thinker.layers[0]) and "forward" not in vars(bench.language.layers[0])
+    weight = bench.language.layers[3].self_attn.q_proj.weight
+    weight.data = weight.data.flip(0)
+    assert agreement_row(bench, clip)["apart"]["eager, in float32"] > 1e-3
+
+
+def test_rows_of_a_small_model(bench_of: Callable[..., Any]) -> None:
+    """Throughput counts every question; the layer of experts stands beside what reading it takes; plans are others."""
+    from bench_rows import COMPILED, compiled_prefill_row, decode_row, experts_row, plans_row, throughput_row
+    from bench_sides import Clip
+
+    bench, clip = bench_of("qwen3"), Clip(2, text=40, rows=2, columns=2)
+    row = throughput_row(bench, clip, 8, 2)
+    assert list(row["seconds"]) == ["batches of 1", "batches of 4", "batches of 8"] and row["questions"] == 8
+    row = experts_row(bench, 4)
+    assert set(row["times_as_fast"]) == {"transformers", "one dense product", "reading the weights"}
+    caches = [os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+    row = plans_row(bench, clip, (12,))
+    assert row["rounds"] == 1 and row["targets"][0]["at_most"] == 5.0
+    assert caches == [os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+    for row in (decode_row(bench, clip, 0.1, 5, compiled=True), compiled_prefill_row(bench, clip)):
+        assert list(row["times_as_fast"]) == [COMPILED]
+
+
+def test_a_rival_that_does_not_run_is_named(bench_of: Callable[..., Any]) -> None:
+    """Where it may fail; ours never may."""
+    bench = bench_of("qwen3")
+
+    def refuses() -> float:
+        raise RuntimeError("cannot be traced\nlong trace")
+
+    measured = bench.measure({"compiled": lambda: 1.0, "other": refuses}, may_fail=("other",))
+    row = measured.row({"compiled": "compiled", "other": "other"})
+    assert row["not_run"] == {"other": "RuntimeError: cannot be traced"} and row["times_as_fast"] == {}
+    with pytest.raises(RuntimeError, match="compiled: RuntimeError"):
+        bench.measure({"compiled": refuses}, may_fail=("compiled",)).row({"compiled": "compiled"})
+    with pytest.raises(RuntimeError, match="cannot be traced"):
+        bench.measure({"compiled": refuses})
+
+
+def test_full_size_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU as on a CPU; the paper's prompt has the tokens that its counts fit."""
+    from bench_rows import PAPERS_CLIP, rows_of
+    from bench_sides import Bench
+
+    from omni.processing.positions import layout
+
+    for family in ("qwen2.5", "qwen3"):
+        for size, device in (("full", "cuda"), ("0.5B", "cpu"), ("small", "cpu")):
+            bench = Bench(family, size, torch.bfloat16, torch.device(device), 1)
+            names = [name for names in rows_of(bench, 3000) for name in names]
+            assert len(names) == len(set(names)) > 10
+            assert {"agreement", "plans", "vision", "audio"} < set(names)
+    bench = Bench("qwen2.5", "full", torch.bfloat16, torch.device("meta"), 1)
+    counts = layout(bench.inputs(PAPERS_CLIP), bench.config).counts
+    assert (counts["video"], counts["audio"], counts["text"]) == (10200, 1700, 602)
+
+
+def test_what_is_compiled_is_carried_into_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a run that was interrupted; nothing is written where nothing is new."""
+    import bench_cache
+
+    for name in bench_cache.CACHES:
+        monkeypatch.setenv(name, "before")
+    archive = tmp_path / "kept" / "compiled.tgz"
+    with pytest.raises(KeyboardInterrupt), bench_cache.archived(archive) as keep:
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        (folder / "triton").mkdir()
+        (folder / "triton" / "kernel").write_text("code")
+        keep()
+        assert not archive.exists()  # not every few seconds
+        raise KeyboardInterrupt
+    written = archive.stat().st_mtime_ns
+    with bench_cache.archived(archive):
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert (folder / "triton" / "kernel").read_text() == "code"
+    assert archive.stat().st_mtime_ns == written and [path.name for path in archive.parent.iterdir()] == [archive.name]
+    monkeypatch.setattr(bench_cache, "EVERY", 0.0)
+    with bench_cache.archived(archive) as keep:
+        (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "more").write_text("code")
+        keep()
+        assert archive.stat().st_mtime_ns > written
+
+
+COMPILES = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "scripts")
+from bench_cache import archived
+with archived(Path(sys.argv[1])):
+    import torch
+    from torch._dynamo.utils import counters
+    torch.compile(lambda x: (x.sin() + 1).relu().sum(-1))(torch.randn(8, 100))
+    print("hits", counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_machine_code_comes_from_the_archive(tmp_path: Path) -> None:
+    """The compiler finds it, though it lies in another folder."""
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-c", COMPILES, str(tmp_path / "compiled.tgz")]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("hits")]
+        found.append(sum(map(int, line.split()[1:])))
+    assert found[0] == 0 < found[1]
+
+
+def test_what_the_new_rows_found_is_on_the_page() -> None:
+    from bench_report import PAPER, headline, render
+
+    few = measured_at("2026-01-02 10:00", "two", 0.04) | {
+        "segments": [2268, 602],
+        "work_ratio": 9.0,
+        "macs_ratio": 9.32,
+        "gflops": 1.0,
+        "of_matrix_rate": {"median": 0.6, "lowest": 0.6, "highest": 0.6},
+        "of_the_paper": {"macs_ratio": 9.1, "times_as_fast": 4.8},
+        "ceilings": {"before": RATES, "after": RATES},
+    }
+    few["times_as_fast"] = {"every token": {"median": 8.0, "lowest": 7.5, "highest": 8.5}}
+    every = few | {"of_the_paper": {}, "of_matrix_rate": {"median": 0.8, "lowest": 0.8, "highest": 0.8}}
+    every["times_as_fast"] = {"transformers": {"median": 1.5, "lowest": 1.5, "highest": 1.5}}
+    plain = {key: few[key] for key in ("run", "rounds")}
+    rows = {
+        f"prefill of {PAPER} at 10%": few,
+        f"prefill of {PAPER} at 100%": every,
+        "agreement": plain | {"seconds": {}, "tokens": 1452, "apart": {"eager": 1e-2, "eager, in float32": 2e-6}},
+        "throughput of 64 s at 10%": plain | {"seconds": {"batches of 1": 0.5}, "questions": 32, "new_tokens": 16},
+        "plans": plain | {"seconds": {"a plan never met": 1.5}},
+    }
+    rows["plans"]["targets"] = [{"what": "seconds of a plan never met", "measured": 1.5, "at_most": 2.0}]
+    section = {"rows": rows, "all_rows": [*rows, "start"]}
+    result = {"machine": "a GPU", "device": "cuda", "sections": {"qwen2.5 full bfloat16": section}}
+    page = render([result])
+    for text in (
+        "| 9.32 | 9.1; 4.8 times as fast |",
+        "| agreement, 1,452 tokens | 1.0e-02 | 2.0e-06 |",
+        "| throughput of 64 s at 10% | 2 | 32 | 16 |",
+        "a plan never met 1.5.",
+        "| plans | seconds of a plan never met | 1.50 | at most 2 | met |",
+        "Not measured: start.",
+    ):
+        assert text in page
+    said = " ".join(headline([result]).split())
+    assert "the prefill at 10 % takes 40 ms, 8.0 times as fast as with every token, where the paper reports 4.8" in said
+    assert "80% of the rate of a large matrix product and 1.50 times as fast as transformers" in said
+    every["run"] = few["run"] | {"commit": "one"}
+    assert "80%" not in headline([result]), "what another commit measured"
 
 
 def test_the_readme_says_what_the_result_files_say() -> None:
