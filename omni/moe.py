@@ -15,7 +15,8 @@ class Experts(nn.Module):
     """SwiGLU experts, `experts_per_token` of them for each token, weighted by the router's softmax.
 
     Rows of tokens are sorted by expert and multiplied in one grouped product per projection, so shapes depend on the
-    number of tokens alone. Memory beside the weights: tokens · experts_per_token rows.
+    number of tokens alone; on a GPU by kernels of our own (`moe_kernels.py`). Memory beside the weights:
+    tokens · experts_per_token rows.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -34,6 +35,8 @@ class Experts(nn.Module):
             gate, up = matrix_vector(self.gate_up[chosen[0]], tokens).chunk(2, dim=-1)
             results = matrix_vector(self.down[chosen[0]], F.silu(gate) * up)
             return (shares @ results).view_as(x)
+        if x.is_cuda:
+            return weighted_experts(tokens, shares, chosen, self.gate_up, self.down).view_as(x)
         by_expert, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=x.device), right=True).int()
         rows = tokens.index_select(0, order // self.per_token)
@@ -49,6 +52,23 @@ class Experts(nn.Module):
         if self.normalise:
             shares = shares / shares.sum(dim=-1, keepdim=True)
         return shares.to(tokens.dtype), chosen
+
+
+@operator("omni::weighted_experts", device_types="cuda")
+def weighted_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The sum of each token's experts by share: (n, hidden).
+
+    x: (n, hidden). shares, chosen: (n, experts_per_token), the experts of a token all different.
+    gate_up: (experts, 2 · size, hidden). down: (experts, hidden, size).
+    """
+    from omni.moe_kernels import experts_on_device
+
+    return experts_on_device(x, shares, chosen, gate_up, down)
+
+
+@weighted_experts.register_fake
+def _(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @operator("omni::grouped_product")

@@ -55,12 +55,7 @@ class Compiled:
         self.thinker, self.makes = thinker, not eager_until_warm
         weight, decoder = thinker.embedding.weight, thinker.config.decoder
         self.on_gpu = weight.device.type == "cuda"
-        # Otherwise PyTorch multiplies experts with a host read, which a CUDA graph cannot hold.
-        self.captures = self.on_gpu and (
-            not any(map(decoder.is_sparse, range(decoder.num_layers)))
-            or (weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (9, 0))
-        )
-        self.prefills = Graphs(_prefill, captures=self.captures)
+        self.prefills = Graphs(_prefill, captures=self.on_gpu)
         self.steps = Graphs(_step, captures=False)  # `stepper` captures
         self.encoders: dict[str, Graphs] = {}
 
@@ -93,7 +88,7 @@ class Compiled:
         state = (token, position, noise, cache.keys, cache.values, cache.lengths)
         key = (sampling, *(shapes(value) for value in state))
         run = partial(self.steps.run, key, (self.thinker, sampling), *state, makes=self.makes)
-        if not self.captures or not (self.makes or key in self.steps.graphs):
+        if not self.on_gpu or not (self.makes or key in self.steps.graphs):
             return run
         if key not in self.steps.graphs:
             before = [tensor.clone() for tensor in (token, position, cache.lengths)]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,16 +37,18 @@ def make_experts(experts: int = 6, per_token: int = 2, hidden: int = 32, size: i
 
 def loop(layer: Experts, x: Tensor) -> Tensor:
     """The same layer, one token and one expert at a time."""
+    shares, chosen = (x[0] @ layer.router.weight.T).softmax(dim=-1).topk(layer.per_token, dim=-1)
+    if layer.normalise:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    return loop_over(x[0], shares, chosen, layer.gate_up, layer.down)[None]
+
+
+def loop_over(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     out = torch.zeros_like(x)
-    for row in range(x.shape[1]):
-        token = x[0, row]
-        probabilities = (layer.router.weight @ token).softmax(0)
-        shares, chosen = probabilities.topk(layer.per_token)
-        if layer.normalise:
-            shares = shares / shares.sum()
-        for share, expert in zip(shares, chosen.tolist(), strict=True):
-            gate, up = (layer.gate_up[expert] @ token).chunk(2)
-            out[0, row] += share * (layer.down[expert] @ (F.silu(gate) * up))
+    for row, token in enumerate(x):
+        for share, expert in zip(shares[row], chosen[row].tolist(), strict=True):
+            gate, up = (gate_up[expert] @ token).chunk(2)
+            out[row] += share * (down[expert] @ (F.silu(gate) * up))
     return out
 
 
@@ -106,3 +113,87 @@ def test_the_default_compiler_takes_it() -> None:
     x = torch.randn(1, 20, 32)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+KERNELS = """
+import torch
+from omni import moe_kernels
+from tests.omni.test_moe import loop_over
+
+tiles = [None, moe_kernels.TILES[0][1:], moe_kernels.TILES[-1][1:]]
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for tokens, per_token, experts, hidden, size in ((1, 2, 6, 32, 24), (16, 3, 5, 40, 24), (40, 2, 6, 80, 72)):
+        torch.manual_seed(tokens)
+        x = torch.randn(tokens, hidden).to(dtype)
+        gate_up = 0.2 * torch.randn(experts, 2 * size, hidden).to(dtype)
+        down = 0.2 * torch.randn(experts, hidden, size).to(dtype)
+        scores = torch.randn(tokens, experts)
+        scores[:, 1] = -100  # an expert without a token
+        scores[: tokens // 2, 3] = 100  # and one with many
+        shares, chosen = scores.softmax(-1).topk(per_token)
+        arguments = (x, shares.to(dtype), chosen, gate_up, down)
+        expected = loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
+        for pair in tiles if tokens > moe_kernels.FEW_TOKENS else tiles[:1]:
+            got = moe_kernels.experts_on_device(*arguments, pair)
+            torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
+print("same results")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_a_loop_under_tritons_interpreter() -> None:
+    """Tiles swapped and not, sizes that fill none; in a process of its own, as Triton reads its mode once."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "same results\n", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """For Hopper, at the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its
+    matrix units wherever a tile has 64 rows of a side."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from omni import moe_kernels
+
+    pointers = dict.fromkeys(("x", "weights", "inner", "parts", "shares", "out"), "*bf16")
+    pointers |= {"chosen": "*i64", "order": "*i32", "places": "*i32", "table": "*i32"}
+
+    def made(kernel: Any, values: dict[str, Any], **options: int) -> Any:
+        kinds = {name: "constexpr" if name in values else pointers.get(name, "i32") for name in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] == "*"}
+        code = compile(ASTSource(kernel, kinds, values, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+        assert code.metadata.shared <= 227 * 1024
+        return code
+
+    few = (0, moe_kernels.FEW, moe_kernels.FEW)
+    sizes = {"PER_TOKEN": 8, "PICKS": 8, "HIDDEN": 2048, "SIZE": 768}
+    for most, *tiles in (few, *moe_kernels.TILES):
+        for kernel, tile in zip((moe_kernels.gate_up_kernel, moe_kernels.down_kernel), tiles, strict=True):
+            values = sizes | {"SORTED": most > 0, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+            code = made(kernel, values | {"SWAPPED": tile.swapped}, num_warps=tile.warps, num_stages=tile.stages)
+            assert ("wgmma" in code.asm["ptx"]) == (most > 0), tile
+    made(moe_kernels.sort_kernel, {"ROWS": 64, "BLOCK": 8192}, num_warps=16)
+    made(moe_kernels.sum_kernel, {"PER_TOKEN": 8, "HIDDEN": 2048, "SORTED": True, "BLOCK": 2048}, num_warps=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [1, 8, 102, 441, 1530])
+def test_cuda_equals_a_loop(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    """On the device, eager and captured; twice the same."""
+    layer = make_experts(experts=16, per_token=4, hidden=256, size=192).to("cuda", dtype)
+    x = torch.randn(1, tokens, 256, device="cuda", dtype=dtype)
+    shares, chosen = layer.route(x[0])
+    exact = [value.double() for value in (x[0], shares, layer.gate_up, layer.down)]
+    expected = loop_over(exact[0], exact[1], chosen, exact[2], exact[3])
+    got = layer(x)
+    error = (got[0].double() - expected).norm() / expected.norm()
+    assert error < tolerance
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = layer(x)
+    graph.replay()
+    assert torch.equal(got, again)

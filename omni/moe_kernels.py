@@ -1,0 +1,296 @@
+"""Experts in Triton: tokens sorted by counting, two grouped products, and a sum over the experts of each token."""
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def"
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a grouped product computes: `rows` rows of an expert times `columns` rows of its matrix."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    swapped: bool = False
+    """The matrix is the left operand: matrix units take 64 rows of the left one at a time, and of the right one 8."""
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Triton's interpreter, without a GPU, takes bfloat16 in products for integers: they are widened there."""
+
+FEW_TOKENS = 16
+"""So few tokens are a tile of every expert that one of them chose, and need no sorting."""
+
+TILES = (
+    (12, Tile(16, 128, 128, 4, 3, swapped=True), Tile(16, 128, 128, 4, 3, swapped=True)),
+    (40, Tile(32, 128, 64, 4, 5, swapped=True), Tile(32, 128, 64, 4, 5, swapped=True)),
+    (72, Tile(64, 128, 64, 4, 4, swapped=True), Tile(64, 128, 64, 4, 4, swapped=True)),
+    (10**9, Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+)
+"""Up to so many rows per expert on average, the tiles of the first and of the second product, of equally many rows:
+about as many as an expert has, so that its weights are read once, and columns enough to fill the memory's queue."""
+
+FEW = Tile(FEW_TOKENS, 32, 256, 4, 4)
+"""The tile of few tokens: narrow, so that the experts of one token are spread over the whole GPU."""
+
+FLOAT32 = Tile(16, 64, 32, 4, 2)
+"""The tile of float32, whose products are exact and slow: for comparisons."""
+
+
+def choose_tiles(x: Tensor, rows_per_expert: float) -> tuple[Tile, Tile]:
+    if x.element_size() > 2:
+        return FLOAT32, FLOAT32
+    if len(x) <= FEW_TOKENS:
+        return FEW, FEW
+    return next((first, second) for most, first, second in TILES if rows_per_expert <= most)
+
+
+def experts_on_device(
+    x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, tiles: tuple[Tile, Tile] | None = None
+) -> Tensor:
+    """What `moe.weighted_experts` computes, without a host read; the launches depend on shapes alone.
+
+    Sums are in float32 and in the same order on every run; in memory are, in the dtype of x, the SwiGLU's results and
+    each expert's part of a token: (n · experts_per_token) rows of either.
+    """
+    x, shares, chosen = x.contiguous(), shares.contiguous(), chosen.contiguous()
+    (tokens, hidden), per_token = x.shape, chosen.shape[1]
+    experts, _, size = down.shape
+    rows = tokens * per_token
+    first, second = tiles or choose_tiles(x, rows / experts)
+    is_sorted = tokens > FEW_TOKENS
+    # Of these many tiles some are empty: see `sort_kernel`.
+    slots = rows // first.rows + experts if is_sorted else rows
+    order, places = torch.empty(2, rows if is_sorted else 0, dtype=torch.int32, device=x.device)
+    table = torch.empty(slots if is_sorted else 0, 3, dtype=torch.int32, device=x.device)
+    if is_sorted:
+        block = min(triton.next_power_of_2(rows), 8192)
+        sort_kernel[(experts,)](chosen, order, places, table, rows, first.rows, block, num_warps=16)
+    inner, parts = x.new_empty(rows, size), x.new_empty(rows, hidden)
+    for kernel, tile, arguments, width in (
+        (gate_up_kernel, first, (x, gate_up, inner, chosen, order, table, tokens), 2 * size),
+        (down_kernel, second, (inner, down, parts, chosen, table, tokens), hidden),
+    ):
+        sizes = (per_token, triton.next_power_of_2(per_token), hidden, size, is_sorted)
+        blocks = (tile.rows, tile.columns, tile.depth, tile.swapped)
+        grid = (slots * triton.cdiv(width, tile.columns),)
+        kernel[grid](*arguments, *sizes, *blocks, num_warps=tile.warps, num_stages=stages_that_fit(tile, x))
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(hidden)
+    sum_kernel[(tokens,)](parts, shares, places, out, per_token, hidden, is_sorted, block, num_warps=4)
+    return out
+
+
+def stages_that_fit(tile: Tile, x: Tensor) -> int:
+    """Tiles on their way to a multiprocessor at once: what the table says, or as many as its shared memory holds."""
+    if not x.is_cuda:
+        return tile.stages
+    memory = triton.runtime.driver.active.utils.get_device_properties(x.device.index)["max_shared_mem"]
+    return max(1, min(tile.stages, memory // ((tile.rows + tile.columns) * tile.depth * x.element_size())))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sort_kernel(chosen, order, places, table, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """Finds the rows of an expert, one program for each: counts those of lower experts, then puts its own behind them.
+
+    chosen: (rows,) experts. order: (rows,) int32, the rows sorted by expert, each expert's as they were; places:
+    (rows,) int32, where in it a row is. table: (rows // ROWS + experts, 3) int32, for each tile its expert, its first
+    place in `order` and how many rows it has.
+    Tiles of expert e begin at (rows of lower experts) // ROWS + e, so that no expert need know the tiles of another:
+    there is room for all, and the rest have no rows.
+    """
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    lower = tl.zeros((BLOCK,), tl.int32)
+    own = tl.zeros((BLOCK,), tl.int32)
+    for at in range(0, rows, BLOCK):
+        picked = tl.load(chosen + at + lane, mask=at + lane < rows, other=2147483647)
+        lower += (picked < expert).to(tl.int32)
+        own += (picked == expert).to(tl.int32)
+    start = tl.sum(lower)
+    count = tl.sum(own)
+    place = start
+    for at in range(0, rows, BLOCK):
+        picked = tl.load(chosen + at + lane, mask=at + lane < rows, other=2147483647)
+        is_own = (picked == expert).to(tl.int32)
+        to = place + tl.cumsum(is_own, axis=0) - 1
+        tl.store(order + to, at + lane, mask=is_own != 0)
+        tl.store(places + at + lane, to, mask=is_own != 0)
+        place += tl.sum(is_own)
+    begin = start // ROWS + expert
+    end = (start + count) // ROWS + expert + 1
+    for at in range(begin, end, 64):
+        slot = at + tl.arange(0, 64)
+        before = (slot - begin) * ROWS
+        tl.store(table + 3 * slot, tl.zeros((64,), tl.int32) + expert, mask=slot < end)
+        tl.store(table + 3 * slot + 1, start + before, mask=slot < end)
+        tl.store(table + 3 * slot + 2, tl.minimum(tl.maximum(count - before, 0), ROWS), mask=slot < end)
+
+
+@triton.jit
+def sorted_tile(table, slot, ROWS: tl.constexpr):  # noqa: N803
+    """A tile of the table: its expert, how many rows it has, their places in `order` and which of them are there."""
+    count = tl.load(table + 3 * slot + 2)
+    row = tl.arange(0, ROWS)
+    place = tl.load(table + 3 * slot + 1) + row
+    return tl.load(table + 3 * slot), count, place, row < count
+
+
+@triton.jit
+def token_tile(chosen, slot, tokens, PER_TOKEN: tl.constexpr, PICKS: tl.constexpr, ROWS: tl.constexpr):  # noqa: N803
+    """As `sorted_tile`, but row i is token i, if it chose the expert of the slot; without rows if an earlier slot has
+    the expert."""
+    expert = tl.load(chosen + slot)
+    token, pick = tl.arange(0, ROWS), tl.arange(0, PICKS)
+    place = token[:, None] * PER_TOKEN + pick[None, :]
+    real = (token < tokens)[:, None] & (pick < PER_TOKEN)[None, :]
+    same = tl.load(chosen + place, mask=real, other=-1) == expert
+    earlier = tl.sum(tl.sum((same & (place < slot)).to(tl.int32), axis=1), axis=0)
+    own = tl.sum(tl.where(same, place, 0), axis=1)
+    there = tl.sum(same.to(tl.int32), axis=1) > 0
+    return expert.to(tl.int32), tl.where(earlier > 0, 0, 1), own, there
+
+
+@triton.jit
+def product(
+    left,
+    right,
+    there,
+    SIZE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    SWAPPED: tl.constexpr,  # noqa: N803
+):
+    """(ROWS, SIZE) · (COLUMNS, SIZE)ᵀ → (ROWS, COLUMNS) float32, of pointers to rows; `there`: of the left ones."""
+    lane = tl.arange(0, DEPTH)
+    total = tl.zeros((COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS), tl.float32)
+    for at in range(0, SIZE, DEPTH):
+        if SIZE % DEPTH == 0:
+            a = tl.load(left[:, None] + (at + lane)[None, :], mask=there[:, None], other=0.0)
+            b = tl.load(right[:, None] + (at + lane)[None, :])
+        else:
+            real = at + lane < SIZE
+            a = tl.load(left[:, None] + (at + lane)[None, :], mask=there[:, None] & real[None, :], other=0.0)
+            b = tl.load(right[:, None] + (at + lane)[None, :], mask=real[None, :], other=0.0)
+        if INTERPRETED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        if SWAPPED:
+            total = tl.dot(b, tl.trans(a), total, input_precision="ieee")
+        else:
+            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    if SWAPPED:
+        total = tl.trans(total)
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gate_up_kernel(
+    x,
+    weights,
+    inner,
+    chosen,
+    order,
+    table,
+    tokens,
+    PER_TOKEN: tl.constexpr,  # noqa: N803
+    PICKS: tl.constexpr,  # noqa: N803
+    HIDDEN: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    SORTED: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    SWAPPED: tl.constexpr,  # noqa: N803
+):
+    """silu(gate) · up of a tile's rows, COLUMNS / 2 channels of it, into `inner` at the rows' places."""
+    blocks: tl.constexpr = (2 * SIZE + COLUMNS - 1) // COLUMNS
+    slot = tl.program_id(0) // blocks
+    if SORTED:
+        expert, count, place, there = sorted_tile(table, slot, ROWS)
+    else:
+        expert, count, place, there = token_tile(chosen, slot, tokens, PER_TOKEN, PICKS, ROWS)
+    if count == 0:
+        return
+    # Gate and up take turns, so that one thread has both of a channel.
+    first = (tl.program_id(0) % blocks) * (COLUMNS // 2)
+    column = tl.arange(0, COLUMNS)
+    channel = tl.minimum(first + column // 2, SIZE - 1)
+    right = weights + ((expert.to(tl.int64) * 2 + column % 2) * SIZE + channel) * HIDDEN
+    row = place
+    if SORTED:
+        row = tl.load(order + place, mask=there, other=0)
+    left = x + (row // PER_TOKEN).to(tl.int64) * HIDDEN
+    total = product(left, right, there, HIDDEN, ROWS, COLUMNS, DEPTH, SWAPPED)
+    gate, up = tl.split(tl.reshape(total, (ROWS, COLUMNS // 2, 2)))
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    channel = first + tl.arange(0, COLUMNS // 2)
+    to = inner + place.to(tl.int64)[:, None] * SIZE + channel[None, :]
+    tl.store(to, value.to(inner.dtype.element_ty), mask=there[:, None] & (channel < SIZE)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def down_kernel(
+    inner,
+    weights,
+    parts,
+    chosen,
+    table,
+    tokens,
+    PER_TOKEN: tl.constexpr,  # noqa: N803
+    PICKS: tl.constexpr,  # noqa: N803
+    HIDDEN: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    SORTED: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    SWAPPED: tl.constexpr,  # noqa: N803
+):
+    """A tile's rows of `inner` times the expert's second matrix, COLUMNS channels, into `parts` at the rows' places."""
+    blocks: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
+    slot = tl.program_id(0) // blocks
+    if SORTED:
+        expert, count, place, there = sorted_tile(table, slot, ROWS)
+    else:
+        expert, count, place, there = token_tile(chosen, slot, tokens, PER_TOKEN, PICKS, ROWS)
+    if count == 0:
+        return
+    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    right = weights + (expert.to(tl.int64) * HIDDEN + tl.minimum(column, HIDDEN - 1)) * SIZE
+    left = inner + place.to(tl.int64) * SIZE
+    total = product(left, right, there, SIZE, ROWS, COLUMNS, DEPTH, SWAPPED)
+    to = parts + place.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.store(to, total.to(parts.dtype.element_ty), mask=there[:, None] & (column < HIDDEN)[None, :])
+
+
+@triton.jit
+def sum_kernel(
+    parts,
+    shares,
+    places,
+    out,
+    PER_TOKEN: tl.constexpr,  # noqa: N803
+    HIDDEN: tl.constexpr,  # noqa: N803
+    SORTED: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Adds up the parts of a token by share, in float32 and in the order of its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for pick in tl.static_range(PER_TOKEN):
+        row = token * PER_TOKEN + pick
+        share = tl.load(shares + row).to(tl.float32)
+        if SORTED:
+            row = tl.load(places + row).to(tl.int64)
+        part = tl.load(parts + row * HIDDEN + channel, mask=channel < HIDDEN, other=0.0)
+        total += share * part.to(tl.float32)
+    tl.store(out + token * HIDDEN + channel, total.to(out.dtype.element_ty), mask=channel < HIDDEN)
