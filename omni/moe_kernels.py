@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ FEW_TOKENS = 16
 """So few tokens are a tile of every expert that one of them chose, and need no sorting."""
 
 TILES = (
-    (12, Tile(16, 128, 128, 4, 3, swapped=True), Tile(16, 128, 128, 4, 3, swapped=True)),
+    (12, Tile(16, 128, 128, 4, 4, swapped=True), Tile(16, 128, 128, 4, 4, swapped=True)),
     (40, Tile(32, 128, 64, 4, 5, swapped=True), Tile(32, 128, 64, 4, 5, swapped=True)),
     (72, Tile(64, 128, 64, 4, 4, swapped=True), Tile(64, 128, 64, 4, 4, swapped=True)),
     (10**9, Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
@@ -74,14 +75,18 @@ def experts_on_device(
         block = min(triton.next_power_of_2(rows), 8192)
         sort_kernel[(experts,)](chosen, order, places, table, rows, first.rows, block, num_warps=16)
     inner, parts = x.new_empty(rows, size), x.new_empty(rows, hidden)
-    for kernel, tile, arguments, width in (
-        (gate_up_kernel, first, (x, gate_up, inner, chosen, order, table, tokens), 2 * size),
-        (down_kernel, second, (inner, down, parts, chosen, table, tokens), hidden),
+    # Gate and up take turns, so that one thread has both of a channel; the second product's rows are as they are.
+    turns = gate_up.unflatten(1, (2, size)).transpose(1, 2)
+    pairs = down.unflatten(1, (hidden // 2, 2))
+    for kernel, tile, weights, arguments in (
+        (gate_up_kernel, first, turns, (x, inner, chosen, order, table, tokens)),
+        (down_kernel, second, pairs, (inner, parts, chosen, table, tokens)),
     ):
         sizes = (per_token, triton.next_power_of_2(per_token), hidden, size, is_sorted)
         blocks = (tile.rows, tile.columns, tile.depth, tile.swapped)
-        grid = (slots * triton.cdiv(width, tile.columns),)
-        kernel[grid](*arguments, *sizes, *blocks, num_warps=tile.warps, num_stages=stages_that_fit(tile, x))
+        grid = (slots * triton.cdiv(2 * weights.shape[1], tile.columns),)
+        weights = TensorDescriptor.from_tensor(weights, [1, tile.columns // 2, 2, tile.depth])
+        kernel[grid](weights, *arguments, *sizes, *blocks, num_warps=tile.warps, num_stages=stages_that_fit(tile, x))
     out = torch.empty_like(x)
     block = triton.next_power_of_2(hidden)
     sum_kernel[(tokens,)](parts, shares, places, out, per_token, hidden, is_sorted, block, num_warps=4)
@@ -161,25 +166,29 @@ def token_tile(chosen, slot, tokens, PER_TOKEN: tl.constexpr, PICKS: tl.constexp
 @triton.jit
 def product(
     left,
-    right,
     there,
+    weights,
+    expert,
+    first,
     SIZE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
     SWAPPED: tl.constexpr,  # noqa: N803
 ):
-    """(ROWS, SIZE) · (COLUMNS, SIZE)ᵀ → (ROWS, COLUMNS) float32, of pointers to rows; `there`: of the left ones."""
+    """ROWS rows of SIZE values at `left`, where `there`, times COLUMNS rows of an expert's matrix from pair `first`.
+
+    weights: (experts, pairs, 2, SIZE), which the copy engine fetches, and zeros past its end. Returns (ROWS, COLUMNS)
+    float32.
+    """
     lane = tl.arange(0, DEPTH)
     total = tl.zeros((COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS), tl.float32)
     for at in range(0, SIZE, DEPTH):
-        if SIZE % DEPTH == 0:
-            a = tl.load(left[:, None] + (at + lane)[None, :], mask=there[:, None], other=0.0)
-            b = tl.load(right[:, None] + (at + lane)[None, :])
-        else:
-            real = at + lane < SIZE
-            a = tl.load(left[:, None] + (at + lane)[None, :], mask=there[:, None] & real[None, :], other=0.0)
-            b = tl.load(right[:, None] + (at + lane)[None, :], mask=real[None, :], other=0.0)
+        real = there[:, None]
+        if SIZE % DEPTH != 0:
+            real = real & (at + lane < SIZE)[None, :]
+        a = tl.load(left[:, None] + (at + lane)[None, :], mask=real, other=0.0)
+        b = weights.load([expert, first, 0, at]).reshape(COLUMNS, DEPTH)
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         if SWAPPED:
@@ -193,8 +202,8 @@ def product(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gate_up_kernel(
-    x,
     weights,
+    x,
     inner,
     chosen,
     order,
@@ -219,16 +228,12 @@ def gate_up_kernel(
         expert, count, place, there = token_tile(chosen, slot, tokens, PER_TOKEN, PICKS, ROWS)
     if count == 0:
         return
-    # Gate and up take turns, so that one thread has both of a channel.
     first = (tl.program_id(0) % blocks) * (COLUMNS // 2)
-    column = tl.arange(0, COLUMNS)
-    channel = tl.minimum(first + column // 2, SIZE - 1)
-    right = weights + ((expert.to(tl.int64) * 2 + column % 2) * SIZE + channel) * HIDDEN
     row = place
     if SORTED:
         row = tl.load(order + place, mask=there, other=0)
     left = x + (row // PER_TOKEN).to(tl.int64) * HIDDEN
-    total = product(left, right, there, HIDDEN, ROWS, COLUMNS, DEPTH, SWAPPED)
+    total = product(left, there, weights, expert, first, HIDDEN, ROWS, COLUMNS, DEPTH, SWAPPED)
     gate, up = tl.split(tl.reshape(total, (ROWS, COLUMNS // 2, 2)))
     value = gate / (1.0 + tl.exp(-gate)) * up
     channel = first + tl.arange(0, COLUMNS // 2)
@@ -238,8 +243,8 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def down_kernel(
-    inner,
     weights,
+    inner,
     parts,
     chosen,
     table,
@@ -263,10 +268,10 @@ def down_kernel(
         expert, count, place, there = token_tile(chosen, slot, tokens, PER_TOKEN, PICKS, ROWS)
     if count == 0:
         return
-    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    right = weights + (expert.to(tl.int64) * HIDDEN + tl.minimum(column, HIDDEN - 1)) * SIZE
+    first = (tl.program_id(0) % blocks) * (COLUMNS // 2)
     left = inner + place.to(tl.int64) * SIZE
-    total = product(left, right, there, SIZE, ROWS, COLUMNS, DEPTH, SWAPPED)
+    total = product(left, there, weights, expert, first, SIZE, ROWS, COLUMNS, DEPTH, SWAPPED)
+    column = 2 * first + tl.arange(0, COLUMNS)
     to = parts + place.to(tl.int64)[:, None] * HIDDEN + column[None, :]
     tl.store(to, total.to(parts.dtype.element_ty), mask=there[:, None] & (column < HIDDEN)[None, :])
 

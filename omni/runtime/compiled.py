@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from omni import stages
@@ -53,8 +52,7 @@ class Compiled:
 
     def __init__(self, thinker: Thinker, *, eager_until_warm: bool = False) -> None:
         self.thinker, self.makes = thinker, not eager_until_warm
-        weight, decoder = thinker.embedding.weight, thinker.config.decoder
-        self.on_gpu = weight.device.type == "cuda"
+        self.on_gpu = thinker.embedding.weight.is_cuda
         self.prefills = Graphs(_prefill, captures=self.on_gpu)
         self.steps = Graphs(_step, captures=False)  # `stepper` captures
         self.encoders: dict[str, Graphs] = {}
