@@ -35,7 +35,7 @@ class Experts(nn.Module):
             gate, up = matrix_vector(self.gate_up[chosen[0]], tokens).chunk(2, dim=-1)
             results = matrix_vector(self.down[chosen[0]], F.silu(gate) * up)
             return (shares @ results).view_as(x)
-        if x.is_cuda:
+        if on_kernels(tokens):
             return weighted_experts(tokens, shares, chosen, self.gate_up, self.down).view_as(x)
         by_expert, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=x.device), right=True).int()
@@ -48,10 +48,32 @@ class Experts(nn.Module):
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(n, hidden) → shares in the tokens' dtype and experts, (n, experts_per_token) each."""
-        shares, chosen = float32_linear(tokens, self.router.weight).softmax(dim=-1).topk(self.per_token, dim=-1)
+        logits = float32_linear(tokens, self.router.weight)
+        if on_kernels(tokens):
+            return choose(logits, self.per_token, self.normalise, tokens.dtype)
+        shares, chosen = logits.softmax(dim=-1).topk(self.per_token, dim=-1)
         if self.normalise:
             shares = shares / shares.sum(dim=-1, keepdim=True)
         return shares.to(tokens.dtype), chosen
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether these tokens go through `moe_kernels.py`, whose results have no gradient."""
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
+@operator("omni::choose", device_types="cuda")
+def choose(logits: Tensor, per_token: int, normalise: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The experts with the largest softmax in float32: (n, experts) → shares in this dtype and int32 numbers."""
+    from omni.moe_kernels import choose_on_device
+
+    return choose_on_device(logits, per_token, normalise, dtype)
+
+
+@choose.register_fake
+def _(logits: Tensor, per_token: int, normalise: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shares = logits.new_empty(logits.shape[0], per_token, dtype=dtype)
+    return shares, torch.empty_like(shares, dtype=torch.int32)
 
 
 @operator("omni::weighted_experts", device_types="cuda")

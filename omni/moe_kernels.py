@@ -1,4 +1,4 @@
-"""Experts in Triton: tokens sorted by counting, two grouped products, and a sum over the experts of each token."""
+"""Experts in Triton: the choice of them, tokens sorted by counting, two grouped products, and a sum for each token."""
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def"
 
 from dataclasses import dataclass
@@ -33,13 +33,13 @@ TILES = (
     (12, Tile(16, 128, 128, 4, 4, swapped=True), Tile(16, 128, 128, 4, 4, swapped=True)),
     (40, Tile(32, 128, 64, 4, 5, swapped=True), Tile(32, 128, 64, 4, 5, swapped=True)),
     (72, Tile(64, 128, 64, 4, 4, swapped=True), Tile(64, 128, 64, 4, 4, swapped=True)),
-    (10**9, Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+    (10**9, Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3)),
 )
 """Up to so many rows per expert on average, the tiles of the first and of the second product, of equally many rows:
 about as many as an expert has, so that its weights are read once, and columns enough to fill the memory's queue."""
 
-FEW = Tile(FEW_TOKENS, 32, 256, 4, 4)
-"""The tile of few tokens: narrow, so that the experts of one token are spread over the whole GPU."""
+FEW = (Tile(FEW_TOKENS, 32, 256, 4, 4), Tile(FEW_TOKENS, 64, 256, 4, 3))
+"""The tiles of few tokens: narrow, so that the experts of one token are spread over the whole GPU."""
 
 FLOAT32 = Tile(16, 64, 32, 4, 2)
 """The tile of float32, whose products are exact and slow: for comparisons."""
@@ -49,8 +49,18 @@ def choose_tiles(x: Tensor, rows_per_expert: float) -> tuple[Tile, Tile]:
     if x.element_size() > 2:
         return FLOAT32, FLOAT32
     if len(x) <= FEW_TOKENS:
-        return FEW, FEW
+        return FEW
     return next((first, second) for most, first, second in TILES if rows_per_expert <= most)
+
+
+def choose_on_device(logits: Tensor, per_token: int, normalise: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `moe.choose` computes, in one pass: (n, experts) → (n, per_token) twice."""
+    tokens, experts = logits.shape
+    shares = logits.new_empty(tokens, per_token, dtype=dtype)
+    chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=logits.device)
+    sizes = (experts, triton.next_power_of_2(experts), per_token, triton.next_power_of_2(per_token), normalise, 4)
+    choose_kernel[(triton.cdiv(tokens, 4),)](logits.contiguous(), shares, chosen, tokens, *sizes, num_warps=1)
+    return shares, chosen
 
 
 def experts_on_device(
@@ -99,6 +109,46 @@ def stages_that_fit(tile: Tile, x: Tensor) -> int:
         return tile.stages
     memory = triton.runtime.driver.active.utils.get_device_properties(x.device.index)["max_shared_mem"]
     return max(1, min(tile.stages, memory // ((tile.rows + tile.columns) * tile.depth * x.element_size())))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def choose_kernel(
+    logits,
+    shares,
+    chosen,
+    tokens,
+    EXPERTS: tl.constexpr,  # noqa: N803
+    LANES: tl.constexpr,  # noqa: N803
+    PER_TOKEN: tl.constexpr,  # noqa: N803
+    PICKS: tl.constexpr,  # noqa: N803
+    NORMALISE: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """The largest shares of a token's softmax, one after another; equal ones by number. All different even if not
+    numbers."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert, lane = tl.arange(0, LANES), tl.arange(0, PICKS)
+    real = (token < tokens)[:, None]
+    at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
+    score = tl.load(logits + at, mask=real & (expert < EXPERTS)[None, :], other=float("-inf")).to(tl.float32)
+    score = tl.exp(score - tl.max(score, axis=1)[:, None])
+    share = score / tl.sum(score, axis=1)[:, None]
+    left = tl.where(share >= 0, share, 0.0)
+    left = tl.where((expert < EXPERTS)[None, :], left, -1.0)
+    picked = tl.zeros((BLOCK, PICKS), tl.float32)
+    numbers = tl.zeros((BLOCK, PICKS), tl.int32)
+    for pick in tl.static_range(PER_TOKEN):
+        largest = tl.max(left, axis=1)
+        number = tl.argmax(left, axis=1)
+        picked = tl.where(lane[None, :] == pick, largest[:, None], picked)
+        numbers = tl.where(lane[None, :] == pick, number[:, None].to(tl.int32), numbers)
+        left = tl.where(expert[None, :] == number[:, None], -1.0, left)
+    if NORMALISE:
+        picked = picked / tl.sum(picked, axis=1)[:, None]
+    to = token.to(tl.int64)[:, None] * PER_TOKEN + lane[None, :]
+    real = real & (lane < PER_TOKEN)[None, :]
+    tl.store(shares + to, picked.to(shares.dtype.element_ty), mask=real)
+    tl.store(chosen + to, numbers, mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -136,6 +136,16 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for pair in tiles if tokens > moe_kernels.FEW_TOKENS else tiles[:1]:
             got = moe_kernels.experts_on_device(*arguments, pair)
             torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
+for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3)):
+    logits = torch.randn(tokens, experts)
+    for normalise in (True, False):
+        shares, chosen = logits.softmax(-1).topk(per_token)
+        shares = shares / shares.sum(-1, keepdim=True) if normalise else shares
+        got = moe_kernels.choose_on_device(logits, per_token, normalise, torch.float32)
+        torch.testing.assert_close(got[0], shares, atol=1e-6, rtol=1e-6)
+        assert torch.equal(got[1], chosen.int())
+same = moe_kernels.choose_on_device(torch.tensor([[0.0] * 6, [float("nan")] * 6]), 3, True, torch.float32)[1]
+assert same.tolist() == [[0, 1, 2], [0, 1, 2]]
 print("same results")
 """
 
@@ -159,7 +169,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     from omni import moe_kernels
 
     pointers = dict.fromkeys(("x", "inner", "parts", "shares", "out"), "*bf16")
-    pointers |= {"chosen": "*i64", "order": "*i32", "places": "*i32", "table": "*i32"}
+    pointers |= {"logits": "*bf16", "chosen": "*i32", "order": "*i32", "places": "*i32", "table": "*i32"}
 
     def made(kernel: Any, values: dict[str, Any], **options: int) -> Any:
         if "COLUMNS" in values:
@@ -170,13 +180,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
         assert code.metadata.shared <= 227 * 1024
         return code
 
-    few = (0, moe_kernels.FEW, moe_kernels.FEW)
+    few = (0, *moe_kernels.FEW)
     sizes = {"PER_TOKEN": 8, "PICKS": 8, "HIDDEN": 2048, "SIZE": 768}
     for most, *tiles in (few, *moe_kernels.TILES):
         for kernel, tile in zip((moe_kernels.gate_up_kernel, moe_kernels.down_kernel), tiles, strict=True):
             values = sizes | {"SORTED": most > 0, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
             code = made(kernel, values | {"SWAPPED": tile.swapped}, num_warps=tile.warps, num_stages=tile.stages)
             assert ("wgmma" in code.asm["ptx"]) == (most > 0), tile
+    values = {"EXPERTS": 128, "LANES": 128, "PER_TOKEN": 8, "PICKS": 8, "NORMALISE": True, "BLOCK": 4}
+    made(moe_kernels.choose_kernel, values, num_warps=1)
     made(moe_kernels.sort_kernel, {"ROWS": 64, "BLOCK": 8192}, num_warps=16)
     made(moe_kernels.sum_kernel, {"PER_TOKEN": 8, "HIDDEN": 2048, "SORTED": True, "BLOCK": 2048}, num_warps=4)
 
