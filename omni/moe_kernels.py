@@ -82,8 +82,7 @@ def experts_on_device(
     order, places = torch.empty(2, rows if is_sorted else 0, dtype=torch.int32, device=x.device)
     table = torch.empty(slots if is_sorted else 0, 3, dtype=torch.int32, device=x.device)
     if is_sorted:
-        block = min(triton.next_power_of_2(rows), 8192)
-        sort_kernel[(experts,)](chosen, order, places, table, rows, first.rows, block, num_warps=16)
+        sort_kernel[(experts,)](chosen, order, places, table, rows, first.rows, 8192, num_warps=16)
     inner, parts = x.new_empty(rows, size), x.new_empty(rows, hidden)
     # Gate and up take turns, so that one thread has both of a channel; the second product's rows are as they are.
     turns = gate_up.unflatten(1, (2, size)).transpose(1, 2)
