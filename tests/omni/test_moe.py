@@ -162,7 +162,7 @@ def test_kernels_equal_a_loop_under_tritons_interpreter() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     """For Hopper, at the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its
-    matrix units wherever a tile has 64 rows of a side."""
+    matrix units."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -180,13 +180,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
         assert code.metadata.shared <= 227 * 1024
         return code
 
-    few = (0, *moe_kernels.FEW)
+    few = (0, moe_kernels.NARROW, moe_kernels.NARROW)
     sizes = {"PER_TOKEN": 8, "PICKS": 8, "HIDDEN": 2048, "SIZE": 768}
     for most, *tiles in (few, *moe_kernels.TILES):
         for kernel, tile in zip((moe_kernels.gate_up_kernel, moe_kernels.down_kernel), tiles, strict=True):
             values = sizes | {"SORTED": most > 0, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
             code = made(kernel, values | {"SWAPPED": tile.swapped}, num_warps=tile.warps, num_stages=tile.stages)
-            assert ("wgmma" in code.asm["ptx"]) == (most > 0), tile
+            assert "wgmma" in code.asm["ptx"], tile
     values = {"EXPERTS": 128, "LANES": 128, "PER_TOKEN": 8, "PICKS": 8, "NORMALISE": True, "BLOCK": 4}
     made(moe_kernels.choose_kernel, values, num_warps=1)
     made(moe_kernels.sort_kernel, {"ROWS": 64, "BLOCK": 8192}, num_warps=16)
