@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.frames import vision_sizes
-from omni.processing.media import MediaError, kind_of
+from omni.processing.media import MediaError, fetched, kind_of
 from omni.processing.tokenizer import TokenizerError
 from omni.show import check_path, explain, show
 from seats.method import Method
@@ -35,25 +36,27 @@ def answer(options: argparse.Namespace) -> None:
     """Prints an answer, and on stderr what it took. Raises one of ERRORS, or MemoryError."""
     if options.show:
         check_path(options.show)
-    conversation = messages(options)  # a file that is not there is known before gigabytes are read
-    model = load(
-        options.model,
-        device=_device(options.device),
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        revision=options.revision,
-        compile=options.compile,
-        progress=sys.stderr.isatty(),
-    )
-    started = time.perf_counter()
-    inputs = model.prepare(
-        conversation,
-        use_audio_in_video=not options.no_audio,
-        fps=options.fps,
-        max_frames=options.max_frames,
-        max_pixels=options.max_pixels,
-        on_frame=_reading_bar() if sys.stderr.isatty() else None,
-    )
-    media_seconds = time.perf_counter() - started
+    with ExitStack() as files:
+        options.media = [files.enter_context(fetched(source, urls=options.urls)) for source in options.media]
+        conversation = messages(options)  # a file that is not there is known before gigabytes are read
+        model = load(
+            options.model,
+            device=_device(options.device),
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            revision=options.revision,
+            compile=options.compile,
+            progress=sys.stderr.isatty(),
+        )
+        started = time.perf_counter()
+        inputs = model.prepare(
+            conversation,
+            use_audio_in_video=not options.no_audio,
+            fps=options.fps,
+            max_frames=options.max_frames,
+            max_pixels=options.max_pixels,
+            on_frame=_reading_bar() if sys.stderr.isatty() else None,
+        )
+        media_seconds = time.perf_counter() - started
     if options.model == "tiny" and not of_its_world(inputs):
         print(f"omni-generate: {TINY}: what it says of anything else means nothing.", file=sys.stderr)
     method = method_of(options, model.config)
@@ -136,10 +139,13 @@ def of_its_world(inputs: Inputs) -> bool:
 
 def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The command line as a conversation in the chat format."""
-    content: list[dict[str, str]] = []
+    content: list[dict[str, Any]] = []
     for source in options.media:
         kind = kind_of(source)
-        content.append({"type": kind, kind: source})
+        stretch = {} if kind == "image" else {f"{kind}_start": options.start, f"{kind}_end": options.end}
+        content.append({"type": kind, kind: source, **stretch})
+    if not (options.start is None and options.end is None) and all(part["type"] == "image" for part in content):
+        raise InputError("start and end are of clips and sounds, and there is none.")
     content.append({"type": "text", "text": options.question})
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     return [*system, {"role": "user", "content": content}]

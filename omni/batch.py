@@ -2,6 +2,7 @@
 
 A row is {"id", "media", "question"} and any setting of `omni.generate` under its long name with underscores, which
 goes before the command line's. media: a path, a list of them, or null; paths are relative to the questions' folder.
+Addresses on the network are fetched where the command line says so, never because a row does.
 Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "thought_cut", "tokens",
 "stats"}, or {"id", "error"}; they come as they are ready. What is written already is not asked again: a run that was
 stopped goes on when started anew.
@@ -15,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,6 +31,8 @@ from omni.config import DTYPES, OmniConfig, read_config
 from omni.generate import model_parser, settings_parser
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
+from omni.processing.media import fetched
+from omni.processing.media.addresses import scheme_of
 from omni.processing.processor import Processor
 from weights.files import fits_utf8, parse_object
 
@@ -60,6 +64,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("questions", type=Path, help="JSON lines or Parquet: id, media, question, settings")
     parser.add_argument("answers", type=Path, help="JSON lines or Parquet; one that is there is completed")
+    parser.add_argument("--urls", action="store_true", help="fetch media that are http:// or https:// addresses")
     parser.add_argument("--address", help="of a Ray cluster, or auto (default: this machine)")
     parser.add_argument("--replicas", type=int, help="of the model (default: one to a GPU, or to four cores)")
     parser.add_argument("--cores", type=int, help="of each replica on a CPU (default: all, shared out)")
@@ -387,17 +392,21 @@ class Prepare:
         sources = [] if media is None else media if isinstance(media, list) else [media]
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the row's media must be a path, a list of paths, or null.")
-        options.question, options.media = row["question"], [str(self.folder / source) for source in sources]
+        options.question = row["question"]
+        sources = [source if scheme_of(source) else str(self.folder / source) for source in sources]
         started = time.perf_counter()
-        inputs = self.processor.prepare(
-            messages(options),
-            use_audio_in_video=not options.no_audio,
-            fps=options.fps,
-            max_frames=options.max_frames,
-            max_pixels=options.max_pixels,
-        )
+        with ExitStack() as files:
+            options.media = [files.enter_context(fetched(source, urls=self.options.urls)) for source in sources]
+            inputs = self.processor.prepare(
+                messages(options),
+                use_audio_in_video=not options.no_audio,
+                fps=options.fps,
+                max_frames=options.max_frames,
+                max_pixels=options.max_pixels,
+            )
         seconds = time.perf_counter() - started
         settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
+        settings |= {"start": None, "end": None}  # they are done with: rows that differ in them may run together
         told = {"id": row["id"], "settings": settings, "media_seconds": seconds, "heard": inputs.use_audio_in_video}
         return {"row": json.dumps(told), "tensors": packed(inputs, self.dtype)}
 

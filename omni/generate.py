@@ -101,7 +101,7 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
             print(f"omni-generate: {error}", file=sys.stderr)
             return 2
         for source in options.media:  # known before anything is loaded; what else may be wrong with it, later
-            if "://" not in source and not os.path.lexists(source):
+            if "://" not in source and not source.startswith("data:") and not os.path.lexists(source):
                 print(f"omni-generate: {source} does not exist.", file=sys.stderr)
                 return 1
 
@@ -174,6 +174,7 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar='media ... "question"',
         help="clips, pictures or sounds, told apart by their content, and a question in quotation marks",
     )
+    parser.add_argument("--urls", action="store_true", help="fetch media that are http:// or https:// addresses")
     parser.add_argument("--version", action="version", version=f"seats-omni {omni.__version__}")
     parser.add_argument("--show", metavar="PATH", help="draw what each stage kept: a page (.html) or a picture (.png)")
     parser.add_argument("--explain", action="store_true", help="print what each stage kept as a table, on stderr")
@@ -200,6 +201,8 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
     parser.add_argument("--fps", type=_positive(float), default=2.0, help="frames per second (default: %(default)s)")
     parser.add_argument("--max-frames", type=_positive(int), default=768, help="per clip (default: %(default)s)")
     parser.add_argument("--max-pixels", type=_positive(int), help="per frame or picture (default: the family's)")
+    parser.add_argument("--start", type=_not_negative, help="of clips and sounds, in seconds (default: 0)")
+    parser.add_argument("--end", type=_positive(float), help="of clips and sounds, in seconds (default: their end)")
     parser.add_argument(
         "--retention", type=_ratio, default=0.35, help="share of video and audio tokens to keep (default: %(default)s)"
     )

@@ -157,13 +157,12 @@ class SeatsOmni(lmms):
 
 
 def part_of(part: dict[str, Any]) -> dict[str, Any]:
-    """One part of a message. Raises InputError for a cut of a clip, which is not made here."""
+    """One part of a message. start_time and end_time, where a task has them, are the stretch in seconds."""
     kind = part["type"]
     if kind == "text":
         return {"type": "text", "text": part["text"]}
-    if part.get("start_time") is not None or part.get("end_time") is not None:
-        raise InputError("seats_omni takes whole clips: cut them beforehand, not by start_time and end_time.")
     source = part.get("url", part.get(kind))
     if isinstance(source, dict):  # a decoded sound of `datasets`
         source = source["array"], source["sampling_rate"]
-    return {"type": kind, kind: source}
+    stretch = {f"{kind}_{name}": part.get(f"{name}_time") for name in ("start", "end")}
+    return {"type": kind, kind: source, **stretch}

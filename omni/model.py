@@ -153,6 +153,7 @@ class Omni:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         total_pixels: int | None = None,
+        urls: bool = False,
         on_frame: Callable[[int, int], None] | None = None,
     ) -> Inputs:
         """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
@@ -167,6 +168,7 @@ class Omni:
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             total_pixels=total_pixels,
+            urls=urls,
             on_frame=on_frame,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ from torch import Tensor
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, encode_chat, load_template
-from omni.processing.frames import Pixels, VisionSizes, resize, vision_sizes
-from omni.processing.media import read_audio, read_image, read_video
+from omni.processing.frames import Pixels, VisionSizes, resize, target_size, vision_sizes
+from omni.processing.media import Video, fetched, read_audio, read_image, read_video
+from omni.processing.media.files import is_array, named
+from omni.processing.media.sound import PastEndError
 from omni.processing.mel import log_mel
+from omni.processing.parts import Part, read_parts
 from omni.processing.prompt import clip_block, expand
 from omni.processing.settings import check_sound_settings
 from omni.processing.tokenizer import Tokenizer, TokenizerError
@@ -58,55 +63,67 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         total_pixels: int | None = None,
+        urls: bool = False,
         on_frame: Callable[[int, int], None] | None = None,
     ) -> Inputs:
         """A conversation with media → the tensors of one request, on the CPU.
 
-        messages: `omni.processing.chat.encode_chat` describes them, `omni.processing.media` what a medium may be.
+        messages: `omni.processing.chat.encode_chat` describes them, `omni.processing.parts` their media and these'
+        own settings, which go before the options here, `omni.processing.media.files` what a medium may be.
         use_audio_in_video: whether clips are heard; one without sound is seen alone. fps, max_frames: of clips.
         min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). total_pixels: of
-        all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. on_frame: called
-        with (frames done, frames in all) of each clip while it is decoded.
+        all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. urls: whether
+        http:// and https:// addresses are fetched, into temporary files (`omni.processing.media.addresses`). on_frame:
+        called with (frames done, frames in all) of each clip while it is decoded.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
-        ids = encode_chat(self.tokenizer, self.template, messages)  # before minutes go into decoding
-        sizes = _bounded(self.sizes, min_pixels, max_pixels)
-        if total_pixels is not None and total_pixels < 1:
-            raise InputError(f"total_pixels must be at least 1, not {total_pixels}.")
-        if total_pixels is not None:
-            sizes = replace(sizes, video_total_pixels=total_pixels)
+        plain, parts = read_parts(messages)
+        ids = encode_chat(self.tokenizer, self.template, plain)  # before minutes go into decoding
+        options = {"fps": fps, "max_frames": max_frames, "use_audio_in_video": use_audio_in_video}
+        sizes = _bounded(self.sizes, min_pixels, max_pixels, total_pixels)
+        with ExitStack() as stack:
+            local = [replace(part, source=_local(part.source, urls, stack)) for part in parts]
+            return self._prepared(ids, local, sizes, options, on_frame)
+
+    def _prepared(
+        self,
+        ids: list[int],
+        parts: list[Part],
+        bounds: VisionSizes,
+        options: dict[str, Any],
+        on_frame: Callable[[int, int], None] | None,
+    ) -> Inputs:
         tokens = self.config.tokens
         blocks: list[tuple[int, list[int]]] = []
         images: list[Tensor] = []
         clips: list[Tensor] = []
         seconds: list[float] = []
         sounds: list[Tensor] = []
-        media = _media(messages)
-        mels = self._log_mels([_hear(kind, source, use_audio_in_video) for kind, source in media])
-        for (kind, source), mel in zip(media, mels, strict=True):
-            if kind == "image":
-                picture = read_image(source)
-                size = sizes.image_size(picture.shape[1], picture.shape[2])
+        with_sound = {
+            part.settings.get("use_audio_in_video", options["use_audio_in_video"])
+            for part in parts
+            if part.kind == "video"
+        }
+        mels = self._log_mels([_hear(part, options["use_audio_in_video"]) for part in parts])
+        for part, mel in zip(parts, mels, strict=True):
+            sizes = _part_sizes(bounds, part)
+            if part.kind == "image":
+                picture = read_image(part.source)
+                size = _stated_size(part, sizes) or sizes.image_size(picture.shape[1], picture.shape[2])
                 images.append(resize(picture[None], size).clone())  # whoever gave an array may write to it
                 count = size[0] * size[1] // sizes.factor**2
                 blocks.append((tokens.image, [tokens.image] * count))
-            elif kind == "audio":
+            elif part.kind == "audio":
                 if mel is None:
-                    raise InputError(f"{_name(source)} has no sound: give it as a video or leave it out.")
+                    raise InputError(f"{_name(part.source)} has no sound: give it as a video or leave it out.")
                 count = self.config.audio.token_count(mel.shape[1])
                 if count == 0:
-                    raise InputError(f"{_name(source)} is too short for a single audio token: {mel.shape[1]} frames.")
+                    frames = mel.shape[1]
+                    raise InputError(f"{_name(part.source)} is too short for a single audio token: {frames} frames.")
                 sounds.append(mel)
                 blocks.append((tokens.audio, [tokens.audio] * count))
             else:
-                video = read_video(
-                    source,
-                    fps=fps,
-                    max_frames=max_frames,
-                    min_frames=sizes.min_frames,
-                    size_for=sizes.clip_size,
-                    on_frame=on_frame,
-                )
+                video = _see(part, sizes, options, on_frame)
                 clips.append(video.frames)
                 seconds.append(sizes.temporal_patch_size / video.fps)
                 heard = None
@@ -114,14 +131,14 @@ class Processor:
                 if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
                     sounds.append(mel)
                     heard = count
-                grid = Pixels((video.frames,), sizes).grid_thw[0].tolist()
+                grid = Pixels((video.frames,), bounds).grid_thw[0].tolist()
                 blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
         fields: dict[str, Any] = {}
         if images:
-            fields["pixel_values"] = Pixels(tuple(images), sizes)
+            fields["pixel_values"] = Pixels(tuple(images), bounds)
             fields["image_grid_thw"] = fields["pixel_values"].grid_thw
         if clips:
-            fields["pixel_values_videos"] = Pixels(tuple(clips), sizes, of_clip=True)
+            fields["pixel_values_videos"] = Pixels(tuple(clips), bounds, of_clip=True)
             fields["video_grid_thw"] = fields["pixel_values_videos"].grid_thw
             fields["video_second_per_grid"] = torch.tensor(seconds)
         if sounds:
@@ -134,6 +151,7 @@ class Processor:
                 else torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds])
             )
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        use_audio_in_video = any(with_sound) if with_sound else options["use_audio_in_video"]
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
 
     def _log_mels(self, waveforms: list[Tensor | None]) -> list[Tensor | None]:
@@ -148,27 +166,109 @@ class Processor:
         return mels
 
 
-def _hear(kind: str, source: Any, use_audio_in_video: bool) -> Tensor | None:
+def _local(source: Any, urls: bool, stack: ExitStack) -> Any:
+    """A source, or a list of frames, with what is on the network fetched until the stack ends."""
+    if isinstance(source, list):
+        return [_local(each, urls, stack) for each in source]
+    return stack.enter_context(fetched(source, urls=urls))
+
+
+def _hear(part: Part, use_audio_in_video: bool) -> Tensor | None:
     """The waveform of a medium, None where it has none or is not to be heard."""
-    # Frames that are an array have no sound beside them.
-    if kind == "audio" or (kind == "video" and use_audio_in_video and not isinstance(source, tuple)):
-        return read_audio(source)
-    return None
+    given = part.settings
+    track = given.get("audio_track")
+    if part.kind == "audio":
+        return read_audio(part.source, start=given.get("audio_start", 0.0), end=given.get("audio_end"), track=track)
+    if part.kind != "video" or not given.get("use_audio_in_video", use_audio_in_video):
+        return None
+    if _is_frames(part.source):  # they have no sound beside them
+        if track is not None:
+            raise InputError(f"{part.where}: audio_track is for files; frames have no sound.")
+        return None
+    try:
+        return read_audio(part.source, start=given.get("video_start", 0.0), end=given.get("video_end"), track=track)
+    except PastEndError:  # of the sound; whether it is the clip's, its frames show
+        return None
 
 
-def _bounded(sizes: VisionSizes, min_pixels: int | None, max_pixels: int | None) -> VisionSizes:
-    """`sizes` with the caller's bounds, where given, for pictures and clips alike."""
+def _see(part: Part, sizes: VisionSizes, options: dict[str, Any], on_frame: Callable[[int, int], None] | None) -> Video:
+    """The frames of a clip, by its own settings, then those of the call."""
+    given, source, fps = part.settings, part.source, part.settings.get("fps", options["fps"])
+    listed = isinstance(source, list) or is_array(source)
+    if "sample_fps" in given and not listed:
+        raise InputError(f"{part.where}: sample_fps is the rate of a list of frames; of a clip give fps.")
+    if listed:  # its fps is the rate at which the frames follow: all of them are seen
+        fps = given.get("sample_fps", given.get("fps"))
+        if fps is None:
+            what = "a list of frames" if isinstance(source, list) else "an array of frames"
+            raise InputError(f"{part.where}: {what} needs fps, how many of them make a second.")
+        source = (list(source) if len(getattr(source, "shape", "1234")) == 4 else source, fps)
+    least = 2 * -(-given["min_frames"] // 2) if "min_frames" in given else 2 if listed else sizes.min_frames
+    most = 2 * (given["max_frames"] // 2) if "max_frames" in given else options["max_frames"]
+    if "min_frames" in given and "max_frames" not in given:
+        most = max(least, most)
+    if "max_frames" in given and "min_frames" not in given:
+        least = min(least, most)
+    size = _stated_size(part, sizes)
+    return read_video(
+        source,
+        fps=fps,
+        max_frames=most,
+        min_frames=least,
+        nframes=given.get("nframes"),
+        start=given.get("video_start", 0.0),
+        end=given.get("video_end"),
+        size_for=sizes.clip_size if size is None else lambda *_: size,
+        on_frame=on_frame,
+    )
+
+
+def _is_frames(source: Any) -> bool:
+    return isinstance(source, (list, tuple)) or is_array(source)
+
+
+def _part_sizes(sizes: VisionSizes, part: Part) -> VisionSizes:
+    least, most, total = (part.settings.get(key) for key in ("min_pixels", "max_pixels", "total_pixels"))
+    if part.kind == "image" and total is not None:  # of all that is seen of it: it is one
+        most, total = min(total, most or sizes.image_max_pixels), None
+    try:
+        return _bounded(sizes, least, most, total)
+    except InputError as error:
+        raise InputError(f"{part.where}: {error}") from None
+
+
+def _stated_size(part: Part, sizes: VisionSizes) -> tuple[int, int] | None:
+    """The size that resized_height and resized_width ask for, in whole tokens and within the part's bounds, or, as
+    qwen-omni-utils has it, those of pictures."""
+    given = part.settings
+    if "resized_height" not in given:
+        return None
+    return target_size(
+        given["resized_height"],
+        given["resized_width"],
+        factor=sizes.factor,
+        min_pixels=given.get("min_pixels", min(4 * sizes.factor**2, sizes.image_max_pixels)),
+        max_pixels=given.get("max_pixels", max(sizes.image_max_pixels, sizes.image_min_pixels)),
+    )
+
+
+def _bounded(
+    sizes: VisionSizes, min_pixels: int | None, max_pixels: int | None, total_pixels: int | None
+) -> VisionSizes:
+    """`sizes` with new bounds, where given, for pictures and clips alike. One that is given moves the other along."""
     least = sizes.factor**2
-    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}, the pixels of one token, not {value}.")
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels), ("total_pixels", total_pixels)):
+        if value is not None and value < (1 if name == "total_pixels" else least):
+            limit = "1" if name == "total_pixels" else f"{least}, the pixels of one token"
+            raise InputError(f"{name} must be at least {limit}, not {value}.")
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise InputError("min_pixels must not exceed max_pixels.")
 
     def bounds(low: int, high: int) -> tuple[int, int]:
-        high = high if max_pixels is None else max_pixels
-        # A lower ceiling than the checkpoint's floor lowers the floor.
-        low = min(low, high) if min_pixels is None else min_pixels
-        if low > high:
-            raise InputError("min_pixels must not exceed max_pixels.")
+        if max_pixels is not None:
+            low, high = min(low, max_pixels), max_pixels
+        if min_pixels is not None:
+            low, high = min_pixels, max(high, min_pixels)
         return low, high
 
     image = bounds(sizes.image_min_pixels, sizes.image_max_pixels)
@@ -179,15 +279,10 @@ def _bounded(sizes: VisionSizes, min_pixels: int | None, max_pixels: int | None)
         image_max_pixels=image[1],
         video_min_pixels=video[0],
         video_max_pixels=video[1],
+        video_total_pixels=total_pixels or sizes.video_total_pixels,
     )
-
-
-def _media(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """(kind, source) of every media part, in order; the messages have passed `encode_chat`."""
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
 
 
 def _name(source: Any) -> str:
     """A source in a message: its path, or what kind of object it is."""
-    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
+    return named(source) if isinstance(source, (str, os.PathLike, bytes)) else f"a {type(source).__name__}"
