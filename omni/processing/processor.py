@@ -99,12 +99,9 @@ class Processor:
         clips: list[Tensor] = []
         seconds: list[float] = []
         sounds: list[Tensor] = []
-        with_sound = {
-            part.settings.get("use_audio_in_video", options["use_audio_in_video"])
-            for part in parts
-            if part.kind == "video"
-        }
-        mels = self._log_mels([_hear(part, options["use_audio_in_video"]) for part in parts])
+        listen = options["use_audio_in_video"]
+        with_sound = {part.settings.get("use_audio_in_video", listen) for part in parts if part.kind == "video"}
+        mels = self._log_mels([_hear(part, listen) for part in parts])
         for part, mel in zip(parts, mels, strict=True):
             sizes = _part_sizes(bounds, part)
             if part.kind == "image":
@@ -151,7 +148,7 @@ class Processor:
                 else torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in sounds])
             )
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-        use_audio_in_video = any(with_sound) if with_sound else options["use_audio_in_video"]
+        use_audio_in_video = any(with_sound) if with_sound else listen
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
 
     def _log_mels(self, waveforms: list[Tensor | None]) -> list[Tensor | None]:

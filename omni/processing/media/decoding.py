@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omni.processing.media.files import open_container, packets
-from omni.processing.media.stamps import NONE, Shifts
+from omni.processing.media.stamps import NONE, Shift
 from omni.processing.media.streams import moving_pictures
 
 WHOLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -49,19 +49,17 @@ class Decoder:
         self.context.flush_buffers()
         return frames
 
-    def straight(self, container: Any, shifts: Shifts = NONE) -> Iterator[tuple[float | None, Any]]:
+    def straight(self, container: Any, shifts: Sequence[Shift] = NONE) -> Iterator[tuple[float | None, Any]]:
         """(seconds on the container's clock, frame) from beginning to end; None where the file has no time for it."""
-        stamps = _Stamps(self.unit)
-        pending = list(shifts)[::-1]
-        shift = 0.0
+        stamps = _Stamps(self.unit, shifts[0])
+        pending = list(shifts)[:0:-1]
         for number, packet in enumerate(packets(container, self.stream)):
-            if pending and number == pending[-1][0]:
-                if number and self.stream.type == "video":
-                    yield from ((stamps.time(frame, shift), frame) for frame in self.drain())
-                    stamps = _Stamps(self.unit)
-                shift = pending.pop()[1]
-            yield from ((stamps.time(frame, shift), frame) for frame in self.feed(packet))
-        yield from ((stamps.time(frame, shift), frame) for frame in self.feed(None))
+            if pending and number == pending[-1].number:
+                if self.stream.type == "video":
+                    yield from ((stamps.time(frame), frame) for frame in self.drain())
+                stamps = _Stamps(self.unit, pending.pop())
+            yield from ((stamps.time(frame), frame) for frame in self.feed(packet))
+        yield from ((stamps.time(frame), frame) for frame in self.feed(None))
 
     def sought(
         self, container: Any, places: Sequence[int], shown: Sequence[bool], spans: Sequence[tuple[int, int]]
@@ -108,20 +106,21 @@ class _Stamps:
     """The times of frames as they come out, as libavcodec guesses them (`guess_correct_pts`): by the stamps of
     appearance, unless those go back more often than the stamps of decoding."""
 
-    def __init__(self, unit: float) -> None:
-        self.unit = unit
+    def __init__(self, unit: float, shift: Shift) -> None:
+        self.unit, self.shift = unit, shift
         self.faults = [0, 0]
         self.latest = [-math.inf, -math.inf]
 
-    def time(self, frame: Any, shift: float) -> float | None:
-        stamps = frame.pts, frame.dts
-        for kind, stamp in enumerate(stamps):
+    def time(self, frame: Any) -> float | None:
+        pts, dts = frame.pts, frame.dts
+        for kind, stamp in enumerate((pts, dts)):
             if stamp is not None:
                 self.faults[kind] += stamp <= self.latest[kind]
                 self.latest[kind] = stamp
-        pts, dts = stamps
         best = pts if pts is not None and (dts is None or self.faults[0] <= self.faults[1]) else dts
-        return None if best is None else best * self.unit + shift
+        if best is None or not self.shift.first <= best * self.unit <= self.shift.last:
+            return None
+        return best * self.unit + self.shift.added
 
 
 def clip_start(source: Any) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from omni.processing.frames import MediaError
 from omni.processing.media.decoding import Decoder, clip_start
 from omni.processing.media.files import as_array, described, is_array, open_container, warn_if_short
-from omni.processing.media.stamps import NONE, Recordings, Shifts, marks, may_leap
+from omni.processing.media.stamps import NONE, Recordings, Shift, marks, may_leap
 from omni.processing.media.streams import moving_pictures, require_decoder, sound_track
 from omni.processing.media.timeline import past_end, require_stretch
 
@@ -98,7 +98,7 @@ def _promised(container: Any, stream: Any) -> float | None:
     return seconds
 
 
-def _shifts(container: Any, stream: Any, name: str) -> Shifts:
+def _shifts(container: Any, stream: Any, name: str) -> list[Shift]:
     """What to add to the time stamps of a sound track where recordings are joined."""
     pictures, usual = moving_pictures(container), sound_track(container, name, None) or stream
     streams = {each.index: each for each in (pictures, usual, stream) if each is not None}

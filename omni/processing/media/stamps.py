@@ -6,6 +6,7 @@ any amount, in pictures and sound at once. A gap in one of the two alone is none
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +19,8 @@ BACK, AHEAD = 0.2, 0.5
 """Seconds that a stream's stamps may go back, or on beyond the usual step, without being looked at."""
 NEAR = 1000
 """Packets by which pictures and sound of the same instant may lie apart in a file."""
+SLACK = 10.0
+"""Seconds by which the streams of a recording may begin and end apart."""
 
 
 class Mark(NamedTuple):
@@ -31,9 +34,17 @@ class Mark(NamedTuple):
     key: bool
 
 
-Shifts = list[tuple[int, float]]
-"""(number of a packet in its stream, seconds to add to the stamps from there on)."""
-NONE: Shifts = [(0, 0.0)]
+class Shift(NamedTuple):
+    """From a packet of a stream on, by its number: the seconds to add to time stamps, and between which they lie as
+    they are. Around a leap libavformat mixes stamps of both sides: what lies outside is none."""
+
+    number: int
+    added: float
+    first: float = -math.inf
+    last: float = math.inf
+
+
+NONE = [Shift(0, 0.0)]
 
 
 def mark(place: int, packet: Any) -> Mark:
@@ -52,7 +63,23 @@ def marks(container: Any, *streams: Any) -> dict[int, list[Mark]]:
     found: dict[int, list[Mark]] = {stream.index: [] for stream in streams}
     for place, packet in enumerate(packets(container, *streams)):
         found[packet.stream.index].append(mark(place, packet))
-    return found
+    return {index: credible(each) for index, each in found.items()}
+
+
+def credible(marks: list[Mark]) -> list[Mark]:
+    """Without stamps of appearance that are far from those of decoding: libavformat mixes them around a leap."""
+    limit = max(1.0, 20 * _usual([each.decoded for each in marks if each.decoded is not None]))
+    return [
+        each._replace(shown=None)
+        if each.shown is not None and each.decoded is not None and abs(each.shown - each.decoded) > limit
+        else each
+        for each in marks
+    ]
+
+
+def _usual(times: Sequence[float]) -> float:
+    """The step from one to the next, mostly."""
+    return median([after - before for before, after in pairwise(times) if after > before] or [0.0])
 
 
 def may_leap(container: Any) -> bool:
@@ -70,31 +97,32 @@ class Recordings:
         self.runs = [self.lead[first:last] for first, last in zip(self.starts, ends, strict=True)]
         self.added = [0.0]
         if len(self.runs) > 1:
-            beside: list[list[Mark]] = [[] for _ in self.runs]
-            for owner, each in zip(_owners(self.runs, other), other, strict=True):
-                beside[owner].append(each)
+            cuts = _cuts(self.starts, self.lead, other)
+            beside = [other[first:last] for first, last in zip(cuts, [*cuts[1:], len(other)], strict=True)]
             _, end = _extent(self.runs[0], beside[0])
             for run, heard in zip(self.runs[1:], beside[1:], strict=True):
                 first, last = _extent(run, heard)
                 self.added.append(end - first)
                 end += last - first
 
-    def shifts(self, marks: Sequence[Mark]) -> Shifts:
+    def shifts(self, marks: Sequence[Mark]) -> list[Shift]:
         """What to add to the stamps of a stream, so that the recordings follow each other, all streams in step."""
         if len(self.runs) == 1:
             return NONE
-        if marks is self.lead:
-            return list(zip(self.starts, self.added, strict=True))
-        owners = _owners(self.runs, marks)
-        changes = [number for number, owner in enumerate(owners) if number == 0 or owners[number - 1] != owner]
-        return [(number, self.added[owners[number]]) for number in changes]
+        cuts = self.starts if marks is self.lead else _cuts(self.starts, self.lead, marks)
+        found = []
+        for cut, end, added in zip(cuts, [*cuts[1:], len(marks)], self.added, strict=True):
+            if cut < end:
+                first, last = _bounds(marks[cut:end])
+                found.append(Shift(cut, added, first - AHEAD, last + AHEAD))
+        return found or NONE
 
 
 def _leaps(lead: Sequence[Mark], other: Sequence[Mark]) -> list[int]:
     """The numbers in `lead` of packets before which the stamps leap."""
     known = [(number, each.decoded, each) for number, each in enumerate(lead) if each.decoded is not None]
     steps = [after - before for (_, before, _), (_, after, _) in pairwise(known)]
-    usual = median([step for step in steps if step > 0] or [0.0])
+    usual = _usual([time for _, time, _ in known])
     even = sum(abs(step - usual) <= usual / 2 for step in steps) >= 0.9 * len(steps)
     places = [each.place for each in other]
     found = []
@@ -114,21 +142,22 @@ def _leaps(lead: Sequence[Mark], other: Sequence[Mark]) -> list[int]:
     return found
 
 
-def _owners(runs: list[Sequence[Mark]], other: Sequence[Mark]) -> list[int]:
-    """The run that each packet of `other` belongs to: of those near it in the file the one whose stamps are near."""
-    begins = [run[0].place for run in runs]
-    places = [[each.place for each in run] for run in runs]
-    owners: list[int] = []
-    for each in other:
-        here = max(0, bisect_right(begins, each.place) - 1)
-        beside = {here: runs[here][max(0, bisect_right(places[here], each.place) - 1)]}
-        if here > 0 and each.place - begins[here] < NEAR:
-            beside[here - 1] = runs[here - 1][-1]
-        if here + 1 < len(runs) and begins[here + 1] - each.place < NEAR:
-            beside[here + 1] = runs[here + 1][0]
-        time = _time(each)
-        owners.append(min(beside, key=lambda run: abs(_time(beside[run]) - time)) if time == time else here)
-    return owners
+def _cuts(starts: Sequence[int], lead: Sequence[Mark], other: Sequence[Mark]) -> list[int]:
+    """Where the recordings begin in `other`, that begin at `starts` in `lead`: where its stamps leap near by, else at
+    the same place in the file."""
+    places = [each.place for each in other]
+    begins = [lead[start].place for start in starts]
+    cuts = [bisect_left(places, place) for place in begins]
+    nearest: dict[int, int] = {}
+    for leap in _leaps(other, ()):
+        number = min(range(1, len(begins)), key=lambda n: abs(begins[n] - places[leap]))
+        distance = abs(begins[number] - places[leap])
+        if distance < min(NEAR, nearest.get(number, NEAR)):
+            nearest[number], cuts[number] = distance, leap
+    cuts[0] = 0
+    for number in range(1, len(cuts)):
+        cuts[number] = max(cuts[number], cuts[number - 1])
+    return cuts
 
 
 def _extent(run: Sequence[Mark], heard: Sequence[Mark]) -> tuple[float, float]:
@@ -136,21 +165,21 @@ def _extent(run: Sequence[Mark], heard: Sequence[Mark]) -> tuple[float, float]:
     first, last = _bounds(run)
     if heard:
         sooner, later = _bounds(heard)
-        if first - 10 < sooner < first - 0.1:
+        if first - SLACK < sooner < first - 0.1:
             first = sooner
-        if last + 0.1 < later < last + 10:
+        if last + 0.1 < later < last + SLACK:
             last = later
     return first, last
 
 
 def _bounds(run: Sequence[Mark]) -> tuple[float, float]:
-    known = [each for each in run if _time(each) == _time(each)]
+    known = [each for each in run if not math.isnan(_time(each))]
     if not known:
-        return 0.0, 0.0
+        return -math.inf, math.inf
     return min(map(_time, known)), max(_time(each) + each.duration for each in known)
 
 
 def _time(each: Mark) -> float:
     """Of a mark without a time, not a number, which is neither before nor after any."""
     time = each.decoded if each.shown is None else each.shown
-    return float("nan") if time is None else time
+    return math.nan if time is None else time

@@ -25,7 +25,7 @@ from omni.processing.media.files import (
     warn_if_short,
 )
 from omni.processing.media.picture import read_image
-from omni.processing.media.stamps import NONE, Mark, Recordings, Shifts, mark, may_leap
+from omni.processing.media.stamps import NONE, Mark, Recordings, Shift, credible, mark, may_leap
 from omni.processing.media.streams import require_pictures, sound_track
 from omni.processing.media.timeline import Sample, Timeline, Wish
 from omni.processing.media.upright import upright
@@ -145,7 +145,7 @@ class _Scan:
     marks: list[Mark]
     shown: list[bool]
     places: list[int]
-    shifts: Shifts
+    shifts: list[Shift]
     times: list[float]
     end: float
     rates: tuple[float, ...]
@@ -205,7 +205,10 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
     known = [stamp for stamp in stamps if stamp is not None]
     unit = float(stream.time_base)
     if container.format.name not in UNTIMED and 2 * len(known) >= len(stamps) and 2 * len(set(known)) > len(known):
-        shifts = Recordings(marks, sound).shifts(marks) if may_leap(container) else NONE
+        shifts = NONE
+        if may_leap(container):
+            marks = credible(marks)
+            shifts = Recordings(marks, credible(sound)).shifts(marks)
         times, end = _laid_out(marks, shown, shifts)
         trusted = container.format.name in WHOLE and len(set(known)) == len(stamps) and marks[0].key
         if times:
@@ -240,17 +243,17 @@ def _is_shown(codec: str, packet: Any) -> bool:
     return True
 
 
-def _laid_out(marks: Sequence[Mark], shown: Sequence[bool], shifts: Shifts) -> tuple[list[float], float]:
+def _laid_out(marks: Sequence[Mark], shown: Sequence[bool], shifts: list[Shift]) -> tuple[list[float], float]:
     """The times of what is shown, in order, and when the last goes."""
     times: list[float] = []
     end = -math.inf
-    pending, shift = list(shifts)[::-1], 0.0
+    pending, shift = shifts[:0:-1], shifts[0]
     for number, (each, visible) in enumerate(zip(marks, shown, strict=True)):
-        if pending and number == pending[-1][0]:
-            shift = pending.pop()[1]
-        if visible and each.shown is not None:
-            times.append(each.shown + shift)
-            end = max(end, each.shown + shift + each.duration)
+        if pending and number == pending[-1].number:
+            shift = pending.pop()
+        if visible and each.shown is not None and shift.first <= each.shown <= shift.last:
+            times.append(each.shown + shift.added)
+            end = max(end, each.shown + shift.added + each.duration)
     times.sort()
     return times, _end(times, end)
 
