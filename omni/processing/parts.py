@@ -116,10 +116,12 @@ def _read(part: Mapping[str, Any], kind: str, where: str) -> Part:
     names = [key for key in SOURCES[kind] if key in stated]
     if not names:
         raise InputError(f'{where} is of type {part["type"]!r} and needs the key "{part["type"]}".')
-    if len(names) > 1:
-        raise InputError(f'{where} has its source twice, under "{names[0]}" and "{names[1]}".')
+    for name in names[1:]:
+        one, other = stated[names[0]], stated[name]
+        if not (one is other or (isinstance(one, str) and isinstance(other, str) and one == other)):
+            raise InputError(f'{where} has two sources, under "{names[0]}" and "{name}".')
     known = KEYS[kind]
-    _refuse_unknown(stated, ("type", names[0], *known), f"{'an' if kind != 'video' else 'a'} {kind}", where)
+    _refuse_unknown(stated, ("type", *names, *known), f"{'an' if kind != 'video' else 'a'} {kind}", where)
     settings: dict[str, Any] = {}
     for key, check in known.items():
         if key in stated:
@@ -133,8 +135,7 @@ def _read(part: Mapping[str, Any], kind: str, where: str) -> Part:
 def _refuse_unknown(part: Mapping[str, Any], known: Sequence[str], what: str, where: str) -> None:
     for key, value in part.items():
         if key not in known and value is not None:
-            names = ", ".join(known[2:]) or ", ".join(known)
-            raise InputError(f"{where}: {what} has no key {key!r:.80}; it may have {names}.")
+            raise InputError(f"{where}: {what} has no key {key!r:.80}; it may have {', '.join(known)}.")
 
 
 def _require_sense(settings: Mapping[str, Any], where: str) -> None:

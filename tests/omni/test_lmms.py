@@ -120,5 +120,11 @@ def test_what_it_cannot_do_is_said(lmms: ModuleType, checkpoint: Path) -> None:
         lmms.SeatsOmni(pretrained=str(checkpoint), retenion=0.1)
     with pytest.raises(InputError, match=r"dtype must be one of bfloat16, float16, float32, not 'int8'"):
         lmms.SeatsOmni(pretrained=str(checkpoint), dtype="int8")
-    with pytest.raises(InputError, match="takes whole clips"):
-        lmms.part_of({"type": "video", "url": "clip.mp4", "start_time": 3})
+
+
+def test_a_stretch_of_a_clip_is_the_parts_own(lmms: ModuleType) -> None:
+    """Protects: start_time and end_time of lmms-eval's chat messages cut clips and sounds."""
+    cut = {"url": "clip.mp4", "start_time": 3, "end_time": None}
+    assert lmms.part_of({"type": "video", **cut})["video_start"] == 3
+    found = lmms.part_of({"type": "audio", **cut, "end_time": 4.5})
+    assert found == {"type": "audio", "audio": "clip.mp4", "audio_start": 3, "audio_end": 4.5}
