@@ -76,7 +76,7 @@ def open_picture(file: BinaryIO, name: str) -> Any | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes when it is decoded
         try:
-            picture = Image.open(file, formats=[name for name in PICTURES if name in Image.OPEN])
+            picture: Any = Image.open(file, formats=[name for name in PICTURES if name in Image.OPEN])
             # libwebp's canvas is transparent where no frame covers it, also in files that claim to be opaque.
             if picture.format == "WEBP" and picture.is_animated and picture.rawmode == "RGBX":
                 picture.rawmode = picture._mode = "RGBA"
