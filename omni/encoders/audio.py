@@ -1,6 +1,6 @@
 """What the audio encoders of both families share: the walk over sounds, Whisper's positions and blocks.
 
-Sound runs as dense batches of a fixed number of chunks: one static shape, whatever the duration.
+Sound runs as dense batches of a fixed number of chunks: few static shapes, whatever the duration.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import AudioConfig
+from omni.encoders.batches import cut
 from omni.encoders.received import Signals, joined
 from omni.layers import Call, directly
 from seats.method import Needs
@@ -48,10 +49,13 @@ class AudioEncoder(nn.Module):
         tokens, signals = zip(*encoded, strict=True)
         return torch.cat(tokens), joined(signals)
 
-    def batches(self, mel: Tensor, frames: int) -> Iterator[Tensor]:
-        """Cuts (bins, n) into parts of (bins, frames) on the encoder's device, the last filled up with zeros."""
-        for part in mel.split(frames, dim=1):
-            yield F.pad(part.to(self.norm.weight), (0, frames - part.shape[1]))
+    def batches(self, mel: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+        """Cuts (bins, n) into parts of (bins, frames) on the encoder's device, the last filled up with zeros.
+
+        sizes: chunks of each.
+        """
+        for some in cut(mel, (size * self.config.chunk_frames for size in sizes), dim=1):
+            yield some.to(self.norm.weight)
 
 
 def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:

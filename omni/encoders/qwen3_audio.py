@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
+from omni.encoders.batches import batch_sizes, cut
 from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call, directly
 from seats.method import Needs
@@ -23,6 +24,8 @@ CHUNKS_PER_BATCH = 10
 """Ten seconds through the convolutions, whose channels are the most memory of the encoder."""
 WINDOWS_PER_BATCH = 4
 """Half a minute with public sizes through the blocks: enough rows for full matrix speed on a CPU."""
+CHUNKS_PER_GPU_BATCH, WINDOWS_PER_GPU_BATCH = 64, 8
+"""About a minute each, as much for a GPU. The convolutions take about 0.4 GB beside the weights, in bfloat16."""
 
 WEIGHT_WINDOW = 52
 """Tokens, four seconds, that weigh each other for the selection before the decoder (arXiv 2605.20035)."""
@@ -62,16 +65,20 @@ class Qwen3AudioEncoder(AudioEncoder):
         return tokens[real], signals
 
     def encode_sound(self, mel: Tensor, needs: Needs | None, call: Call) -> tuple[Tensor, Signals | None]:
-        count, frames = self.config.token_count(mel.shape[1]), CHUNKS_PER_BATCH * self.config.chunk_frames
-        chunks = (rearrange(batch, "m (c f) -> c m f", c=CHUNKS_PER_BATCH) for batch in self.batches(mel, frames))
+        count, device = self.config.token_count(mel.shape[1]), self.norm.weight.device
+        chunks = -(-mel.shape[1] // self.config.chunk_frames)
+        sizes = batch_sizes(chunks, device, cpu=CHUNKS_PER_BATCH, gpu=CHUNKS_PER_GPU_BATCH)
+        frames = {"f": self.config.chunk_frames}
+        batches = (rearrange(batch, "m (c f) -> c m f", **frames) for batch in self.batches(mel, sizes))
         # Only the last chunk of a sound can be short, so the real positions are the first ones.
-        x = torch.cat([call(self.convolve, batch).flatten(0, 1) for batch in chunks])[:count]
-        starts = torch.arange(WINDOWS_PER_BATCH, device=x.device) * self.window_tokens
-        parts = []
-        for batch in x.split(WINDOWS_PER_BATCH * self.window_tokens):
-            padded = F.pad(batch, (0, 0, 0, WINDOWS_PER_BATCH * self.window_tokens - len(batch)))
-            windows = rearrange(padded, "(w n) d -> w n d", w=WINDOWS_PER_BATCH)
-            parts.append(call(self.attend, windows, len(batch) - starts, needs, WEIGHT_WINDOW))
+        x = torch.cat([call(self.convolve, batch).flatten(0, 1) for batch in batches])[:count]
+        sizes = batch_sizes(-(-count // self.window_tokens), device, cpu=WINDOWS_PER_BATCH, gpu=WINDOWS_PER_GPU_BATCH)
+        left, parts = torch.tensor(count, device=device), []
+        for size, batch in zip(sizes, cut(x, (size * self.window_tokens for size in sizes), dim=0), strict=True):
+            counts = left - torch.arange(size, device=device) * self.window_tokens
+            windows = rearrange(batch, "(w n) d -> w n d", w=size)
+            parts.append(call(self.attend, windows, counts, needs, WEIGHT_WINDOW))
+            left = left - len(batch)
         tokens, signals = zip(*parts, strict=True)
         whole, found = torch.cat(tokens).flatten(0, 1)[:count], joined(signals)
         if found is not None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from omni.config import VisionConfig
+from omni.encoders import vision
+from omni.encoders.batches import batch_sizes
 from omni.encoders.qwen2_5_vision import Qwen25VisionEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
 from omni.encoders.vision import VisionEncoder, windowed
@@ -62,6 +68,51 @@ def test_bytes_give_the_tokens_of_their_patches(family: str, dtype: torch.dtype)
     assert torch.equal(from_bytes, from_patches)
     assert torch.equal(signals.received, same_signals.received)
     assert torch.equal(signals.keys, same_signals.keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_for_a_gpu_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: tokens, and what methods need of them, do not depend on how many grids run together."""
+    encoder, sizes = small(family, torch.float32)
+    frames = torch.randint(256, (2 * 21 - 1, 3, 2 * sizes.factor, 3 * sizes.factor), dtype=torch.uint8)
+    pixels = Pixels((frames, frames[:1]), sizes)
+    seen: list[int] = []
+
+    def call(method: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
+        seen.extend([len(x)] if method.__name__ == "encode_batch" else [])
+        return method(x, *arguments)
+
+    with torch.inference_mode():
+        tokens, signals = encoder(pixels, pixels.grid_thw, Needs(grids=2, keys=True))
+        gpu = torch.device("cuda")
+        monkeypatch.setattr(vision, "batch_sizes", lambda count, _, **some: batch_sizes(count, gpu, **some))
+        same, same_signals = encoder(pixels, pixels.grid_thw, Needs(grids=2, keys=True), call=call)
+    assert seen == [16, 8, 1]
+    torch.testing.assert_close(same, tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same_signals.received, signals.received, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same_signals.keys, signals.keys, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_cuda_takes_bytes_for_patches(family: str, dtype: torch.dtype, least: float) -> None:
+    """Protects: bytes that a GPU fetches by itself, group by group, are those of the clip when it cuts them."""
+    encoder, sizes = small(family, dtype)
+    shapes = [(1, 1, 1), (75, 4, 6), (8, 8, 2)]
+    frames = (torch.randint(256, (n, 3, h * sizes.factor, w * sizes.factor), dtype=torch.uint8) for n, h, w in shapes)
+    pixels = Pixels(tuple(frames), sizes)
+    needs = Needs(grids=2, keys=True)
+    with torch.inference_mode():
+        expected, weights = encoder(pixels, pixels.grid_thw, needs)
+        encoder = encoder.cuda()
+        from_bytes, signals = encoder(pixels, pixels.grid_thw, needs)
+        from_patches, same_signals = encoder(pixels.patches(), pixels.grid_thw, needs)
+    # Cut on the device or here, colours are normalised by another order of the same two operations.
+    for found, other in ((from_bytes, from_patches), (from_bytes.cpu(), expected)):
+        assert (found.float() - other.float()).norm() <= least * other.float().norm()
+    for received in (same_signals.received, weights.received.cuda()):
+        torch.testing.assert_close(signals.received, received, rtol=10 * least, atol=least)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
