@@ -380,9 +380,11 @@ def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
     return bench.measure(sides).row({name: name for name in sides})
 
 
-def throughput_row(bench: Bench, clip: Clip, questions: int, new: int) -> dict[str, Any]:
+def throughput_row(
+    bench: Bench, clip: Clip, questions: int, new: int, sizes: tuple[int, ...] = (1, 4, 8)
+) -> dict[str, Any]:
     """Different questions about different clips of one length at 10 %, from pixels and log-mel in memory to the last of
-    so many tokens, in batches of 1, 4 and 8. What is compiled for a batch is before that."""
+    so many tokens, in batches. What is compiled for a batch is before that."""
     blank, config = bench.inputs(clip), bench.preset(RETENTIONS[-1])
     asked = []
     for seed in range(questions):
@@ -400,7 +402,7 @@ def throughput_row(bench: Bench, clip: Clip, questions: int, new: int) -> dict[s
         bench.compiled.generate(requests, seats=config, max_new_tokens=new, stop_token_ids=[])
 
     row: dict[str, Any] = {"rounds": 1, "seconds": {}, "questions": questions, "new_tokens": new, "first_seconds": {}}
-    for size in (1, 4, 8):
+    for size in sizes:
         batches = [asked[start : start + size] for start in range(0, questions, size)]
         row["first_seconds"][f"batches of {size}"] = bench.once(partial(answer, batches[0]))
         seconds = bench.once(lambda batches=batches: [answer(batch) for batch in batches])
