@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import subprocess
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,22 +109,26 @@ def run_in(row: dict[str, Any], section: dict[str, Any], result: dict[str, Any],
 
 
 def least_known_first(
-    rows: Collection[Names], section: dict[str, Any], commit: str, wanted: Iterable[str] = ("",), *, again: bool = False
+    rows: Collection[Names], section: dict[str, Any], commit: str, wanted: Sequence[str] = ("",), *, again: bool = False
 ) -> list[Names]:
     """Rows in the order to measure them: what has no result first, then the oldest; as given among equals.
 
-    Those of this commit are left out, unless `again`; what failed at it comes last. wanted: how names begin.
+    Those of this commit are left out, unless `again`; what failed at it comes last. wanted: how names begin, those of
+    the first before those of the next.
     """
     known, failed = section["rows"], section.get("failed", {})
 
-    def key(names: Names) -> tuple[bool, str]:
+    def place(names: Names) -> int | None:
+        return next((i for i, begin in enumerate(wanted) if any(name.startswith(begin) for name in names)), None)
+
+    def key(names: Names) -> tuple[Any, ...]:
         fails = any(name in failed and failed[name]["run"]["commit"] == commit for name in names)
-        return fails, min(known[name]["run"]["measured"] if name in known else "" for name in names)
+        return fails, place(names), min(known[name]["run"]["measured"] if name in known else "" for name in names)
 
     left = [
         names
         for names in rows
-        if any(name.startswith(tuple(wanted)) for name in names)
+        if place(names) is not None
         and (again or any(name not in known or known[name]["run"]["commit"] != commit for name in names))
     ]
     return sorted(left, key=key)

@@ -386,17 +386,19 @@ def throughput_row(
     """Different questions about different clips of one length at 10 %, from pixels and log-mel in memory to the last of
     so many tokens, in batches. What is compiled for a batch is before that."""
     blank, config = bench.inputs(clip), bench.preset(RETENTIONS[-1])
-    asked = []
+    assert blank.pixel_values_videos is not None and blank.input_features is not None
+    before, after, asked = clip.text // 4, clip.text - clip.text // 4 - 1, []
     for seed in range(questions):
-        generator = torch.Generator().manual_seed(seed)
-        text = clip.text - 8 * (seed % 4)  # the longest last: a question's length is not another's
-        inputs = bench.inputs(replace(clip, text=text))
-        words = torch.randint(0, 1000, (text,), generator=generator)
-        inputs.input_ids[0, : text // 4] = words[: text // 4]
-        inputs.input_ids[0, text // 4 - text + 1 :] = words[text // 4 + 1 :]
-        assert blank.pixel_values_videos is not None and blank.input_features is not None
-        pixels = blank.pixel_values_videos.roll(seed * 997, 0)
-        asked.append(replace(inputs, pixel_values_videos=pixels, input_features=blank.input_features.roll(seed, -1)))
+        ids = blank.input_ids.clone()
+        ids[0, :before], ids[0, -after:] = (torch.randint(1000, (count,)) for count in (before, after))
+        asked.append(
+            replace(
+                blank,
+                input_ids=ids[:, min(before, seed % 4 * 8) :],  # of several lengths
+                pixel_values_videos=blank.pixel_values_videos.roll(997 * seed, 0),
+                input_features=blank.input_features.roll(seed, -1),
+            )
+        )
 
     def answer(requests: list[omni.Inputs]) -> None:
         bench.compiled.generate(requests, seats=config, max_new_tokens=new, stop_token_ids=[])
@@ -540,8 +542,8 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
     add("audio", audio_row, 64 if bench.on_gpu else 30)
     add(f"first token of {label}", first_token_row, clip)
     add(f"throughput of {label} at 10%", throughput_row, clip, asked, answer)
-    add(f"decode after {decoded} at 10%, beside compiled", decode_row, after, few, new, compiled=True)
-    add(f"prefill of {label}, beside compiled", compiled_prefill_row, clip)
+    add(f"decode beside compiled after {decoded} at 10%", decode_row, after, few, new, compiled=True)
+    add(f"prefill beside compiled of {label}", compiled_prefill_row, clip)
     add(f"selection of {label} at 10%", selection_row, clip)
     if bench.family == "qwen2.5" or not bench.on_gpu:  # of the other, a second process has no room beside this one
         add("start", start_row, clip)

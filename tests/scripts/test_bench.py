@@ -164,6 +164,8 @@ def test_what_is_least_known_comes_first() -> None:
     assert least_known_first(rows, section, "new") == [("d", "b"), ("g",), ("c",), ("b",), ("f",)]
     assert least_known_first(rows, section, "new", again=True)[-2:] == [("a",), ("f",)]
     assert least_known_first(rows, section, "new", ["c", "a"]) == [("c",)]
+    assert least_known_first(rows, section, "new", ["b", "d", "f", ""])[:2] == [("d", "b"), ("b",)]
+    assert least_known_first(rows, section, "new", ["c", ""])[0] == ("c",)
 
 
 def test_runs_merge_by_row(tmp_path: Path) -> None:
