@@ -160,31 +160,41 @@ def measure_model(
         if not clock.fits(expected + setup):
             print(f"{where}, {names[0]}: {expected + setup:.0f} s do not fit any more", flush=True)
             continue
-        started = time.monotonic()
+        failure = None
         try:
-            if not bench.is_made:
-                bench.make()
-                section["setup_seconds"], started = time.monotonic() - started, time.monotonic()
-            before = ceilings(bench)
-            found = dict(zip(names, rows[names](), strict=True))
-            machine_rates = {"before": before, "after": ceilings(bench)}
+            found = measure_rows(bench, names, rows[names], section, commit)
+            for name, row in found.items():
+                print(f"{where}, {name}: {json.dumps(short_row(row))}", flush=True)
         except Exception as error:  # the other rows are still to come
             traceback.print_exc()
-            failure = {"error": first_line(error), "run": run_of(commit)}
-            section.setdefault("failed", {}).update(dict.fromkeys(names, failure))
-            write()
-            continue
-        parameters = sum(p.numel() for p in bench.compiled.thinker.parameters())
-        shared = {
-            "ceilings": machine_rates,
-            "took_seconds": time.monotonic() - started,
-            "run": {**run_of(commit), "parameters": parameters},
-        }
-        for name, row in found.items():
-            section["rows"][name] = {**row, **shared}
-            section.get("failed", {}).pop(name, None)
-            print(f"{where}, {name}: {json.dumps(short_row(row))}", flush=True)
+            failure = first_line(error)
+        if failure is not None:  # outside of the handler, which keeps the failed row's tensors
+            failures = {name: {"error": failure, "run": run_of(commit)} for name in names}
+            section.setdefault("failed", {}).update(failures)
+            gc.collect()
+            torch.cuda.empty_cache()
         write()
+
+
+def measure_rows(
+    bench: Bench, names: Names, measure: Callable[[], list[dict[str, Any]]], section: dict[str, Any], commit: str
+) -> dict[str, Any]:
+    """Measures rows, and puts them into the section with what goes with every row."""
+    started = time.monotonic()
+    if not bench.is_made:
+        bench.make()
+        section["setup_seconds"], started = time.monotonic() - started, time.monotonic()
+    before = ceilings(bench)
+    found = dict(zip(names, measure(), strict=True))
+    with_each = {
+        "ceilings": {"before": before, "after": ceilings(bench)},
+        "took_seconds": time.monotonic() - started,
+        "run": run_of(commit) | {"parameters": sum(parameter.numel() for parameter in bench.thinker.parameters())},
+    }
+    for name, row in found.items():
+        section["rows"][name] = row | with_each
+        section.get("failed", {}).pop(name, None)
+    return found
 
 
 def short_row(row: dict[str, Any]) -> dict[str, Any]:
