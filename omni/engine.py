@@ -86,14 +86,20 @@ class Engine:
                 if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                     raise
                 asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        # Outside of the handler, whose traceback keeps the tensors of the failed request.
-        if self.compiled is not None:
-            self.compiled.clear()
-        torch.cuda.empty_cache()
+            # Outside of the handler, whose traceback keeps the tensors of the failed request; before another thread
+            # goes on, which may have found a graph already.
+            self.clear()
         raise MemoryError(
             f"the device has too little memory for this request{f' (it asked for {asked[1]})' if asked else ''}: lower "
             "retention, max_frames, max_pixels or max_new_tokens, or send fewer requests at a time."
         )
+
+    def clear(self) -> None:
+        """Drops what is kept between requests: graphs, and the tables of frame sizes."""
+        if self.compiled is not None:
+            self.compiled.clear()
+        self.thinker.vision.layouts.clear()
+        torch.cuda.empty_cache()
 
     @contextmanager
     def warming(self) -> Iterator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
@@ -19,7 +21,7 @@ from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
 from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
-from omni.processing.tokenizer import Tokenizer, TokenizerError
+from omni.processing.tokenizer import LazyTokenizer, TokenizerError
 from omni.processing.vocabulary import has_vocabulary
 from omni.runtime.blank import blank_clip
 from omni.runtime.sampling import Sampling
@@ -46,7 +48,7 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     seed: int | None
-    stop_token_ids: list[int] | None
+    stop_token_ids: Iterable[int] | Tensor | None
     seats: Selection | None
     kv: str
 
@@ -90,9 +92,9 @@ class Generation:
 
     tokens: list[int]
     stats: Stats
-    _prompt: Tensor = field(repr=False)
-    _tokenizer: Callable[[], Tokenizer] = field(repr=False)
-    _stopped: bool = field(repr=False)
+    _prompt: Tensor = field(repr=False, compare=False)
+    _tokenizer: LazyTokenizer = field(repr=False, compare=False)
+    _stopped: bool = field(repr=False, compare=False)
 
     def __repr__(self) -> str:
         try:
@@ -110,13 +112,20 @@ class Generation:
     def thought(self) -> str:
         return self._parts[0]
 
-    @property
+    @cached_property
     def thought_cut(self) -> bool:
         return not self._stopped and AnswerStream(self._tokenizer(), self._prompt[0].tolist() + self.tokens).is_thought
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
         return split_answer(self._tokenizer(), self._prompt[0].tolist(), self.tokens)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With its text, so that it can be read where the checkpoint is not."""
+        with suppress(TokenizerError, OSError):
+            _ = self._parts, self.thought_cut
+            return {**vars(self), "_prompt": self._prompt[:, :0]}
+        return vars(self)
 
 
 class Omni:
@@ -127,7 +136,8 @@ class Omni:
     ) -> None:
         self.thinker = thinker
         self.config: OmniConfig = thinker.config
-        self.folder = folder
+        self.folder = folder.absolute()  # whatever becomes of the working directory
+        self.tokenizer = LazyTokenizer(self.folder)
         self.engine = Engine(thinker, compile=compile, eager_until_warm=eager_until_warm)
 
     @property
@@ -141,7 +151,7 @@ class Omni:
     @cached_property
     def processor(self) -> Processor:
         """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
-        return Processor(self.folder, self.config)
+        return Processor(self.folder, self.config, self.tokenizer())
 
     def prepare(
         self,
@@ -284,7 +294,7 @@ class Omni:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        stop_token_ids: list[int] | None = None,
+        stop_token_ids: Iterable[int] | Tensor | None = None,
         seats: Selection | None = None,
         kv: str = "layerwise",
         on_prefill: Callable[[Prefill], None] | None = None,
@@ -295,7 +305,7 @@ class Omni:
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {seed}.")
         sampling = self._sampling(temperature, top_p, top_k)
-        stops = frozenset(self._stop_token_ids() if stop_token_ids is None else stop_token_ids)
+        stops = frozenset(self._stop_token_ids() if stop_token_ids is None else token_ids(stop_token_ids))
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()
@@ -332,7 +342,7 @@ class Omni:
                     new_tokens=len(answer),
                 ),
                 inputs.input_ids,
-                lambda: self.processor.tokenizer,
+                self.tokenizer,
                 answer[-1] in stops,
             )
             for answer, prefill, inputs in zip(answers, prefills, requests, strict=True)
@@ -371,6 +381,16 @@ def listed(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
     if not all(isinstance(each, Inputs) for each in requests):
         raise TypeError("a request must be omni.Inputs, which Omni.prepare makes of messages; or Inputs(**tensors).")
     return requests
+
+
+def token_ids(given: Iterable[int] | Tensor) -> list[int]:
+    """Ids that were given as a list, an array or whatever yields numbers. Raises ValueError for what is none."""
+    ids = given.tolist() if hasattr(given, "tolist") else given
+    ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else [ids]
+    try:
+        return [index(id) for id in ids]
+    except TypeError:
+        raise ValueError(f"stop_token_ids must be token ids, not {given!r:.80}.") from None
 
 
 def load(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -36,7 +35,6 @@ class FrameLayout:
     windows: tuple[tuple[int, int], ...]
 
 
-@lru_cache(maxsize=64)
 @torch.inference_mode(False)  # made while answering, it serves a training as well
 def frame_layout(config: VisionConfig, height: int, width: int, device: torch.device) -> FrameLayout:
     """The layout of frames of height × width patches, which come in groups of merge × merge."""
@@ -101,8 +99,8 @@ class Qwen25VisionEncoder(VisionEncoder):
         )
         self.merger = Merger(config)
 
-    def layout(self, height: int, width: int) -> FrameLayout:
-        return frame_layout(self.config, height, width, self.patch_embedding.device)
+    def make_layout(self, height: int, width: int, device: torch.device) -> FrameLayout:
+        return frame_layout(self.config, height, width, device)
 
     def encode_batch(
         self, patches: Tensor, layout: FrameLayout, real: Tensor | None, needs: Needs | None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -35,7 +34,6 @@ class FrameLayout:
     shares: Tensor
 
 
-@lru_cache(maxsize=64)
 @torch.inference_mode(False)  # made while answering, it serves a training as well
 def frame_layout(config: VisionConfig, height: int, width: int, device: torch.device) -> FrameLayout:
     """The layout of frames of height × width patches, which come in groups of merge × merge."""
@@ -110,8 +108,8 @@ class Qwen3VisionEncoder(VisionEncoder):
         self.merger = Merger(config, deep=False)
         self.deep_mergers = nn.ModuleList(Merger(config, deep=True) for _ in config.deepstack_blocks)
 
-    def layout(self, height: int, width: int) -> FrameLayout:
-        return frame_layout(self.config, height, width, self.patch_embedding.device)
+    def make_layout(self, height: int, width: int, device: torch.device) -> FrameLayout:
+        return frame_layout(self.config, height, width, device)
 
     def encode_batch(
         self, patches: Tensor, layout: FrameLayout, real: Tensor | None, needs: Needs | None

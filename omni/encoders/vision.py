@@ -6,7 +6,9 @@ static shapes per frame size, whatever the duration, and memory bounded by one b
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ PATCHES_PER_BATCH = 2304
 """Patches that a batch of grids aims at on a CPU: four grids of 144 tokens, enough rows for full matrix speed."""
 PATCHES_PER_GPU_BATCH = 9216
 """On a GPU: sixteen such grids. They take about 0.4 GB beside the weights, in bfloat16."""
+LAYOUT_BYTES = 64 * 2**20
+"""Of tables of frame sizes: hundreds of those of clips, three of photographs of 12 megapixels."""
 
 
 class VisionEncoder(nn.Module):
@@ -33,7 +37,7 @@ class VisionEncoder(nn.Module):
 
     A family sets `patch_embedding` (hidden, channels, time, height, width) and has
 
-    layout(height, width) → whatever its `encode_batch` needs to know of frames of so many patches.
+    make_layout(height, width, device) → whatever its `encode_batch` needs to know of frames of so many patches.
     encode_batch(patches, layout, real, needs): (grids, N, patch_dim) of one frame size, N patches in groups of merge ×
     merge, → (1 + deepstack levels, grids, N / merge², out_hidden_size): the tokens, then what is added to them after
     each of the first decoder layers. And, with `needs`, `signals`; real: (grids,), which of the grids are.
@@ -44,9 +48,19 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.layouts: OrderedDict[tuple[int, int, torch.device], Any] = OrderedDict()
+
+    def make_layout(self, height: int, width: int, device: torch.device) -> Any:
+        raise NotImplementedError
 
     def layout(self, height: int, width: int) -> Any:
-        raise NotImplementedError
+        """That of a frame size, kept for the next time: those last used, LAYOUT_BYTES of them at most."""
+        key = (height, width, self.patch_embedding.device)
+        found = self.layouts.pop(key, None) or self.make_layout(*key)
+        self.layouts[key] = found
+        while sum(map(nbytes, self.layouts.values())) > LAYOUT_BYTES:
+            self.layouts.popitem(last=False)
+        return found
 
     def encode_batch(
         self, patches: Tensor, layout: Any, real: Tensor | None, needs: Needs | None
@@ -105,6 +119,15 @@ def sent(frames: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and frames.device.type == "cpu":
         return frames.pin_memory().to(device, non_blocking=True)
     return frames.to(device)
+
+
+def nbytes(values: Any) -> int:
+    """Of the tensors in a dataclass or tuple, however deep."""
+    if isinstance(values, Tensor):
+        return values.nbytes
+    if is_dataclass(values):
+        values = tuple(vars(values).values())
+    return sum(map(nbytes, values)) if isinstance(values, tuple) else 0
 
 
 def grid_batches(grids: int, patches: int, step: int, device: torch.device) -> list[int]:

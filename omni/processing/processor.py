@@ -35,9 +35,10 @@ class Processor:
     Raises TokenizerError, ChatTemplateError or ConfigError for files that are missing or damaged.
     """
 
-    def __init__(self, folder: Path, config: OmniConfig) -> None:
+    def __init__(self, folder: Path, config: OmniConfig, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: of the folder, where it has been read already."""
         self.config = config
-        self.tokenizer = Tokenizer.from_folder(folder)
+        self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
         if self.tokenizer.vocab_size > config.decoder.vocab_size:
             raise TokenizerError(
                 f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model up to "

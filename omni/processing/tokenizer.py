@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omni.processing.vocabulary import BYTE_CHARACTERS, TokenizerError, Vocabulary, read_vocabulary
 
-__all__ = ["TextStream", "Tokenizer", "TokenizerError", "split_words"]
+__all__ = ["LazyTokenizer", "TextStream", "Tokenizer", "TokenizerError", "split_words"]
 
 _BYTE_OF_CHARACTER = {ord(character): byte for byte, character in BYTE_CHARACTERS.items()}
 
@@ -122,6 +122,22 @@ class Tokenizer:
     def is_control(self, id: int) -> bool:
         """Whether an id is a control token, which decoding leaves out."""
         return id in self._control
+
+
+class LazyTokenizer:
+    """The tokenizer of a checkpoint, read when it is first called for; pickled it is the folder alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: Tokenizer | None = None
+
+    def __call__(self) -> Tokenizer:
+        if self._read is None:
+            self._read = Tokenizer.from_folder(self.folder)
+        return self._read
+
+    def __reduce__(self) -> tuple[type[LazyTokenizer], tuple[Path]]:
+        return LazyTokenizer, (self.folder,)
 
 
 class TextStream:

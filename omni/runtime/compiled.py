@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,19 +52,25 @@ class Compiled:
     """
 
     def __init__(self, thinker: Thinker, *, eager_until_warm: bool = False) -> None:
-        self.thinker, self.makes = thinker, not eager_until_warm
+        self.thinker, self.eager_until_warm = thinker, eager_until_warm
+        self._warming = threading.local()
         self.on_gpu = thinker.embedding.weight.is_cuda
         self.prefills = Graphs(_prefill, captures=self.on_gpu)
         self.steps = Graphs(_step, captures=False)  # `stepper` captures
         self.encoders: dict[str, Graphs] = {}
 
+    @property
+    def makes(self) -> bool:
+        """Whether this thread makes graphs: others answer meanwhile, without."""
+        return not self.eager_until_warm or getattr(self._warming, "depth", 0) > 0
+
     @contextmanager
     def warming(self) -> Iterator[None]:
-        before, self.makes = self.makes, True
+        self._warming.depth = getattr(self._warming, "depth", 0) + 1
         try:
             yield
         finally:
-            self.makes = before
+            self._warming.depth -= 1
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a method of an encoder, whose arguments are of one shape per frame size, and of one shape of sound."""

@@ -16,7 +16,7 @@ from seats.methods.ranking import apart, part, take_any
 class Random(BeforeDecoder):
     """max(1, int(ratio · n)) tokens of each modality, any of the whole prompt's, before the decoder.
 
-    As in the comparison of arXiv 2605.20035. Which ones depends on where a token stands alone.
+    As in the comparison of arXiv 2605.20035. Which ones depends on a token's number in its modality alone.
     """
 
     def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:

@@ -58,7 +58,9 @@ def sound_intact(
 def take_any(media: Media, counts: Tensor) -> Tensor:
     """So many tokens of a modality of each prompt, (B,) int64, any of them: (B, W, n) bool."""
     there = media.there.flatten(1)
-    chance = noise(there.shape[1], there.device).expand_as(there)
+    # By a token's number, not by its slot, which depends on how large the frames of others in the batch are.
+    number = (there.cumsum(dim=1) - 1).clamp(min=0)
+    chance = noise(there.shape[1], there.device)[number]
     return highest(chance, there, counts).view(media.received.shape)
 
 

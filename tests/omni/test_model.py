@@ -16,7 +16,6 @@ from conftest import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
 
 import omni
 from omni.config import read_config
-from omni.encoders import qwen2_5_vision, qwen3_vision
 from omni.inputs import InputError
 from omni.processing.processor import Processor
 from omni.processing.tokenizer import TokenizerError
@@ -192,8 +191,6 @@ def test_options_out_of_range_are_refused(pair, options: dict[str, Any]) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_answered_can_be_trained(make_pair, family: str) -> None:
     """Tables that an answer leaves behind are not of inference mode, which autograd refuses."""
-    for tables in (qwen2_5_vision.frame_layout, qwen3_vision.frame_layout):
-        tables.cache_clear()
     model = make_pair(family).model
     inputs = make_request(Pair(None, model), REQUEST)
     model.prefill(inputs)
