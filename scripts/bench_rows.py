@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import omni
 import seats
-from omni.processing.frames import patchify, vision_sizes
+from omni.processing.frames import Pixels, vision_sizes
 from omni.processing.mel import SAMPLE_RATE, log_mel
 from seats.plan import StagePlan
 
@@ -185,20 +185,16 @@ def agreement_row(bench: Bench, clip: Clip) -> dict[str, Any]:
     """
     inputs = bench.inputs(clip)
     reference, thinker, language = bench.reference, bench.thinker, bench.language
-    batch = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    batch |= {"attention_mask": torch.ones_like(inputs.input_ids)}
+    batch = inputs.tensors() | {"attention_mask": torch.ones_like(inputs.input_ids)}
 
     @torch.no_grad()
     def their_logits() -> Tensor:
         dtype = reference.lm_head.weight.dtype
         given = {
             name: value.to(bench.device, dtype if value.is_floating_point() and "second" not in name else None)
-            if isinstance(value, Tensor)
-            else value
             for name, value in batch.items()
-            if value is not None
         }
-        return reference(**given, use_cache=False).logits[0, -1].float()
+        return reference(**given, use_audio_in_video=True, use_cache=False).logits[0, -1].float()
 
     def our_logits(model: omni.Omni) -> Tensor:
         return model.prefill(inputs).logits
@@ -222,16 +218,22 @@ def agreement_row(bench: Bench, clip: Clip) -> dict[str, Any]:
 
 
 def vision_row(bench: Bench, grids: int, side: int) -> dict[str, Any]:
-    """So many temporal grids of side × side patches."""
-    grid = torch.tensor([[grids, side, side]])
-    patches = torch.randn(grids * side * side, bench.config.vision.patch_dim)
-    theirs = patches.to(bench.device, bench.dtype)
-    device_grid = grid.to(bench.device)
+    """So many temporal grids of side × side patches: ours from bytes in the host's memory, as a request holds them,
+    transformers from patches on the device."""
+    pixels, grid = noise(bench, 2 * grids, side * bench.config.vision.patch_size), torch.tensor([[grids, side, side]])
+    patches, device_grid = pixels.patches().to(bench.device, bench.dtype), grid.to(bench.device)
     return encoder_row(
         bench,
-        lambda model, call: model.thinker.vision(patches, grid, **call),
-        lambda: bench.encoder("visual")(theirs, grid_thw=device_grid),
+        lambda model, call: model.thinker.vision(pixels, grid, **call),
+        lambda: bench.encoder("visual")(patches, grid_thw=device_grid),
     )
+
+
+def noise(bench: Bench, frames: int, height: int, width: int | None = None) -> Pixels:
+    """Of so many frames."""
+    sizes = vision_sizes(Path(os.devnull), bench.config)
+    shown = torch.randint(256, (frames, 3, height, width or height), dtype=torch.uint8)
+    return Pixels((shown,), sizes, of_clip=True)
 
 
 def audio_row(bench: Bench, seconds: int) -> dict[str, Any]:
@@ -347,15 +349,12 @@ def decode_row(bench: Bench, clip: Clip, retention: float, new: int, *, compiled
 def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
     """From decoded frames and samples: patches, log-mel, encoders, prefill at 10 %; transformers keeps every token."""
     blank, config = bench.inputs(clip), bench.preset(RETENTIONS[-1])
-    sizes = vision_sizes(Path(os.devnull), bench.config)
-    seconds = int(clip.seconds)
-    pixels = [clip.rows * sizes.factor, clip.columns * sizes.factor]
-    frames = torch.randint(0, 256, (2 * seconds, 3, *pixels), dtype=torch.uint8)
+    seconds, side = int(clip.seconds), bench.config.vision.patch_size * bench.config.vision.spatial_merge_size
+    pixels = noise(bench, 2 * seconds, clip.rows * side, clip.columns * side)
     sound = torch.randn(seconds * SAMPLE_RATE) / 10
 
     def prepared() -> omni.Inputs:
-        patches, _ = patchify(frames, sizes)
-        return replace(blank, pixel_values_videos=patches, input_features=log_mel(sound)[None])
+        return with_media(blank, blank.input_ids, pixels, log_mel(sound)[None])
 
     language = theirs(bench, blank)
     grid, length = blank.video_grid_thw, blank.mel_lengths
@@ -363,13 +362,9 @@ def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
 
     @torch.inference_mode()
     def other() -> None:
-        inputs = prepared()
-        assert inputs.pixel_values_videos is not None and inputs.input_features is not None
-        bench.encoder("visual")(
-            inputs.pixel_values_videos.to(bench.device, bench.dtype), grid_thw=grid.to(bench.device)
-        )
-        mel = inputs.input_features[0].to(bench.device, bench.dtype)
-        bench.encoder("audio_tower")(mel, feature_lens=length.to(bench.device))
+        patches, mel = pixels.patches(), log_mel(sound)
+        bench.encoder("visual")(patches.to(bench.device, bench.dtype), grid_thw=grid.to(bench.device))
+        bench.encoder("audio_tower")(mel.to(bench.device, bench.dtype), feature_lens=length.to(bench.device))
         language()
 
     sides = {
@@ -380,25 +375,32 @@ def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
     return bench.measure(sides).row({name: name for name in sides})
 
 
+def with_media(inputs: omni.Inputs, ids: Tensor, pixels: Pixels, mel: Tensor) -> omni.Inputs:
+    """A request with another question, clip and sound; the latter two of the same size."""
+    return omni.Inputs(
+        ids,
+        pixel_values_videos=pixels,
+        video_grid_thw=inputs.video_grid_thw,
+        video_second_per_grid=inputs.video_second_per_grid,
+        input_features=mel,
+        feature_attention_mask=inputs.feature_attention_mask,
+    )
+
+
 def throughput_row(
     bench: Bench, clip: Clip, questions: int, new: int, sizes: tuple[int, ...] = (1, 4, 8)
 ) -> dict[str, Any]:
     """Different questions about different clips of one length at 10 %, from pixels and log-mel in memory to the last of
     so many tokens, in batches. What is compiled for a batch is before that."""
     blank, config = bench.inputs(clip), bench.preset(RETENTIONS[-1])
-    assert blank.pixel_values_videos is not None and blank.input_features is not None
+    mel, pixels = blank.input_features, blank.held("pixel_values_videos")
     before, after, asked = clip.text // 4, clip.text - clip.text // 4 - 1, []
     for seed in range(questions):
         ids = blank.input_ids.clone()
         ids[0, :before], ids[0, -after:] = (torch.randint(1000, (count,)) for count in (before, after))
-        asked.append(
-            replace(
-                blank,
-                input_ids=ids[:, min(before, seed % 4 * 8) :],  # of several lengths
-                pixel_values_videos=blank.pixel_values_videos.roll(997 * seed, 0),
-                input_features=blank.input_features.roll(seed, -1),
-            )
-        )
+        ids = ids[:, min(before, seed % 4 * 8) :]  # of several lengths
+        shown = replace(pixels, frames=tuple(frames.roll(seed, 0) for frames in pixels.frames))
+        asked.append(with_media(blank, ids, shown, mel.roll(seed, -1)))
 
     def answer(requests: list[omni.Inputs]) -> None:
         bench.compiled.generate(requests, seats=config, max_new_tokens=new, stop_token_ids=[])
