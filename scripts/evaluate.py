@@ -220,6 +220,8 @@ def asked_by(
     arguments = (options, wanted, threads(options.workers))
     with get_context("spawn").Pool(options.workers, initializer=begin, initargs=arguments) as pool:
         yield from pool.imap_unordered(ask_about, clips)
+        pool.close()
+        pool.join()
 
 
 def begin(options: argparse.Namespace, wanted: list[Setting], cores: int) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
+from safetensors.torch import save_file
 
 import omni
 from omni.config import read_config
+from omni.engine import KV
+from omni.generate import settings_parser
 from omni.inputs import InputError
 from omni.processing.processor import Processor
 from omni.processing.tokenizer import TokenizerError
+from seats import method_for, preset_for
 
 REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
 
@@ -26,6 +31,12 @@ REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
 @pytest.fixture(scope="module")
 def pair(make_pair):
     return make_pair(seed=5)
+
+
+@pytest.fixture(scope="module")
+def deep(make_pair):
+    """Of as many layers as the stages need."""
+    return make_pair(text={"num_hidden_layers": 6})
 
 
 def chat(*parts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,3 +237,112 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(TokenizerError, match=r"the tokenizer has ids up to 600, the model up to \d+: its files belong"):
         Processor(tmp_path, read_config(tmp_path))
+
+
+def test_selection_is_a_number_a_name_or_a_method(deep: Pair) -> None:
+    """A number is the family's preset, a name a method at 0.35; anything else is said in one sentence."""
+    inputs = make_request(deep, [("text", 5), ("video", 5, 6, 10, 1.0, 530), ("text", 4)])
+    config = deep.model.config
+    for given, method in ((0.35, preset_for(config, 0.35)), ("divprune-om", method_for("divprune-om", config))):
+        prefill = deep.model.prefill(inputs, seats=given)
+        assert prefill.method == method
+        assert [kept.tolist() for kept in prefill.kept] == [
+            kept.tolist() for kept in deep.model.prefill(inputs, seats=method).kept
+        ]
+        options = {"max_new_tokens": 3, "stop_token_ids": []}
+        answer = deep.model.generate(inputs, seats=given, **options)
+        assert answer.tokens == deep.model.generate(inputs, seats=method, **options).tokens
+    with pytest.raises(ValueError, match="No method 'fast'; choose one of seats, random"):
+        deep.model.prefill(inputs, seats="fast")
+    with pytest.raises(ValueError, match=r"retention must lie in \(0, 1\], not 35"):
+        deep.model.generate(inputs, seats=35, **options)
+    for wrong in (True, [0.35]):
+        with pytest.raises(TypeError, match="seats must be a retention, a method's name, a method or None"):
+            deep.model.prefill(inputs, seats=wrong)
+
+
+def test_what_is_no_request_is_said(deep: Pair) -> None:
+    inputs = make_request(deep, [("text", 5)])
+    with pytest.raises(TypeError, match=r"stream answers one request, omni\.Inputs; generate takes a list"):
+        next(deep.model.stream([inputs, inputs]))
+    for ask in (deep.model.prefill, deep.model.generate):
+        with pytest.raises(TypeError, match=r"a request must be omni.Inputs, which Omni.prepare makes"):
+            ask([{"role": "user", "content": "What?"}])
+
+
+def test_decoding_sees_video_and_sound_unless_told_otherwise(deep: Pair) -> None:
+    """The default cache is what each layer attended to, everywhere."""
+    inputs = make_request(deep, [("text", 5), ("video", 5, 6, 10, 1.0, 530), ("text", 4)])
+    sizes = {kv: deep.model.prefill(inputs, seats=0.35, kv=kv).cache.lengths.tolist() for kv in KV}
+    assert sizes["layerwise"] != sizes["pruned"]
+    assert deep.model.prefill(inputs, seats=0.35).cache.lengths.tolist() == sizes["layerwise"]
+    bytes_of = {
+        kv: deep.model.generate(inputs, seats=0.35, kv=kv, max_new_tokens=2, stop_token_ids=[]).stats.cache_bytes
+        for kv in KV
+    }
+    answer = deep.model.generate(inputs, seats=0.35, max_new_tokens=2, stop_token_ids=[])
+    assert answer.stats.cache_bytes == bytes_of["layerwise"] > bytes_of["pruned"]
+    assert settings_parser().parse_args([]).kv == "layerwise"
+
+
+def test_one_line_says_what_it_is(model: omni.Omni, deep: Pair, clip: Path) -> None:
+    """In a notebook, where a cell's value is printed: counts and text, no tensors."""
+    content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What happens?"}]
+    inputs = model.prepare([{"role": "user", "content": content}])
+    length = inputs.input_ids.shape[1]
+    assert repr(inputs) == f"Inputs({length} tokens, 1 clip, 1 sound)"
+    prefill = model.prefill(inputs, seats=0.35)
+    assert repr(prefill).startswith(f"Prefill({prefill.tokens['text']} text, ")
+    assert f"tokens, kept {' > '.join(map(str, prefill.segments))}, " in repr(prefill)
+    assert "kept" not in repr(model.prefill(inputs))
+    answer = model.generate(inputs, seats=0.35, max_new_tokens=4)
+    assert repr(answer).startswith("Generation(") and "4 tokens" in repr(answer)
+    inputs = make_request(deep, [("text", 5)])  # of a checkpoint without a tokenizer
+    assert repr(deep.model.generate(inputs, max_new_tokens=3, stop_token_ids=[])).startswith("Generation(3 tokens, ")
+    for each in (inputs, prefill, answer):
+        assert "\n" not in repr(each) and "tensor(" not in repr(each) and len(repr(each)) < 250
+
+
+def test_a_request_is_saved_and_read(deep: Pair, tmp_path: Path) -> None:
+    inputs = make_request(deep, [("text", 3), ("image", 4, 6), ("video", 2, 4, 6, 1.0, 99), ("audio", 77), ("text", 2)])
+    path = tmp_path / "request.safetensors"
+    inputs.save(path)
+    again = omni.Inputs.load(path)
+    for field in fields(inputs):
+        before, after = getattr(inputs, field.name), getattr(again, field.name)
+        assert torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
+    assert torch.equal(deep.model.prefill(again, seats=0.35).logits, deep.model.prefill(inputs, seats=0.35).logits)
+    assert list(tmp_path.iterdir()) == [path]
+    silent = replace(inputs, use_audio_in_video=False)
+    silent.save(str(path))
+    assert not omni.Inputs.load(str(path)).use_audio_in_video
+
+
+def test_what_holds_no_request_is_said(deep: Pair, tmp_path: Path) -> None:
+    inputs = make_request(deep, [("text", 3)])
+    with pytest.raises(InputError, match="cannot be written"):
+        inputs.save(tmp_path / "nowhere" / "request.safetensors")
+    with pytest.raises(InputError, match="cannot be read"):
+        omni.Inputs.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text").write_text("What?" * 100)
+    with pytest.raises(InputError, match="cannot be read"):
+        omni.Inputs.load(tmp_path / "text")
+    save_file({"input_ids": inputs.input_ids}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"holds no request: Inputs.save writes them"):
+        omni.Inputs.load(tmp_path / "other.safetensors")
+
+
+def test_the_packages_names_wait_until_they_are_asked_for() -> None:
+    """And `omni.show` is the function, whether or not its file was imported before."""
+    code = """
+import sys, omni
+assert "torch" not in sys.modules
+import omni.show
+from omni import show
+assert callable(omni.show) and omni.show is show
+assert all(getattr(omni, name) for name in omni.__all__) and set(omni.__all__) <= set(dir(omni))
+try: omni.nothing
+except AttributeError as error: assert "'omni' has no attribute 'nothing'" in str(error)
+else: raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
