@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -19,8 +20,10 @@ from conftest import FAMILIES, Pair, make_request
 from test_stages import LAYERS, REQUESTS
 
 import omni
+import seats.selection
 from omni.inputs import InputError
 from omni.processing.frames import QWEN3_OMNI_SIZES, VisionSizes, patchify
+from omni.processing.positions import layout
 from omni.show import MOST_TILES, audio_spans, draw_tiles, explain, lay_tiles, read, show
 from seats.config import SeatsConfig
 from seats.method import Method
@@ -369,3 +372,44 @@ def test_in_a_browser(pair: Pair, browser: Any, tmp_path: Path) -> None:
     assert not errors
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
     page.close()
+
+
+def test_without_a_path_it_is_a_cells_value(pair: Pair, tmp_path: Path) -> None:
+    """The page that a path would get, in a frame of its own."""
+    inputs = make_request(pair, REQUESTS["clip with sound"])
+    prefill = pair.model.prefill(inputs, seats=SETTINGS)
+    question = 'Is "this" <b>bold</b>?'
+    page = omni.show(inputs, prefill, question=question)
+    assert show(inputs, prefill, tmp_path / "kept.html", question=question) is None
+    assert page.html == (tmp_path / "kept.html").read_text()
+    frame = page._repr_html_()
+    assert frame.startswith('<iframe srcdoc="') and 'sandbox="allow-scripts"' in frame
+    assert frame.count("<") == 2  # all of the page is escaped
+    assert html.unescape(frame.split('"')[1]) == page.html
+    assert repr(page) == "Page()"
+
+
+def test_windows_are_those_that_selection_makes(pair: Pair) -> None:
+    """Of a sound, a clip with sound and a silent one, in the order of the prompt: a window's tokens on the page are
+    those that `windows_of` puts together, and a medium's windows are its own."""
+    parts = [("audio", 333), ("text", 3), ("video", 4, 8, 4, 1.0, 700), ("text", 2), ("video", 2, 6, 6, 1.0)]
+    inputs = make_request(pair, [("text", 3), *parts, ("text", 2)])
+    view = read(inputs, pair.model.prefill(inputs, seats=SETTINGS))
+    places = layout(inputs, pair.model.config)
+    kind = torch.zeros(len(view.kind), dtype=torch.uint8)
+    kind[places.video], kind[places.audio] = seats.selection.VIDEO, seats.selection.AUDIO
+    window, count, _ = seats.selection.windows_of(kind[None], places.clip[None], 100)
+    assert len(view.windows) == int(count)
+    for of_kind, medium in ((0, places.video), (1, places.audio)):
+        shown = [number for number, pair_of in enumerate(view.windows) for _ in pair_of[of_kind]]
+        assert window[0, medium].tolist() == shown
+    assert view.windows[0] == (range(0), range(config_tokens(pair, 333)))  # the sound alone, first
+    assert len(view.windows[-1][1]) == 0  # the silent clip
+    paired = view.windows[1:-1]
+    assert sum(len(audio) for _, audio in paired) == config_tokens(pair, 700)
+    rows = [line for line in explain(inputs, pair.model.prefill(inputs, seats=SETTINGS)).splitlines() if " + " in line]
+    assert rows[0].split()[1:4] == ["0", "+", str(len(view.windows[0][1]))]
+
+
+def config_tokens(pair: Pair, frames: int) -> int:
+    return pair.model.config.audio.token_count(frames)
