@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test check eval clean
 
@@ -9,11 +10,19 @@ help:
 	@echo "make demo   answer a question about a clip, with the shipped checkpoint"
 	@echo "make test   lint, type check, tests"
 	@echo "make eval   an environment with lmms-eval in $(EVAL)"
-	@echo "make clean  remove the environment"
+	@echo "make clean  remove the environments"
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# The model alone.
+$(VENV)/core: pyproject.toml constraints.txt
+	@echo "Installing PyTorch and what reads clips into $(VENV): @CORE@"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,plot,ray,heif]'
+	$(PIP) --editable .
+	touch $@
+
+# And what checks it: transformers, Ray, matplotlib, linters.
+$(VENV)/installed: $(VENV)/core
+	@echo "Adding what the tests need: @TEST@"
+	$(PIP) --editable '.[test,plot,ray,heif]'
 	touch $@
 
 check: $(VENV)/installed
@@ -22,12 +31,13 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 test: check
+	@echo "Tests take about 8 minutes on 2 cores."
 	$(BIN)/python -m pytest
 
 # CHECKPOINT=folder-or-hub-id asks another model than the shipped one about the shipped clip, QUESTION=... something else.
 QUESTION ?= What happens here?
 
-demo: $(VENV)/installed
+demo: $(VENV)/core
 ifdef CHECKPOINT
 	$(BIN)/python -m omni.generate --model $(CHECKPOINT) --max-new-tokens 32 omni/demo/clip.mp4 "$(QUESTION)"
 else
@@ -36,13 +46,15 @@ endif
 
 # lmms-eval wants torchvision, which it runs without and whose wheels bring another torch; and PyAV 15, where 18 does.
 EVAL ?= .venv-eval
+EVAL_PIP = $(EVAL)/bin/python -m pip install --disable-pip-version-check
 eval: $(EVAL)/installed
 
 $(EVAL)/installed: pyproject.toml constraints.txt scripts/tasks/requirements.txt
+	@echo "Installing the model and lmms-eval into $(EVAL): @EVALSIZE@"
 	$(PYTHON) -m venv $(EVAL)
-	$(EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
-	$(EVAL)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
-	$(EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --requirement scripts/tasks/requirements.txt
+	$(EVAL_PIP) --constraint constraints.txt --editable .
+	$(EVAL_PIP) --no-deps lmms-eval==0.7.3
+	$(EVAL_PIP) --constraint constraints.txt --requirement scripts/tasks/requirements.txt
 	touch $@
 
 clean:
