@@ -14,7 +14,9 @@ help:
 
 # The model alone.
 $(VENV)/core: pyproject.toml constraints.txt
-	@echo "Installing PyTorch and what reads clips into $(VENV): @CORE@"
+	@echo "Installing PyTorch and what reads clips into $(VENV): 260 MB to fetch, 1.1 GB on disk, about a minute."
+	@echo "On Linux PyPI's PyTorch brings CUDA, several GB more; without a GPU leave it out by"
+	@echo "    export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	touch $@
