@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+import omni
 import weights
 from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
 from omni.config import DTYPES, OmniConfig, read_config
@@ -62,6 +63,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Answer a data set of questions about clips, pictures and sounds.",
         parents=[model_parser(), settings_parser()],
     )
+    parser.add_argument("--version", action="version", version=f"seats-omni {omni.__version__}")
     parser.add_argument("questions", type=Path, help="JSON lines or Parquet: id, media, question, settings")
     parser.add_argument("answers", type=Path, help="JSON lines or Parquet; one that is there is completed")
     parser.add_argument("--urls", action="store_true", help="fetch media that are http:// or https:// addresses")

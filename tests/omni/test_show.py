@@ -394,7 +394,8 @@ def test_windows_are_those_that_selection_makes(pair: Pair) -> None:
     those that `windows_of` puts together, and a medium's windows are its own."""
     parts = [("audio", 333), ("text", 3), ("video", 4, 8, 4, 1.0, 700), ("text", 2), ("video", 2, 6, 6, 1.0)]
     inputs = make_request(pair, [("text", 3), *parts, ("text", 2)])
-    view = read(inputs, pair.model.prefill(inputs, seats=SETTINGS))
+    prefill = pair.model.prefill(inputs, seats=SETTINGS)
+    view = read(inputs, prefill)
     places = layout(inputs, pair.model.config)
     kind = torch.zeros(len(view.kind), dtype=torch.uint8)
     kind[places.video], kind[places.audio] = seats.selection.VIDEO, seats.selection.AUDIO
@@ -407,8 +408,8 @@ def test_windows_are_those_that_selection_makes(pair: Pair) -> None:
     assert len(view.windows[-1][1]) == 0  # the silent clip
     paired = view.windows[1:-1]
     assert sum(len(audio) for _, audio in paired) == config_tokens(pair, 700)
-    rows = [line for line in explain(inputs, pair.model.prefill(inputs, seats=SETTINGS)).splitlines() if " + " in line]
-    assert rows[0].split()[1:4] == ["0", "+", str(len(view.windows[0][1]))]
+    _, first, *_ = (line for line in explain(inputs, prefill).splitlines() if " + " in line)
+    assert first.split()[1:4] == ["0", "+", str(len(view.windows[0][1]))]
 
 
 def config_tokens(pair: Pair, frames: int) -> int:
