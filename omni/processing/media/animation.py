@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -20,12 +20,12 @@ SHORTEST, USUAL = 0.02, 0.1
 class Animation:
     """The frames of a moving picture, as `open_animation` opens it."""
 
-    def __init__(self, picture: Any, name: str) -> None:
+    def __init__(self, file: BinaryIO, picture: Any, name: str) -> None:
         if picture.width * picture.height > MAX_PIXELS:
             raise MediaError(
                 f"{name} has frames of {picture.width} x {picture.height} pixels, which is too large. Scale it down."
             )
-        self.picture, self.name = picture, name
+        self.file, self.picture, self.name = file, picture, name
         self.first = int(bool(getattr(picture, "default_image", False)))  # a still for those who cannot see it move
 
     def timeline(self) -> Timeline:
@@ -48,10 +48,14 @@ class Animation:
         return Timeline(times, end)
 
     def frames(self, indices: list[int]) -> Iterator[Tensor]:
-        """(3, H, W) uint8 of each index, ascending."""
+        """(3, H, W) uint8 of each index, ascending, as `timeline` could read them."""
+        picture: Any = open_picture(self.file, self.name)  # anew: a damaged one cannot be wound back
         for index in indices:
-            self.picture.seek(self.first + index)
-            yield pixels(self.picture, self.name)
+            try:
+                picture.seek(self.first + index)
+            except Exception as error:
+                raise MediaError(f"{self.name} is a damaged picture: {error}.") from error
+            yield pixels(picture, self.name)
 
 
 @contextmanager
@@ -64,4 +68,4 @@ def open_animation(source: Any) -> Iterator[Animation | None]:
         elif not moves(picture):
             raise MediaError(f"{name} is a single picture ({picture.format}). Give it as an image.")
         else:
-            yield Animation(picture, name)
+            yield Animation(file, picture, name)
