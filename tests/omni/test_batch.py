@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import omni
-from omni.batch import Answer, Journal, Pool, Prepare, Source, argument_parser, main, row_options
+from omni.batch import Answer, Journal, Pool, Prepare, Source, argument_parser, main, row_options, unpacked
 from omni.inputs import InputError
+from omni.processing.media import MediaError
 
 pyarrow = pytest.importorskip("pyarrow")
 ALONE = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
@@ -237,6 +238,29 @@ def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path,
         assert found[row["id"]]["tokens"] == alone.tokens
         assert found[row["id"]]["text"] == alone.text
         assert found[row["id"]]["stats"]["segments"] == alone.stats.segments
+
+
+def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, checkpoint: Path, clip: Path) -> None:
+    """Columns start and end cut a row's media, and do not keep it from being answered beside others; file:// is read;
+    no row has anything fetched, whatever columns it has: that is the command line's to allow."""
+    prepare = Prepare(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
+    made = [
+        prepare.prepared({"id": 1, "media": clip.as_uri(), "question": "What?", "start": start, "end": start + 2})
+        for start in (0, 1.5)
+    ]
+    settings = []
+    for row in made:
+        inputs = unpacked(row["tensors"], heard=True)
+        assert inputs.video_grid_thw is not None and inputs.video_grid_thw[0, 0] == 2
+        assert inputs.input_features is not None and inputs.input_features.shape[2] == 200
+        settings.append(json.loads(row["row"])["settings"])
+    assert settings[0] == settings[1]
+    with pytest.raises(MediaError, match=r"video_start is 60 s"):
+        prepare.prepared({"id": 1, "media": str(clip), "question": "?", "start": 60})
+    with pytest.raises(MediaError, match=r"192\.0\.2\.1/a\.mp4 is on the network: urls=True \(--urls\)"):
+        prepare.prepared({"id": 1, "media": "https://192.0.2.1/a.mp4", "question": "?", "urls": True})
+    with pytest.raises(InputError, match="start: must be 0 or more"):
+        prepare.prepared({"id": 1, "media": str(clip), "question": "?", "start": -1})
 
 
 def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:

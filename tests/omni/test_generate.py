@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import wave
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT
+from PIL import Image
 
 import omni
 import omni.generate
@@ -358,3 +364,51 @@ def test_bad_options_are_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2
+
+
+def test_a_stretch_of_the_media(
+    checkpoint: Path, clip: Path, model: omni.Omni, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """--start and --end cut clips and sounds; where there is neither, they are refused."""
+    assert run(checkpoint, "--json", "--start", "1", "--end", "3", clip, "What?") == 0
+    stats = json.loads(capsys.readouterr().out)["stats"]
+    part = {"type": "video", "video": str(clip), "video_start": 1, "video_end": 3}
+    inputs = model.prepare([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
+    assert stats["tokens"] == model.prefill(inputs).tokens and stats["tokens"]["audio"] == 50
+    for options, words in (
+        (["--start", "9", clip], "video_start is 9 s, but"),
+        (["--start", "2", "--end", "1", clip], "video_end, 1 s, must come after video_start, 2 s"),
+        (["--start", "2"], "start and end are of clips and sounds"),
+    ):
+        assert run(checkpoint, *options, "What happens?") == 1
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_addresses_on_the_command_line(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """file:// and data: are read; the network only with --urls, and what came from it is gone afterwards."""
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    Image.new("RGB", (56, 56), "red").save(folder / "a.png")
+    packed = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    tokens = []
+    for address in ((folder / "a.png").as_uri(), f"data:image/png;base64,{packed}"):
+        assert run(checkpoint, "--json", address, "What?") == 0
+        tokens.append(json.loads(capsys.readouterr().out)["tokens"])
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "kept"))
+    (tmp_path / "kept").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.png"
+        assert run(checkpoint, address, "What?") == 1
+        assert "--urls" in capsys.readouterr().err.splitlines()[-1]
+        assert run(checkpoint, "--json", "--urls", address, "What?") == 0
+        server.shutdown()
+    tokens.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert not [path for path in (tmp_path / "kept").iterdir() if path.name.startswith("seats-omni")]
