@@ -274,10 +274,22 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
         return frames
     resized = torch.empty(len(frames), 3, *size, dtype=torch.uint8)
     for into, frame in zip(resized, frames, strict=True):
-        picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        into.copy_(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1))
+        resize_into(into, Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()))
     return resized
+
+
+def resize_into(into: Tensor, picture: Any) -> None:
+    """Writes an RGB picture of Pillow to `into`, contiguous (3, h, w) uint8, at that size, as `resize`.
+
+    The interpreter lock is released for nearly all of it.
+    """
+    from PIL import Image
+
+    _, height, width = into.shape
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    for plane, band in zip(into.numpy(), "RGB", strict=True):
+        memoryview(plane).cast("B")[:] = picture.tobytes("raw", band)
 
 
 def patchify(frames: Tensor, sizes: VisionSizes, *, of_clip: bool = False) -> tuple[Tensor, Tensor]:

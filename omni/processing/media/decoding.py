@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from omni.processing.media.files import open_container, packets
+from omni.processing.media.references import unreferenced
 from omni.processing.media.stamps import NONE, Shift
 from omni.processing.media.streams import moving_pictures
 
@@ -62,20 +63,29 @@ class Decoder:
         yield from ((stamps.time(frame), frame) for frame in self.feed(None))
 
     def sought(
-        self, container: Any, places: Sequence[int], shown: Sequence[bool], spans: Sequence[tuple[int, int]]
+        self,
+        container: Any,
+        places: Sequence[int],
+        shown: Sequence[bool],
+        spans: Sequence[tuple[int, int]],
+        wanted: Collection[int] | None = None,
     ) -> Iterator[tuple[float, Any]]:
         """(seconds, frame) of the spans (first, last), in the order of appearance.
 
         places: the time stamps of all packets, in decoding order, each different; shown: whether a frame is to come of
-        each. Raises DisagreementError where other frames come, without damage that would explain it.
+        each. wanted: those of the frames that are asked for; of others only those come that some are made from.
+        Raises DisagreementError where other frames come, without damage that would explain it; and for damage where
+        frames were left out: they may be what stands in for the lost.
         """
         import av
 
         number = {place: n for n, place in enumerate(places)}
+        alone = unreferenced(self.context.codec.canonical_name, self.context.extradata)
         position = -1
         for first, last in spans:
             damage, sought = self.damage, first > position + 1
             found: set[int | None] = set()
+            skipped: set[int] = set()
             if sought:
                 try:
                     container.seek(places[first], stream=self.stream)
@@ -87,18 +97,30 @@ class Decoder:
                 if position < 0 or (sought and position > first):
                     raise DisagreementError
                 sought = False
-                if position >= first:
-                    for frame in self.feed(packet):
-                        found.add(frame.pts)
-                        yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
+                if position < first:
+                    continue
+                # Asked of each: some tell by what came before.
+                if wanted is not None and alone(memoryview(packet)) and packet.pts not in wanted:
+                    skipped.add(packet.pts)
+                    continue
+                for frame in self.feed(packet):
+                    # The two fields of a picture may be in two packets.
+                    if skipped and frame.interlaced_frame:
+                        raise DisagreementError
+                    found.add(frame.pts)
+                    yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
             for frame in self.drain():
+                if skipped and frame.interlaced_frame:
+                    raise DisagreementError
                 found.add(frame.pts)
                 yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
             if position < last or self.damage > damage:
+                if skipped:
+                    raise DisagreementError
                 continue
             # What comes after a keyframe and is shown before it may need what was not read.
             promised = {places[n] for n in range(first, last + 1) if shown[n] and places[n] >= places[first]}
-            if {place for place in found if place is None or place >= places[first]} != promised:
+            if {place for place in found if place is None or place >= places[first]} != promised - skipped:
                 raise DisagreementError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from typing import Any
 
 import torch
@@ -11,15 +12,31 @@ from torch import Tensor
 from omni.processing.frames import MAX_PIXELS, MediaError
 
 
-def upright(frame: Any) -> Tensor:
-    """(3, H, W) uint8 RGB of a frame of PyAV, as the container's display matrix says (`turned`)."""
+def upright(frame: Any) -> Any:
+    """A frame of PyAV as a picture of Pillow, RGB, as the container's display matrix says (`turned`)."""
+    from PIL import Image
+
     if frame.width * frame.height > MAX_PIXELS:
         raise MediaError(f"a frame of {frame.width} x {frame.height} pixels is too large. Scale the clip down.")
     if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
-        picture = over_white(torch.from_numpy(frame.to_ndarray(format="rgba")))
+        picture = Image.fromarray(over_white(torch.from_numpy(frame.to_ndarray(format="rgba"))).numpy())
     else:
-        picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-    return turned(picture.permute(2, 0, 1), _display_matrix(frame))
+        plane = _rgb(frame).planes[0]
+        line = (plane.line_size, 1)
+        picture = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", *line)
+    return turned(picture, _display_matrix(frame))
+
+
+_of_thread = threading.local()
+
+
+def _rgb(frame: Any) -> Any:
+    """`frame.reformat(format="rgb24")` by a converter that each thread keeps, without threads of its own."""
+    from av.video.reformatter import VideoReformatter
+
+    if not hasattr(_of_thread, "converter"):
+        _of_thread.converter = VideoReformatter()
+    return _of_thread.converter.reformat(frame, format="rgb24", threads=1)
 
 
 def over_white(picture: Tensor) -> Tensor:
@@ -30,19 +47,28 @@ def over_white(picture: Tensor) -> Tensor:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
-def turned(picture: Tensor, matrix: tuple[int, ...] | None) -> Tensor:
-    """A picture (3, H, W) by a display matrix (a, b, u, c, d, v, x, y, w): a pixel at (column, row) is shown at
+def turned(picture: Any, matrix: tuple[int, ...] | None) -> Any:
+    """A picture of Pillow by a display matrix (a, b, u, c, d, v, x, y, w): a pixel at (column, row) is shown at
     (a · column + c · row, b · column + d · row). The nearest of the eight turns and mirrorings, as ffmpeg's autorotate.
     """
+    from PIL.Image import Transpose
+
     if matrix is None:
         return picture
     a, b, _, c, d, *_ = matrix
-    if abs(b) > abs(a):
-        picture, across, down = picture.transpose(1, 2), c, b
-    else:
-        across, down = a, d
-    mirrored = [axis for axis, sign in ((1, down), (2, across)) if sign < 0]
-    return picture.flip(mirrored) if mirrored else picture
+    turns = {
+        (False, True, False): Transpose.FLIP_LEFT_RIGHT,
+        (False, False, True): Transpose.FLIP_TOP_BOTTOM,
+        (False, True, True): Transpose.ROTATE_180,
+        (True, False, False): Transpose.TRANSPOSE,
+        (True, True, False): Transpose.ROTATE_270,
+        (True, False, True): Transpose.ROTATE_90,
+        (True, True, True): Transpose.TRANSVERSE,
+    }
+    lies = abs(b) > abs(a)
+    across, down = (c, b) if lies else (a, d)
+    turn = turns.get((lies, across < 0, down < 0))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _display_matrix(frame: Any) -> tuple[int, ...] | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni.processing.frames import MediaError, resize
+from omni.processing.frames import MediaError, resize, resize_into
 from omni.processing.media.animation import open_animation
 from omni.processing.media.decoding import UNTIMED, WHOLE, Decoder, DisagreementError
 from omni.processing.media.files import (
@@ -68,14 +70,14 @@ def read_video(
     nframes: how many, made even, instead of `fps`. start, end: the stretch of the clip in seconds from its first frame;
     `end` may lie beyond the clip. A list of frames that is no faster than `fps` is taken whole.
     size_for: (number of frames, height, width) → the (height, width) that each frame is resized to as it
-    comes (`VisionSizes.clip_size`): memory holds what is returned and the frame in hand, however long the
-    clip. on_frame: called with (frames done, frames in all).
+    comes (`VisionSizes.clip_size`): memory holds what is returned and the few frames in hand (`IN_HAND`), however long
+    the clip. on_frame: called with (frames done, frames in all).
 
     The file is read once without decoding, for the times of its frames. Where these can be trusted, only what leads
-    from a keyframe to a wanted frame is read and decoded; elsewhere the file is decoded from beginning to end, and a
-    second time where its frames turn out to be others than its packets promised. Frames at a constant rate are taken by
-    their index. Where the rate varies, the same number is taken at even instants: at each, the frame that is then on
-    the screen.
+    from a keyframe to a wanted frame is read, and of that only the wanted and what others are made from is decoded
+    (`references`); elsewhere the file is decoded from beginning to end, and a second time where its frames turn out to
+    be others than its packets promised. Frames at a constant rate are taken by their index. Where the rate varies, the
+    same number is taken at even instants: at each, the frame that is then on the screen.
 
     A clip that is cut off or damaged gives what can be decoded, with a warning that says how much is missing:
     a wanted frame that is lost is replaced by the one before it. Raises MediaError where nothing is left.
@@ -86,37 +88,78 @@ def read_video(
     with open_animation(source) as animation:
         if animation is not None:
             sample = animation.timeline().sample(wish, animation.name)
-            frames = _Frames(sample, size_for, on_frame)
-            for picture in animation.frames(list(dict.fromkeys(sample.indices))):
-                frames.add(picture)
+            with _Frames(sample, size_for, on_frame) as frames:
+                for picture in animation.frames(list(dict.fromkeys(sample.indices))):
+                    frames.add(picture)
             return frames.video()
     return _contained(source, wish, size_for, on_frame)
 
 
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+IN_HAND = 2**28
+"""Bytes that pictures at full size may take while they are scaled, if it is more than one: all threads are busy up to
+1080p, three at 4K."""
+BYTES_PER_PIXEL = 12
+"""Of a picture in hand: decoded, as RGB and as Pillow has it, or scaled in one direction."""
+
+
 class _Frames:
-    """The wanted frames as they come, each scaled and put where it belongs."""
+    """The wanted frames as they come, each scaled, beside those that are still decoded, and put where it belongs."""
 
     def __init__(self, sample: Sample, size_for: SizeFor | None, on_frame: OnFrame | None) -> None:
         self.sample, self.size_for, self.on_frame = sample, size_for, on_frame
         # A wish for more frames than there are repeats them.
-        self.repeats = list(Counter(sample.indices).values())
+        self.repeats = deque(Counter(sample.indices).values())
         self.frames: Tensor | None = None
         self.size = (0, 0)
-        self.done = self.lost = 0
+        self.placed = self.done = self.lost = 0
+        self.pool = ThreadPoolExecutor(THREADS)
+        self.scaling: deque[tuple[int, Future[None]]] = deque()
 
-    def add(self, picture: Tensor, intact: bool = True) -> None:
-        """picture: (3, H, W) uint8, the next of `sample.indices` that differs; not intact where it stands in for it."""
-        count, repeats = len(self.sample.indices), self.repeats.pop(0)
+    def __enter__(self) -> _Frames:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.drop()
+        try:
+            while self.scaling:
+                self._finish()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+
+    def add(self, picture: Any, intact: bool = True) -> None:
+        """picture: the next of `sample.indices` that differs, a frame of PyAV or (3, H, W) uint8; not intact where it
+        stands in for it."""
+        count, repeats = len(self.sample.indices), self.repeats.popleft()
         if self.frames is None:
-            self.size = (picture.shape[1], picture.shape[2])
+            if not isinstance(picture, Tensor):
+                picture = upright(picture)
+            shape = picture.shape[1:] if isinstance(picture, Tensor) else (picture.height, picture.width)
+            self.size = (shape[0], shape[1])
             target = self.size_for(count, *self.size) if self.size_for else self.size
             self.frames = torch.empty(count, 3, *target, dtype=torch.uint8)
-        target = (self.frames.shape[2], self.frames.shape[3])
-        self.frames[self.done : self.done + repeats] = resize(picture[None], target)
-        self.done += repeats
+        at_once = max(1, min(THREADS + 1, IN_HAND // (BYTES_PER_PIXEL * self.size[0] * self.size[1])))
+        while len(self.scaling) >= at_once:
+            self._finish()
+        into = self.frames[self.placed : self.placed + repeats]
+        self.scaling.append((repeats, self.pool.submit(_scale, picture, into)))
+        self.placed += repeats
         self.lost += repeats * (not intact)
+
+    def drop(self) -> None:
+        """Forgets what is being scaled."""
+        for _, job in self.scaling:
+            job.cancel()
+        self.scaling.clear()
+
+    def _finish(self) -> None:
+        """Waits for the first that is being scaled."""
+        repeats, job = self.scaling.popleft()
+        job.result()
+        self.done += repeats
         if self.on_frame is not None:
-            self.on_frame(self.done, count)
+            self.on_frame(self.done, len(self.sample.indices))
 
     def are(self, times: Sequence[float], wanted: Sequence[float]) -> bool:
         """Whether they were taken at `times`, `wanted` being the different ones of theirs."""
@@ -130,6 +173,15 @@ class _Frames:
     def video(self) -> Video:
         assert self.frames is not None
         return Video(self.frames, self.sample.fps, self.sample.duration, self.size)
+
+
+def _scale(picture: Any, into: Tensor) -> None:
+    """A frame of PyAV, a picture of Pillow or (3, H, W) uint8 → into (n, 3, h, w), n times."""
+    if isinstance(picture, Tensor):
+        into[0] = resize(picture[None], (into.shape[2], into.shape[3]))[0]
+    else:
+        resize_into(into[0], upright(picture) if hasattr(picture, "planes") else picture)
+    into[1:] = into[0]
 
 
 @dataclass(frozen=True)
@@ -155,13 +207,16 @@ class _Scan:
     def timeline(self, times: Sequence[float], end: float) -> Timeline:
         return Timeline([time - times[0] for time in times], end - times[0], self.rates, self.unit if self.timed else 0)
 
-    def spans(self, wanted: Sequence[float]) -> list[tuple[int, int]]:
-        """The runs (first, last) of packets, from keyframe to wanted picture, that give the pictures of these times."""
+    def numbers(self, wanted: Sequence[float]) -> list[int]:
+        """The packets of the pictures of these times."""
         number = {place * self.unit: n for n, place in enumerate(self.places)}
+        return [number[time] for time in wanted]
+
+    def spans(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """The runs (first, last) of packets, from keyframe to wanted picture, that give the pictures of these."""
         keys = [n for n, each in enumerate(self.marks) if each.key]
         spans: list[tuple[int, int]] = []
-        for time in wanted:
-            last = number[time]
+        for last in numbers:
             # A picture that follows a keyframe but is shown before it needs the keyframe before.
             key = bisect_right(keys, last) - 1
             while key > 0 and self.places[keys[key]] > self.places[last]:
@@ -270,18 +325,24 @@ def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFr
     with open_container(source) as (container, name):
         scan = _scan(container, require_pictures(container, name), name)
     times, end = scan.times, scan.end
-    seek, again = bool(scan.places), True
+    seek = sparse = bool(scan.places)
+    again = True
     while True:
         sample = scan.timeline(times, end).sample(wish, name)
         wanted = [times[index] for index in dict.fromkeys(sample.indices)]
-        frames = _Frames(sample, size_for, on_frame)
-        with open_container(source) as (container, name):
+        with _Frames(sample, size_for, on_frame) as frames, open_container(source) as (container, name):
             decoder = Decoder(require_pictures(container, name))
             if seek:
+                numbers = scan.numbers(wanted)
+                asked = {scan.places[number] for number in numbers} if sparse else None
                 try:
-                    _take(decoder.sought(container, scan.places, scan.shown, scan.spans(wanted)), wanted, frames)
+                    _take(
+                        decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked), wanted, frames
+                    )
                 except DisagreementError:
-                    seek = False
+                    # First with all that is in between, then from the beginning.
+                    seek, sparse = sparse, False
+                    frames.drop()
                     continue
                 break
             through = _Through(decoder.straight(container, scan.shifts), scan, wish.end)
@@ -312,7 +373,7 @@ def _take(shown: Iterable[tuple[float, Any]], wanted: Sequence[float], frames: _
     latest: tuple[float, Any] | None = None
 
     def take(time: float, frame: Any) -> None:
-        frames.add(upright(frame), intact=abs(time - waiting.popleft()) < SAME)
+        frames.add(frame, intact=abs(time - waiting.popleft()) < SAME)
 
     for time, frame in shown:
         while latest is not None and waiting and waiting[0] < time - SAME:
@@ -387,7 +448,7 @@ def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame 
         raise MediaError("a clip without a single frame has nothing to sample.")
     timeline = Timeline([number / rate for number in range(total)], total / rate, (rate,))
     sample = timeline.sample(replace(wish, every=isinstance(given, list)), "the clip")
-    frames = _Frames(sample, size_for, on_frame)
-    for index in dict.fromkeys(sample.indices):
-        frames.add(read_image(pictures[index]))
+    with _Frames(sample, size_for, on_frame) as frames:
+        for index in dict.fromkeys(sample.indices):
+            frames.add(read_image(pictures[index]))
     return frames.video()

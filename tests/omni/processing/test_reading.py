@@ -1,0 +1,203 @@
+"""What reading leaves out, and what it does at the same time, shows in nothing but its speed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from clips import decode_all, write_clip
+from PIL import Image
+
+from omni.processing.frames import MediaError, sample_indices
+from omni.processing.media import read_video, video
+from omni.processing.media.decoding import Decoder
+from omni.processing.media.references import unreferenced
+
+FRAMES, RATE, HEIGHT, WIDTH = 61, 30, 96, 160
+CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "h264": ("libx264", "mp4", {"bf": "3", "x264-params": "b-adapt=0"}),
+    "h264 in matroska": ("libx264", "mkv", {"bf": "3", "g": "20", "x264-params": "b-adapt=0:open-gop=1"}),
+    "h264 without pyramid": ("libx264", "mov", {"bf": "2", "x264-params": "b-adapt=0:b-pyramid=none:ref=4"}),
+    "h264 without b": ("libx264", "mp4", {"bf": "0", "g": "15"}),
+    "h264 interlaced": ("libx264", "mp4", {"bf": "3", "x264-params": "b-adapt=0:interlaced=1"}),
+    "hevc": ("libx265", "mp4", {"x265-params": "bframes=4:b-adapt=0:b-pyramid=1:log-level=none"}),
+    "hevc in layers": ("libx265", "mkv", {"x265-params": "bframes=4:b-adapt=0:temporal-layers=1:log-level=none"}),
+    "hevc, open": ("libx265", "mp4", {"x265-params": "bframes=4:b-adapt=0:keyint=20:open-gop=1:log-level=none"}),
+    "av1": ("libsvtav1", "mp4", {"preset": "10", "svtav1-params": "lp=1"}),
+    "av1 in matroska": ("libsvtav1", "mkv", {"preset": "12", "g": "20", "svtav1-params": "lp=1:hierarchical-levels=3"}),
+    "vp9": ("libvpx-vp9", "webm", {"cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+    "mpeg4": ("mpeg4", "mp4", {"bf": "2"}),
+}
+LEAVE_OUT = ("h264", "h264 in matroska", "h264 without pyramid", "hevc", "hevc, open", "av1", "av1 in matroska")
+
+
+@pytest.fixture(scope="module")
+def moving() -> list[np.ndarray]:
+    """Frames of a texture that moves and turns brighter: each differs from what it would be made from."""
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 200, (2 * HEIGHT // 8, 3 * WIDTH // 8, 3), np.uint8)
+    large = np.asarray(Image.fromarray(texture).resize((3 * WIDTH, 2 * HEIGHT), Image.Resampling.BICUBIC))
+    return [
+        np.ascontiguousarray(large[n : n + HEIGHT, 3 * n : 3 * n + WIDTH]) + np.uint8(n % 7 * 5) for n in range(FRAMES)
+    ]
+
+
+def encode(path: Path, frames: list[np.ndarray], codec: str, options: dict[str, str]) -> Path:
+    try:
+        av.codec.Codec(codec, "w")
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"PyAV is built without {codec}")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=RATE, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if "bf" in options:
+            stream.max_b_frames = int(options["bf"])
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = number
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The packets that decoders get."""
+    packets: list[Any] = []
+    feed = Decoder.feed
+
+    def counted(self: Decoder, packet: Any) -> list[Any]:
+        packets.extend([] if packet is None else [packet.pts])
+        return feed(self, packet)
+
+    monkeypatch.setattr(Decoder, "feed", counted)
+    return packets
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_frames_that_nothing_is_made_from_are_left_out(
+    name: str, tmp_path: Path, moving: list[np.ndarray], fed: list[Any]
+) -> None:
+    """Protects: what is not decoded changes no pixel of what is, in every coding; and that something is not."""
+    codec, container, options = CODECS[name]
+    path = encode(tmp_path / f"a.{container}", moving, codec, options)
+    every = [torch.from_numpy(frame).permute(2, 0, 1) for frame in decode_all(path)]
+    assert len(every) == FRAMES
+    for fps in (3, 10):
+        fed.clear()
+        found = read_video(path, fps=fps)
+        wanted = sample_indices(FRAMES, RATE, fps=fps)
+        assert len(found.frames) == len(wanted)
+        for frame, index in zip(found.frames, wanted, strict=True):
+            assert torch.equal(frame, every[index])
+        assert len(fed) == len(set(fed)) or name == "h264 interlaced"
+        if name in LEAVE_OUT:
+            assert len(wanted) < len(fed) <= 0.8 * FRAMES
+
+
+def test_what_stands_in_for_lost_frames_is_what_came_before(
+    tmp_path: Path, moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: in a damaged clip nothing is left out: the frame before a lost one may be any."""
+    path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "3", "g": "12"})
+    with av.open(str(path)) as file:
+        sizes = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for place, size in sizes[20:40:5]:
+        data[place + 5 : place + size] = bytes(size - 5)
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="could not be decoded"):
+        found = read_video(path, fps=10)
+    monkeypatch.setattr("omni.processing.media.decoding.unreferenced", lambda *_: lambda _: False)
+    with pytest.warns(UserWarning, match="could not be decoded"):
+        assert torch.equal(found.frames, read_video(path, fps=10).frames)
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
+def test_packets_that_are_damaged_are_decoded(codec: str) -> None:
+    """Protects: no bytes, whatever they are, make the look at them fail or leave out what cannot be read."""
+    generator = np.random.default_rng(0)
+    head = {"h264": b"\1dN\1\1\xff\xe1", "hevc": b"\1" + bytes(20) + b"\x0f\0", "av1": b"\x81\0\0\0\x0a\x0b"}[codec]
+    look = unreferenced(codec, head + generator.bytes(20))
+    for length in (0, 1, 2, 5, 40):
+        for _ in range(200):
+            assert look(memoryview(generator.bytes(length))) in (True, False)
+    assert look(memoryview(b"")) is False
+    assert unreferenced(codec, None)(memoryview(b"\0\0\0\2\1\1")) is False
+
+
+def test_scaled_by_pillow_to_the_bit(tmp_path: Path, moving: list[np.ndarray]) -> None:
+    """Protects: beside decoding, and by a converter that is kept, pixels are those of the plain way."""
+    path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "3"})
+    found = read_video(path, fps=10, size_for=lambda *_: (56, 84))
+    every = list(decode_all(path))
+    for frame, index in zip(found.frames, sample_indices(FRAMES, RATE, fps=10), strict=True):
+        plain = Image.fromarray(every[index]).resize((84, 56), Image.Resampling.BICUBIC)
+        assert torch.equal(frame, torch.from_numpy(np.asarray(plain)).permute(2, 0, 1))
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Scaling takes a while. Yields how many pictures were in hand, each time one more was."""
+    monkeypatch.setattr(video, "THREADS", 2)
+    lock, in_hand, seen = threading.Lock(), 0, list[int]()
+    scale, submit = video._scale, video.ThreadPoolExecutor.submit
+
+    def slow(*arguments: Any) -> None:
+        nonlocal in_hand
+        time.sleep(0.01)
+        scale(*arguments)
+        with lock:
+            in_hand -= 1
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal in_hand
+        with lock:
+            in_hand += 1
+            seen.append(in_hand)
+        return submit(self, *arguments)
+
+    monkeypatch.setattr(video, "_scale", slow)
+    monkeypatch.setattr(video.ThreadPoolExecutor, "submit", counted)
+    yield seen
+
+
+@pytest.mark.parametrize(("room", "most"), [(2**28, 3), (1, 1)])
+def test_few_pictures_are_in_hand(
+    room: int, most: int, tmp_path: Path, slowly: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: where scaling is slower than decoding, decoding waits: memory does not grow with the clip."""
+    monkeypatch.setattr(video, "IN_HAND", room)
+    path = write_clip(tmp_path / "a.mp4", 40)
+    done: list[tuple[int, int]] = []
+    thread = threading.get_ident()
+
+    def on_frame(*counts: int) -> None:
+        assert threading.get_ident() == thread
+        done.append(counts)
+
+    read_video(path, fps=10, size_for=lambda *_: (28, 28), on_frame=on_frame)
+    assert max(slowly) == most
+    assert done == [(number, 40) for number in range(1, 41)]
+
+
+def test_what_fails_beside_decoding_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: an error in another thread reaches the caller, and leaves no thread behind."""
+    path = write_clip(tmp_path / "a.mp4", 40)
+
+    def fail(*_: Any) -> None:
+        raise MediaError("too large")
+
+    monkeypatch.setattr(video, "_scale", fail)
+    before = threading.active_count()
+    with pytest.raises(MediaError, match="too large"):
+        read_video(path, fps=10)
+    assert threading.active_count() == before
