@@ -100,7 +100,7 @@ def test_frames_that_nothing_is_made_from_are_left_out(
             assert torch.equal(frame, every[index])
         assert len(fed) == len(set(fed)) or name == "h264 interlaced"
         if name in LEAVE_OUT:
-            assert len(wanted) < len(fed) <= 0.8 * FRAMES
+            assert len(wanted) < len(fed) <= {3: 0.85, 10: 0.95}[fps] * FRAMES
 
 
 def test_what_stands_in_for_lost_frames_is_what_came_before(
@@ -141,7 +141,7 @@ def test_scaled_by_pillow_to_the_bit(tmp_path: Path, moving: list[np.ndarray]) -
     every = list(decode_all(path))
     for frame, index in zip(found.frames, sample_indices(FRAMES, RATE, fps=10), strict=True):
         plain = Image.fromarray(every[index]).resize((84, 56), Image.Resampling.BICUBIC)
-        assert torch.equal(frame, torch.from_numpy(np.asarray(plain)).permute(2, 0, 1))
+        assert torch.equal(frame, torch.from_numpy(np.array(plain)).permute(2, 0, 1))
 
 
 @pytest.fixture
