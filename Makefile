@@ -14,7 +14,7 @@ help:
 
 # The model alone.
 $(VENV)/core: pyproject.toml constraints.txt
-	@echo "Installing PyTorch and what reads clips into $(VENV): 260 MB to fetch, 1.1 GB on disk, about a minute."
+	@echo "Installing PyTorch and what reads clips into $(VENV): 260 MB to fetch, 1.2 GB on disk, some 2 minutes."
 	@echo "On Linux PyPI's PyTorch brings CUDA, several GB more; without a GPU leave it out by"
 	@echo "    export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +23,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 
 # And what checks it: transformers, Ray, matplotlib, linters.
 $(VENV)/installed: $(VENV)/core
-	@echo "Adding what the tests need: @TEST@"
+	@echo "Adding what the tests need: 0.5 GB more to fetch, 1.7 GB more on disk, some minutes."
 	$(PIP) --editable '.[test,plot,ray,heif]'
 	touch $@
 
@@ -52,7 +52,7 @@ EVAL_PIP = $(EVAL)/bin/python -m pip install --disable-pip-version-check
 eval: $(EVAL)/installed
 
 $(EVAL)/installed: pyproject.toml constraints.txt scripts/tasks/requirements.txt
-	@echo "Installing the model and lmms-eval into $(EVAL): @EVALSIZE@"
+	@echo "Installing the model (260 MB to fetch) and what lmms-eval imports into $(EVAL)."
 	$(PYTHON) -m venv $(EVAL)
 	$(EVAL_PIP) --constraint constraints.txt --editable .
 	$(EVAL_PIP) --no-deps lmms-eval==0.7.3
