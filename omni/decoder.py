@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omni.cache import CHUNK
 from omni.config import DecoderConfig
-from omni.layers import Linear, RMSNorm, SwiGLU, float32_product
+from omni.layers import Linear, RMSNorm, SwiGLU, float32_product, part
 from omni.moe import Experts
 from omni.rope import rotate
 
@@ -127,14 +127,14 @@ class Layer(nn.Module):
             else SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
         )
 
-    @torch.compiler.nested_compile_region  # all layers of one shape are compiled once
+    @part
     def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A whole sequence (B, S, hidden) → the same after this layer, and its keys and values."""
         mixed, keys, values = self.attention.prefill(self.attention_norm(x), rotary)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
-    @torch.compiler.nested_compile_region
+    @part
     def decode(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,7 +121,8 @@ class Engine:
             method.check(config.decoder.num_layers)
         method = method if self._selects(places, method) else None
         prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
-        plan = self._plan(prompts, method, rounded=self.compiled is not None)
+        # Machine code takes any length; a CUDA graph has one.
+        plan = self._plan(prompts, method, rounded=self.compiled is not None and self.compiled.captures)
         for inputs, place, prompt in zip(requests, places, prompts, strict=True):
             check_context(inputs, place, prompt, config, method, new)
         with self.running():
@@ -137,7 +138,7 @@ class Engine:
         return answers.pop()
 
     def plan(self, inputs: Inputs, method: Method | None) -> StagePlan:
-        """What a compiled model runs a request by. Errors: `Omni.prefill`."""
+        """What a compiled model on a GPU runs a request by. Errors: `Omni.prefill`."""
         place = layout(inputs, self.thinker.config)
         method = method if self._selects([place], method) else None
         return self._plan([self._prompt(inputs, place, method)], method, rounded=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,34 @@ Call = Callable[..., Any]
 
 def directly(method: Callable[..., Any], *arguments: Any) -> Any:
     return method(*arguments)
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+_compiler: ContextVar[Call | None] = ContextVar("compiler", default=None)
+
+
+def part(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks what a model does again and again, with tensors of any length: its unit of machine code.
+
+    Inside of `compiling` such a function is called through what was given there, elsewhere as it is.
+    """
+
+    @wraps(function)
+    def run(*arguments: P.args, **named: P.kwargs) -> R:
+        call = None if torch.compiler.is_compiling() else _compiler.get()
+        return function(*arguments, **named) if call is None else call(function, *arguments, **named)
+
+    return run
+
+
+@contextmanager
+def compiling(call: Call) -> Iterator[None]:
+    """Parts that this thread runs inside go through call(function, *arguments)."""
+    before = _compiler.set(call)
+    try:
+        yield
+    finally:
+        _compiler.reset(before)
 
 
 class RMSNorm(nn.Module):

@@ -15,6 +15,7 @@ from omni.config import OmniConfig
 from omni.decoder import Layer
 from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
+from omni.layers import part
 from omni.processing.positions import Layout
 from omni.thinker import Thinker
 from seats.method import Media, Method, Step
@@ -143,11 +144,15 @@ def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool
 def choose(plan: StagePlan, scores: Tensor, sequence: Sequence, step: Step) -> Tensor:
     """Which tokens of a sequence with these scores, (B, S), stay: (B, S) bool."""
     assert plan.method is not None
-    slots, kind, clip = scores.shape[1], sequence.kind, sequence.clip
-    if scores.device.type != "cpu":  # one shape for all steps of a plan: compiled once
-        padding = 0, plan.segments[0].length - slots
-        scores, kind, clip = F.pad(scores, padding), F.pad(kind, padding, value=PADDING), F.pad(clip, padding)
-    return plan.method.after(scores, kind, step, plan.windows, clip)[:, :slots]
+    inputs = scores, sequence.kind, step, plan.windows, sequence.clip
+    if scores.device.type == "cpu":  # a few small tensors, not worth compiling
+        return plan.method.after(*inputs)
+    return _after(plan.method, *inputs)
+
+
+@part
+def _after(method: Method, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor) -> Tensor:
+    return method.after(scores, kind, step, windows, clip)
 
 
 def prune(

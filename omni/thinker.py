@@ -17,7 +17,7 @@ from omni.encoders.qwen3_audio import Qwen3AudioEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
 from omni.encoders.received import Signals
 from omni.inputs import Inputs
-from omni.layers import Call, Linear, RMSNorm, directly, float32_linear
+from omni.layers import Call, Linear, RMSNorm, directly, float32_linear, part
 from omni.rope import multimodal_rotary
 from seats.method import Needs
 
@@ -76,6 +76,7 @@ class Thinker(nn.Module):
             return x, None
         return x, torch.stack([torch.where(is_media, level.gather(1, index), 0) for level in media[1:]])
 
+    @part
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: (3, B, S) → the decoder's cos and sin, (B, 1, S, head_dim / 2), the same for every head."""
         decoder = self.config.decoder
@@ -95,6 +96,7 @@ class Thinker(nn.Module):
         cache.append(keys, values)
         return self.logits(x[:, -1])
 
+    @part
     def logits(self, x: Tensor) -> Tensor:
         """(B, hidden) of the last layer → (B, vocab) float32."""
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from omni.config import AudioConfig
 from omni.encoders.batches import cut
 from omni.encoders.received import Signals, joined
-from omni.layers import Call, directly
+from omni.layers import Call, directly, part
 from seats.method import Needs
 
 
@@ -97,7 +97,7 @@ class Block(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    @torch.compiler.nested_compile_region
+    @part
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from omni.config import VisionConfig
 from omni.encoders.received import Signals
 from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, signals
-from omni.layers import RMSNorm, SwiGLU
+from omni.layers import RMSNorm, SwiGLU, part
 from omni.rope import axial_rotary
 from seats.method import Needs
 
@@ -66,7 +66,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = SwiGLU(config.hidden_size, config.padded_size, bias=True)
 
-    @torch.compiler.nested_compile_region
+    @part
     def forward(self, x: Tensor, frame: FrameLayout) -> Tensor:
         """x: (grids, N, hidden), in window order."""
         x = x + self.attention(self.attention_norm(x), frame.rotary, () if self.full else frame.windows)

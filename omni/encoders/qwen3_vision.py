@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from omni.config import VisionConfig
 from omni.encoders.received import Signals
 from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, signals
+from omni.layers import part
 from omni.rope import axial_rotary
 from seats.method import Needs
 
@@ -75,7 +76,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.mlp = MLP(config)
 
-    @torch.compiler.nested_compile_region
+    @part
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))

@@ -1,4 +1,4 @@
-"""A thinker whose prefill, encoders and decoding steps run as compiled graphs."""
+"""A thinker that runs as machine code of its parts, and on a GPU as graphs of its encoders, prefills and steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from omni import stages
 from omni.cache import Cache
-from omni.runtime.graphs import Graphs, capture, warm_up
+from omni.layers import compiling
+from omni.runtime.graphs import Graphs, Parts, capture, structure, warm_up
 from omni.runtime.sampling import Sampling, pick
 from omni.stages import Request, Staged
 from omni.thinker import Thinker
@@ -28,36 +29,21 @@ def step(
     position += 1
 
 
-def _step(
-    thinker: Thinker,
-    sampling: Sampling,
-    token: Tensor,
-    position: Tensor,
-    noise: Tensor | None,
-    keys: list[Tensor],
-    values: list[Tensor],
-    lengths: Tensor,
-) -> None:
-    step(thinker, sampling, token, position, noise, Cache(keys, values, lengths))
-
-
-def _prefill(thinker: Thinker, plan: StagePlan, pruned: bool, request: Request) -> Staged:
-    return stages.prefill(thinker, plan, request, pruned=pruned)
-
-
 class Compiled:
-    """Graphs of one thinker: a prefill for every plan, encoders for every frame size, steps for every cache size.
+    """A thinker whose parts run as machine code, and on a GPU wholes as CUDA graphs.
 
-    eager_until_warm: graphs are made inside of `warming` alone; what has none runs without.
+    What is compiled serves every plan. What is captured belongs to one: a prefill, an encoder's batch of one frame
+    size, the steps of an answer; that takes a few runs of it.
+    eager_until_warm: code and graphs are made inside of `warming` alone; what has none runs without.
     """
 
     def __init__(self, thinker: Thinker, *, eager_until_warm: bool = False) -> None:
         self.thinker, self.eager_until_warm = thinker, eager_until_warm
         self._warming = threading.local()
         self.on_gpu = thinker.embedding.weight.is_cuda
-        self.prefills = Graphs(_prefill, captures=self.on_gpu)
-        self.steps = Graphs(_step, captures=False)  # `stepper` captures
-        self.encoders: dict[str, Graphs] = {}
+        self.parts = Parts()
+        self.prefills, self.encoders = Graphs(), Graphs()
+        self.stepped: set[Hashable] = set()
 
     @property
     def makes(self) -> bool:
@@ -74,13 +60,17 @@ class Compiled:
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a method of an encoder, whose arguments are of one shape per frame size, and of one shape of sound."""
-        module, function = method.__self__, method.__func__  # type: ignore[attr-defined]
-        graphs = self.encoders.setdefault(function.__qualname__, Graphs(function, captures=self.on_gpu))
-        return graphs.run(shapes(arguments), (module,), *arguments, makes=self.makes)
+        run = partial(self._with_parts, method)
+        if not self.on_gpu:
+            return run(*arguments)
+        key = (method.__qualname__, shapes(arguments))
+        return self.encoders.run(key, run, *arguments, makes=self.makes)
 
     def prefill(self, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
-        key = (plan, pruned, shapes(request))
-        return self.prefills.run(key, (self.thinker, plan, pruned), request, makes=self.makes)
+        run = partial(self._with_parts, stages.prefill, self.thinker, plan, pruned=pruned)
+        if not self.on_gpu:
+            return run(request)
+        return self.prefills.run((plan, pruned, shapes(request)), run, request, makes=self.makes)
 
     def stepper(
         self, sampling: Sampling, token: Tensor, position: Tensor, noise: Tensor | None, cache: Cache
@@ -88,29 +78,29 @@ class Compiled:
         """What runs `step` on these tensors, in place.
 
         On a GPU captured for these very tensors: the cache stays where the prefill wrote it, and a later answer, whose
-        cache lies elsewhere, captures the same compiled code anew.
+        cache lies elsewhere, is captured anew.
         """
-        state = (token, position, noise, cache.keys, cache.values, cache.lengths)
-        key = (sampling, *(shapes(value) for value in state))
-        run = partial(self.steps.run, key, (self.thinker, sampling), *state, makes=self.makes)
-        if not self.on_gpu or not (self.makes or key in self.steps.graphs):
+        run = partial(self._with_parts, step, self.thinker, sampling, token, position, noise, cache)
+        key = (sampling.temperature == 0, structure((token, noise, cache.keys)))
+        if not self.on_gpu or not (self.makes or key in self.stepped):
             return run
-        if key not in self.steps.graphs:
+        if key not in self.stepped:
             before = [tensor.clone() for tensor in (token, position, cache.lengths)]
             warm_up(run)
             for tensor, value in zip((token, position, cache.lengths), before, strict=True):
                 tensor.copy_(value)
+            self.stepped.add(key)
         captured = capture(run)
-
-        def replay(_: object = self.steps.graphs[key]) -> None:  # holds the memory of what was captured
-            captured.replay()
-
-        return replay
+        return lambda: captured.replay()  # holds the graph
 
     def clear(self) -> None:
-        """Drops all graphs and what they hold."""
-        for graphs in (self.prefills, self.steps, *self.encoders.values()):
+        """Drops what is captured, which holds memory of the device; machine code holds none."""
+        for graphs in (self.prefills, self.encoders):
             graphs.clear()
+
+    def _with_parts(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with compiling(partial(self.parts.run, makes=self.makes)):
+            return function(*arguments, **named)
 
 
 def shapes(values: Any) -> Hashable:

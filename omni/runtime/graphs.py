@@ -1,4 +1,4 @@
-"""Compiled functions: one graph for every set of static shapes."""
+"""Machine code of parts, for all sizes; CUDA graphs of wholes, one for every set of static shapes."""
 
 from __future__ import annotations
 
@@ -7,54 +7,52 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from threading import Lock
 from types import FunctionType
 from typing import Any
-from weakref import WeakSet, finalize
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch.utils import _pytree as pytree
 
 from omni.inputs import InputError
 
 MOST_GRAPHS = 256
-"""Graphs of one function that stay; the least recently used goes. A realistic spread of clips needs fewer plans."""
+"""Graphs that stay; the least recently used goes. A realistic spread of clips needs fewer plans."""
 GRAPH_BYTES = 8 * 2**30
-"""On a GPU, what inputs and outputs of captured graphs may take together; the graphs' own memory is one shared pool."""
+"""What inputs and outputs of captured graphs may take together; the graphs' own memory is one shared pool."""
 
 
-class Graphs:
-    """One function, compiled anew for every key: whole, of static shape, without a break.
+class Parts:
+    """Machine code of functions, each compiled whole and without a break, once for tensors of all sizes.
 
-    With `captures` each is then captured in a CUDA graph and replayed: inputs are copied in and outputs out. Not safe
-    for several threads at once.
+    The compiler takes sizes of 1, types and the structure of arguments as constants: a function has code for each
+    `structure` that it was called with. Not safe for several threads at once.
     """
 
-    def __init__(self, function: Callable[..., Any], *, captures: bool) -> None:
-        self.function, self.captures = function, captures
-        self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+    def __init__(self) -> None:
+        self.code: dict[Hashable, Callable[..., Any]] = {}
+        self._modules: WeakKeyDictionary[nn.Module, Hashable] = WeakKeyDictionary()
 
-    def run(self, key: Hashable, fixed: tuple[Any, ...], *tensors: Any, makes: bool = True) -> Any:
-        """function(*fixed, *tensors). fixed: what a key stands for; tensors: nests of tensors and dataclasses.
+    def run(self, function: Callable[..., Any], *arguments: Any, makes: bool = True) -> Any:
+        """function(*arguments). What has no code gets it, unless `makes` is False: then the function runs as it is.
 
-        A key that has no graph gets one, unless `makes` is False: then the function runs as it is. Raises InputError
-        where the compiler cannot write what it makes.
+        Raises InputError where the compiler cannot write what it makes.
         """
+        key = (function.__module__, function.__qualname__, tuple(map(self._structure, arguments)))
+        if key in self.code:
+            return self.code[key](*arguments)
+        if not makes:
+            return function(*arguments)
+        own = renewed(function)
+        code = torch.compile(own, fullgraph=True, dynamic=True)
+        # The compiler's records lead from a code object to itself: neither it nor what was made of it would go.
+        finalize(code, reset_code, own.__code__).atexit = False
         try:
-            if key in self.graphs:
-                self.graphs.move_to_end(key)
-                return self.graphs[key](*tensors)
-            if not makes:
-                return self.function(*fixed, *tensors)
-            function = renewed(self.function)
-            run = partial(torch.compile(function, fullgraph=True, dynamic=False), *fixed)
-            graph = Captured(run, tensors) if self.captures else run
-            # The compiler's records lead from a code object to itself: neither it nor its graph would go by itself.
-            finalize(graph, reset_code, function.__code__).atexit = False
-            outputs = graph(*tensors)
+            result = code(*arguments)
         except (RuntimeError, OSError) as error:
             if reason := refusal_of_the_disk(error):
                 raise InputError(
@@ -62,7 +60,56 @@ class Graphs:
                     "another folder, or do not compile."
                 ) from error
             raise
-        self.graphs[key] = graph  # now that it is whole: what is interrupted while it compiles is no graph
+        self.code[key] = code  # now that it is whole: what is interrupted while it compiles is no code
+        return result
+
+    def _structure(self, value: Any) -> Hashable:
+        """`structure`, of a module looked up once: a layer is asked for every token."""
+        if not isinstance(value, nn.Module):
+            return structure(value)
+        if value not in self._modules:
+            self._modules[value] = structure(value)
+        return self._modules[value]
+
+    def clear(self) -> None:
+        self.code.clear()
+
+
+def structure(values: Any) -> Hashable:
+    """What of a nest of arguments machine code depends on: all but the sizes of tensors and the values of numbers."""
+    if isinstance(values, Tensor):
+        return values.dtype, tuple(size == 1 for size in values.shape)
+    if isinstance(values, (list, tuple)):
+        return type(values), tuple(structure(value) for value in values)
+    if isinstance(values, nn.Module):
+        own = (value for name, value in vars(values).items() if isinstance(value, bool) and not name.startswith("_"))
+        return type(values), tuple(own), tuple(structure(child) for child in values.children())
+    if hasattr(values, "__dataclass_fields__"):
+        return type(values), tuple(structure(value) for value in vars(values).values())
+    if isinstance(values, (int, float)) and not isinstance(values, bool):
+        return type(values), values == 1
+    return values
+
+
+class Graphs:
+    """CUDA graphs by key, each of static shape: inputs are copied in and outputs out. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+
+    def run(self, key: Hashable, function: Callable[..., Any], *tensors: Any, makes: bool = True) -> Any:
+        """function(*tensors), nests of tensors and dataclasses.
+
+        A key that has no graph gets one, unless `makes` is False: then the function runs as it is.
+        """
+        if key in self.graphs:
+            self.graphs.move_to_end(key)
+            return self.graphs[key](*tensors)
+        if not makes:
+            return function(*tensors)
+        graph = Captured(function, tensors)
+        outputs = graph(*tensors)
+        self.graphs[key] = graph
         self._make_room()
         return outputs
 
@@ -71,7 +118,7 @@ class Graphs:
 
     @property
     def nbytes(self) -> int:
-        return sum(graph.nbytes for graph in self.graphs.values() if isinstance(graph, Captured))
+        return sum(graph.nbytes for graph in self.graphs.values())
 
     def _make_room(self) -> None:
         while len(self.graphs) > 1 and (len(self.graphs) > MOST_GRAPHS or self.nbytes > GRAPH_BYTES):
@@ -94,7 +141,7 @@ def renewed(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own.
 
     The compiler keeps what it made of a function with its code, looks through all of it on every call, and gives up
-    after a few: this way each graph is found by its key, and is gone when it is dropped.
+    after a few: this way each is found by its key, and is gone when it is dropped.
     """
     assert isinstance(function, FunctionType)
     code = function.__code__.replace()
