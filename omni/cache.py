@@ -6,8 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni.layers import part
+
 CHUNK = 128
 """Capacities are multiples of this, so that decoding attends to the cache in equal parts."""
+
+
+@part
+def _append(
+    stored_keys: list[Tensor], stored_values: list[Tensor], lengths: Tensor, keys: list[Tensor], values: list[Tensor]
+) -> None:
+    """All layers at once, which the compiler makes few kernels of; a layer by itself would copy its whole cache."""
+    rows = torch.arange(lengths.shape[1], device=lengths.device)
+    for layer, length in enumerate(lengths):
+        stored_keys[layer][rows, :, length] = keys[layer][:, :, 0]
+        stored_values[layer][rows, :, length] = values[layer][:, :, 0]
+    lengths += 1
 
 
 class Cache:
@@ -31,28 +45,14 @@ class Cache:
         for source, padded in zip((keys, values), stored, strict=True):
             while source:  # one layer at a time exists twice
                 layer = source.pop(0)
-                padded.append(F.pad(layer, (0, 0, 0, new + -(layer.shape[2] + new) % CHUNK)))
+                # Two parts at least: one is another shape to the compiler.
+                capacity = max(2 * CHUNK, layer.shape[2] + new + -(layer.shape[2] + new) % CHUNK)
+                padded.append(F.pad(layer, (0, 0, 0, capacity - layer.shape[2])))
         return cls(stored[0], stored[1], torch.stack(lengths))
 
-    def written(self) -> list[Tensor]:
-        """Per layer, (batch, capacity): which positions are there."""
-        sizes = [keys.shape[2] for keys in self.keys]
-        there = {
-            size: torch.arange(size, device=self.lengths.device) < self.lengths[..., None]
-            for size in dict.fromkeys(sizes)
-        }
-        return [there[size][layer] for layer, size in enumerate(sizes)]
-
     def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Puts one position more into every layer, in place. keys, values: per layer, (batch, kv_heads, 1, head_dim).
-
-        All layers at once, which the compiler makes few kernels of.
-        """
-        rows = torch.arange(self.lengths.shape[1], device=self.lengths.device)
-        for layer, length in enumerate(self.lengths):
-            self.keys[layer][rows, :, length] = keys[layer][:, :, 0]
-            self.values[layer][rows, :, length] = values[layer][:, :, 0]
-        self.lengths += 1
+        """Puts one position more into every layer, in place. Per layer: (batch, kv_heads, 1, head_dim)."""
+        _append(self.keys, self.values, self.lengths, keys, values)
 
     def row(self, row: int) -> Cache:
         """One sequence of the batch, in the same memory."""

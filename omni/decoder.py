@@ -34,10 +34,11 @@ class Attention(nn.Module):
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
     def decode(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, (B, 1, hidden), after those in a cache (`attend`) → as `prefill`."""
+        """One position, (B, 1, hidden), after the first `lengths`, (B,), of a cache (`attend`) → as `prefill`."""
         q, k, v = self.project(x, rotary)
+        written = torch.arange(keys.shape[2], device=x.device) < lengths[:, None]
         mixed = attend(rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads), k, v, keys, values, written)
         return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)")), k, v
 
@@ -136,10 +137,10 @@ class Layer(nn.Module):
 
     @part
     def decode(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, (B, 1, hidden), after those in a cache → as `prefill`."""
-        mixed, key, value = self.attention.decode(self.attention_norm(x), rotary, keys, values, written)
+        """One position, (B, 1, hidden), after the first `lengths` of a cache → as `prefill`."""
+        mixed, key, value = self.attention.decode(self.attention_norm(x), rotary, keys, values, lengths)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), key, value
 

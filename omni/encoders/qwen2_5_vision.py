@@ -44,11 +44,11 @@ def frame_layout(config: VisionConfig, height: int, width: int, device: torch.de
     grid = torch.arange(rows * columns).view(rows, columns)
     places, windows = [], []
     for band in grid.split([rows - rows % side, rows % side]):
-        for part in band.split([columns - columns % side, columns % side], dim=1):
-            if part.numel():
-                tall, wide = min(side, part.shape[0]), min(side, part.shape[1])
-                places.append(rearrange(part, "(th sh) (tw sw) -> (th tw sh sw)", sh=tall, sw=wide))
-                windows.append((part.numel() // (tall * wide), tall * wide * merge**2))
+        for some in band.split([columns - columns % side, columns % side], dim=1):
+            if some.numel():
+                tall, wide = min(side, some.shape[0]), min(side, some.shape[1])
+                places.append(rearrange(some, "(th sh) (tw sw) -> (th tw sh sw)", sh=tall, sw=wide))
+                windows.append((some.numel() // (tall * wide), tall * wide * merge**2))
     tokens = torch.cat(places)
     order = (tokens[:, None] * merge**2 + torch.arange(merge**2)).flatten()
     coordinates = patch_coordinates(tokens, columns, merge)

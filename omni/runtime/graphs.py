@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet, finalize
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
+from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 
 from omni.inputs import InputError
@@ -52,7 +53,8 @@ class Parts:
         # The compiler's records lead from a code object to itself: neither it nor what was made of it would go.
         finalize(code, reset_code, own.__code__).atexit = False
         try:
-            result = code(*arguments)
+            with fx_config.patch(use_duck_shape=False):  # equal sizes of one call may differ in the next
+                result = code(*arguments)
         except (RuntimeError, OSError) as error:
             if reason := refusal_of_the_disk(error):
                 raise InputError(
@@ -92,7 +94,7 @@ def structure(values: Any) -> Hashable:
 
 
 class Graphs:
-    """CUDA graphs by key, each of static shape: inputs are copied in and outputs out. Not for several threads at once."""
+    """CUDA graphs by key, each of static shape. Not safe for several threads at once."""
 
     def __init__(self) -> None:
         self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
