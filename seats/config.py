@@ -15,7 +15,7 @@ from seats.budget import keep_counts
 from seats.diversity import keep_most_diverse
 from seats.method import Kept, Media, Needs, Step, require_ratio
 from seats.schedule import keep_ratios
-from seats.selection import select_in_graph
+from seats.selection import select
 
 if TYPE_CHECKING:
     from seats.plan import Counts
@@ -116,7 +116,8 @@ class SeatsConfig:
 
     def after(self, scores: Tensor, kind: Tensor, step: Step, windows: int, clip: Tensor | None = None) -> Tensor:
         """Stage II."""
-        return select_in_graph(scores, kind, step, self.window_temperature, windows, clip)
+        assert step.video is not None and step.audio is not None
+        return select(scores, kind, step.video, step.audio, self.window_temperature, windows, clip)
 
 
 class Preset(NamedTuple):

@@ -10,8 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from seats.budget import keep_counts, split_budgets, window_budgets
-from seats.method import Step, require_ratio
-from seats.operators import operator
+from seats.method import require_ratio
 
 TEXT, VIDEO, AUDIO, PADDING = range(4)
 
@@ -101,50 +100,6 @@ def select(
     limits = torch.where(whole[:, None, None], keep[..., None].minimum(tokens), limits)
     limit = F.pad(limits.flatten(1), (0, 1)).gather(-1, group)
     return (modality == TEXT) | (rank_in_group(scores, group) < limit)
-
-
-def select_in_graph(
-    scores: Tensor, kind: Tensor, step: Step, temperature: float, windows: int, clip: Tensor | None = None
-) -> Tensor:
-    """`select` for the compiler, which would spend half of its time on these few small tensors.
-
-    On a CPU it is one operator; elsewhere it is compiled once for all selections of a plan, which the caller brings to
-    one shape, with ratios as tensors.
-    """
-    assert step.video is not None and step.audio is not None
-    if scores.device.type == "cpu":
-        return _select_on_a_cpu(scores, kind, step.video, step.audio, temperature, windows, clip)
-    ratios = (torch.full((), ratio, dtype=torch.float64, device=scores.device) for ratio in (step.video, step.audio))
-    return _select_region(scores, kind, *ratios, temperature, windows, clip)
-
-
-_select_region = torch.compiler.nested_compile_region(select)
-
-
-@operator("seats::select", device_types="cpu")
-def _select_on_a_cpu(
-    scores: Tensor,
-    kind: Tensor,
-    video_keep: float,
-    audio_keep: float,
-    temperature: float,
-    windows: int,
-    clip: Tensor | None,
-) -> Tensor:
-    return select(scores, kind, video_keep, audio_keep, temperature, windows, clip)
-
-
-@_select_on_a_cpu.register_fake
-def _(
-    scores: Tensor,
-    kind: Tensor,
-    video_keep: float,
-    audio_keep: float,
-    temperature: float,
-    windows: int,
-    clip: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(kind, dtype=torch.bool)
 
 
 def windows_of(modality: Tensor, clip: Tensor | None, max_windows: int) -> tuple[Tensor, Tensor, Tensor]:
