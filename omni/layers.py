@@ -22,7 +22,8 @@ def directly(method: Callable[..., Any], *arguments: Any) -> Any:
     return method(*arguments)
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _compiler: ContextVar[Call | None] = ContextVar("compiler", default=None)
 
 

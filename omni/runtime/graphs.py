@@ -49,11 +49,12 @@ class Parts:
         if not makes:
             return function(*arguments)
         own = renewed(function)
-        code = torch.compile(own, fullgraph=True, dynamic=True)
-        # The compiler's records lead from a code object to itself: neither it nor what was made of it would go.
-        finalize(code, reset_code, own.__code__).atexit = False
         try:
-            with fx_config.patch(use_duck_shape=False):  # equal sizes of one call may differ in the next
+            code = torch.compile(own, fullgraph=True, dynamic=True)
+            # The compiler's records lead from a code object to itself: neither it nor what was made of it would go.
+            finalize(code, reset_code, own.__code__).atexit = False
+            # Sizes that are equal in one call may differ in the next.
+            with fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 result = code(*arguments)
         except (RuntimeError, OSError) as error:
             if reason := refusal_of_the_disk(error):

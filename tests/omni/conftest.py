@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 import omni
+from omni.model import Omni
 from omni.processing.prompt import clip_block
+from omni.runtime import compiled, graphs
+from omni.runtime.compiled import Compiled
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -225,3 +228,27 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "scripts/make_clip.py", path, "--seconds", "4"]
     subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
     return path
+
+
+class Replayed:
+    """In the place of a CUDA graph: runs what was captured."""
+
+    nbytes = 0
+
+    def __init__(self, function: Callable[..., Any], _: tuple[Any, ...] = ()) -> None:
+        self.replay = function
+
+    def __call__(self, *tensors: Any) -> Any:
+        return self.replay(*tensors)
+
+
+def captures_without_a_gpu(model: Omni, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """The compiled side of a model, which now rounds plans and captures as on a GPU: with a stand-in for graphs."""
+    monkeypatch.setattr(graphs, "Captured", Replayed)
+    monkeypatch.setattr(compiled, "capture", Replayed)
+    monkeypatch.setattr(compiled, "warm_up", lambda run: run())
+    side = model.engine.compiled
+    assert side is not None
+    monkeypatch.setattr(side, "on_gpu", True)
+    monkeypatch.setattr(side, "captures", True)
+    return side

@@ -10,14 +10,13 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, make_request
+from conftest import FAMILIES, Pair, captures_without_a_gpu, make_request
 from test_golden import STOP, load, read_request
 from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
 import omni
 from omni import layers, moe, stages
 from omni.model import Omni
-from omni.runtime import graphs
 from seats.methods import METHODS
 
 MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
@@ -120,7 +119,7 @@ def test_every_method_is_one_graph(pair: Pair, traced, name: str, monkeypatch: p
     alone; no break."""
     model = traced(pair.model)
     whole = torch.compile(stages.prefill, fullgraph=True, dynamic=False)
-    monkeypatch.setattr(model.engine.compiled, "captures", True)  # plans are rounded
+    captures_without_a_gpu(model, monkeypatch)
     monkeypatch.setattr(model.engine.compiled, "prefill", partial(whole, model.thinker))
     method = METHODS[name](video_ratio=0.5, audio_ratio=0.6)
     batch = [make_request(pair, REQUESTS["several media"], seed=seed) for seed in (0, 1)]
@@ -221,23 +220,10 @@ def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(made), "warm for clips of any length"
 
 
-class Replayed:
-    """In the place of a CUDA graph: runs what was captured."""
-
-    def __init__(self, function: Callable[..., object], _: tuple) -> None:
-        self.function, self.nbytes = function, 0
-
-    def __call__(self, *tensors: object) -> object:
-        return self.function(*tensors)
-
-
 def test_a_plan_is_captured_once(pair: Pair, traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with a stand-in for CUDA graphs: whatever the clips of a plan show, they share its graph."""
-    monkeypatch.setattr(graphs, "Captured", Replayed)
     model, draw = traced(pair.model), random.Random(0)
-    compiled = model.engine.compiled
-    monkeypatch.setattr(compiled, "captures", True)
-    monkeypatch.setattr(compiled, "on_gpu", True)
+    compiled = captures_without_a_gpu(model, monkeypatch)
     sizes = [random_parts(draw) for _ in range(3)]
     plans = set()
     for seed in range(6):
@@ -246,6 +232,9 @@ def test_a_plan_is_captured_once(pair: Pair, traced, monkeypatch: pytest.MonkeyP
         same_prefill(model.prefill(inputs, seats=SETTINGS), pair.model.prefill(inputs, seats=SETTINGS))
     assert {key[0] for key in compiled.prefills.graphs} == plans
     assert len(compiled.prefills.graphs) == len(plans) <= len(sizes)
+    expected = pair.model.generate(inputs, **MIXED).tokens
+    assert model.generate(inputs, **MIXED).tokens == expected
+    assert model.generate(inputs, **MIXED).tokens == expected, "captured anew for each answer"
 
 
 def test_an_answer_cut_short_leaves_the_model_as_it_was(pair: Pair) -> None:

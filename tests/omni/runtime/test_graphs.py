@@ -1,10 +1,11 @@
-"""The cache of compiled functions: one graph to a key, the least recently used goes first."""
+"""Machine code of parts, made once, and captured graphs: one to a key, the least recently used goes first."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch._dynamo  # reads the environment when it is first imported
 from torch import Tensor
 
 from omni.inputs import InputError
+from omni.layers import compiling, part
 from omni.runtime import graphs
-from omni.runtime.graphs import Graphs
+from omni.runtime.graphs import Graphs, Parts, structure
 
 
 def scaled(factor: int, x: Tensor) -> Tensor:
@@ -36,38 +38,68 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
-def test_a_key_is_compiled_once(compilations: list[dict[str, Any]]) -> None:
-    """Whole, and of static shape."""
-    cache = Graphs(scaled, captures=False)
-    for value in (1.0, 2.0, 3.0):
-        assert cache.run(2, (2,), torch.tensor([value])).item() == 2 * value
-    assert compilations == [{"fullgraph": True, "dynamic": False}]
+def test_a_part_is_compiled_once(compilations: list[dict[str, Any]]) -> None:
+    """Whole, and for all sizes; a size of 1 and another type have code of their own, and numbers have none."""
+    parts = Parts()
+    for rows, factor in ((2, 3), (5, 4), (7, 3)):
+        assert parts.run(scaled, factor, torch.ones(rows)).tolist() == [factor] * rows
+    assert compilations == [{"fullgraph": True, "dynamic": True}]
+    parts.run(scaled, 3, torch.ones(1))
+    parts.run(scaled, 3, torch.ones(2, dtype=torch.float64))
+    assert len(compilations) == len(parts.code) == 3
 
 
-def test_the_least_recently_used_graph_goes(
+def test_structure_is_all_but_sizes_and_numbers() -> None:
+    """What decides which code runs: modules by what they are made of, settings by value."""
+    one, other, wider = (torch.nn.Linear(3, width, bias=bias) for width, bias in ((4, True), (4, False), (8, True)))
+    same = [(one, wider), (torch.ones(2, 3), torch.ones(4, 5)), (2, 3), ([1.5, "a"], [2.5, "a"]), (None, None)]
+    assert all(structure(a) == structure(b) for a, b in same)
+    gate = torch.nn.Sequential(one), torch.nn.Sequential(one, torch.nn.ReLU())
+    differ = [(torch.ones(2, 1), torch.ones(2, 2)), (1, 2), (1, True), ("a", "b"), ((1.5,), [1.5]), gate]
+    assert not any(structure(a) == structure(b) for a, b in differ)
+    assert hash(structure((one, other, [torch.ones(2)], "a")))
+
+
+class Stored:
+    """In the place of `graphs.Captured`."""
+
+    nbytes = 0
+
+    def __init__(self, function: Callable[..., Any], tensors: tuple[Any, ...]) -> None:
+        self.function = function
+
+    def __call__(self, *tensors: Any) -> Any:
+        return self.function(*tensors)
+
+
+def test_the_least_recently_used_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "Captured", Stored)
+    cache = Graphs()
+    for key in (1, 2, 1, 3):
+        assert cache.run(key, partial(scaled, key), torch.ones(1)).item() == key
+    assert list(cache.graphs) == [1, 3]
+    assert cache.run(2, partial(scaled, 2), torch.ones(1)).item() == 2
+    assert list(cache.graphs) == [3, 2]
+
+
+def test_what_is_not_made_runs_as_it_is_where_nothing_may_be_made(
     compilations: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    cache = Graphs(scaled, captures=False)
-    for key in (1, 2, 1, 3):
-        assert cache.run(key, (key,), torch.ones(1)).item() == key
-    assert list(cache.graphs) == [1, 3]
-    assert cache.run(2, (2,), torch.ones(1)).item() == 2
-    assert list(cache.graphs) == [3, 2]
-    assert len(compilations) == 4
+    monkeypatch.setattr(graphs, "Captured", Stored)
+    cache, parts = Graphs(), Parts()
+    for _ in range(2):
+        assert cache.run(5, partial(scaled, 5), torch.ones(1), makes=False).item() == 5
+        assert parts.run(scaled, 5, torch.ones(1), makes=False).item() == 5
+        assert not cache.graphs and not compilations and not parts.code
+    for makes in (True, False):
+        assert cache.run(5, partial(scaled, 5), torch.ones(1), makes=makes).item() == 5
+        assert parts.run(scaled, 5, torch.ones(1), makes=makes).item() == 5
+    assert len(compilations) == len(cache.graphs) == 1
 
 
-def test_a_key_without_a_graph_runs_as_it_is_where_none_may_be_made(compilations: list[dict[str, Any]]) -> None:
-    cache = Graphs(scaled, captures=False)
-    assert cache.run(5, (5,), torch.ones(1), makes=False).item() == 5
-    assert not cache.graphs and not compilations
-    cache.run(5, (5,), torch.ones(1))
-    assert cache.run(5, (5,), torch.ones(1), makes=False).item() == 5
-    assert len(compilations) == 1
-
-
-def test_what_is_interrupted_while_it_is_made_is_no_graph(compilations: list[dict[str, Any]]) -> None:
-    """Ctrl-C while a graph compiles, which it does when it is first called: the next call makes it anew, and where none
+def test_what_is_interrupted_while_it_is_made_is_no_code(compilations: list[dict[str, Any]]) -> None:
+    """Ctrl-C while a part compiles, which it does when it is first called: the next call makes it anew, and where none
     may be made the function runs as it is."""
     interrupts = [True]
 
@@ -77,19 +109,19 @@ def test_what_is_interrupted_while_it_is_made_is_no_graph(compilations: list[dic
             raise KeyboardInterrupt
         return factor * x
 
-    cache = Graphs(interrupted, captures=False)
+    parts = Parts()
     with pytest.raises(KeyboardInterrupt):
-        cache.run(2, (2,), torch.ones(1))
-    assert not cache.graphs
-    assert cache.run(2, (2,), torch.ones(1), makes=False).item() == 2
+        parts.run(interrupted, 2, torch.ones(1))
+    assert not parts.code
+    assert parts.run(interrupted, 2, torch.ones(1), makes=False).item() == 2
     assert len(compilations) == 1
-    assert cache.run(2, (2,), torch.ones(1)).item() == 2
-    assert list(cache.graphs) == [2]
+    assert parts.run(interrupted, 2, torch.ones(1)).item() == 2
+    assert len(parts.code) == 1
     assert len(compilations) == 2
 
 
-def test_a_graph_that_goes_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the compiler made is freed with it, so that graphs can make room for ever; the one that stays still runs."""
+def test_code_that_goes_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler made is freed with it: a process may load one model after another."""
     made: list[weakref.ref] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -97,45 +129,61 @@ def test_a_graph_that_goes_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
-    cache = Graphs(scaled, captures=False)
-    for key in (2, 3, 4):
-        assert cache.run(key, (key,), torch.ones(1)).item() == key
+    parts = Parts()
+    for rows in (2, 3, 1):
+        assert parts.run(scaled, 2, torch.ones(rows)).sum() == 2 * rows
+    assert len(made) == 2 and all(graph() is not None for graph in made)
+    parts.clear()
     gc.collect()
-    assert [graph() is not None for graph in made] == [False, False, True]
-    assert cache.run(4, (4,), torch.ones(1)).item() == 4
-    assert len(made) == 3
-    cache.clear()
-    gc.collect()
-    assert made[-1]() is None
+    assert [graph() for graph in made] == [None, None]
+
+
+def test_parts_are_compiled_inside_of_compiling_alone() -> None:
+    """By the thread that asked for it, and until it is over, whatever ends it."""
+    called: list[str] = []
+
+    @part
+    def doubled(x: int) -> int:
+        return 2 * x
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        called.append(function.__name__)
+        return function(*arguments)
+
+    with pytest.raises(KeyError), compiling(call):
+        assert doubled(2) == 4
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(doubled, 3).result() == 6
+        raise KeyError
+    assert doubled(4) == 8
+    assert called == ["doubled"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_graphs_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays answer from what is copied in, and graphs whose tensors take too much go."""
-    cache = Graphs(scaled, captures=True)
+    cache = Graphs()
     x = torch.rand(1000, device="cuda")
     for key in (2, 3):
         for _ in range(2):
             x.uniform_()
-            assert torch.equal(cache.run(key, (key,), x), key * x)
+            assert torch.equal(cache.run(key, partial(scaled, key), x), key * x)
     assert cache.nbytes == 2 * 2 * x.nbytes
     monkeypatch.setattr(graphs, "GRAPH_BYTES", 3 * x.nbytes)
-    assert torch.equal(cache.run(4, (4,), x), 4 * x)
+    assert torch.equal(cache.run(4, partial(scaled, 4), x), 4 * x)
     assert list(cache.graphs) == [4]
     cache.clear()  # the pool goes with its last graph
-    assert torch.equal(cache.run(4, (4,), x), 4 * x)
+    assert torch.equal(cache.run(4, partial(scaled, 4), x), 4 * x)
 
 
 def test_a_folder_that_the_compiler_cannot_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: a full or read-only folder is one sentence; with a sound one the same function compiles."""
     (tmp_path / "file").touch()
-    cache = Graphs(scaled, captures=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match=r"folder cannot be written to \(Not a directory\): make room, set TORCHIND"):
-        cache.run("key", (2,), torch.ones(17))
+        Parts().run(scaled, 2, torch.ones(17))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    assert cache.run("key", (2,), torch.ones(17)).sum() == 34
+    assert Parts().run(scaled, 2, torch.ones(17)).sum() == 34
 
 
 def test_other_errors_of_a_graph_stay_what_they_are(compilations: list[dict[str, Any]]) -> None:
@@ -145,4 +193,4 @@ def test_other_errors_of_a_graph_stay_what_they_are(compilations: list[dict[str,
         raise RuntimeError("No space left on device")
 
     with pytest.raises(RuntimeError, match="No space left"):
-        Graphs(broken, captures=False).run("key", (), torch.ones(1))
+        Parts().run(broken, torch.ones(1))
