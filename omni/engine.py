@@ -122,7 +122,7 @@ class Engine:
         method = method if self._selects(places, method) else None
         prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
         # Machine code takes any length; a CUDA graph has one.
-        plan = self._plan(prompts, method, rounded=self.compiled is not None and self.compiled.captures)
+        plan = self._plan(prompts, method, rounded=self.compiled is not None and self.compiled.on_gpu)
         for inputs, place, prompt in zip(requests, places, prompts, strict=True):
             check_context(inputs, place, prompt, config, method, new)
         with self.running():

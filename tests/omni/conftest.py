@@ -250,5 +250,4 @@ def captures_without_a_gpu(model: Omni, monkeypatch: pytest.MonkeyPatch) -> Comp
     side = model.engine.compiled
     assert side is not None
     monkeypatch.setattr(side, "on_gpu", True)
-    monkeypatch.setattr(side, "captures", True)
     return side
