@@ -16,6 +16,7 @@ from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
 import omni
 from omni import layers, moe, stages
+from omni.layers import directly
 from omni.model import Omni
 from seats.methods import METHODS
 
@@ -31,7 +32,7 @@ def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
 def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Omni]:
     """A compiled model whose parts are traced whole but not turned into machine code, which takes long
     (`pytest -m slow` does it)."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -119,8 +120,9 @@ def test_every_method_is_one_graph(pair: Pair, traced, name: str, monkeypatch: p
     alone; no break."""
     model = traced(pair.model)
     whole = torch.compile(stages.prefill, fullgraph=True, dynamic=False)
-    captures_without_a_gpu(model, monkeypatch)
-    monkeypatch.setattr(model.engine.compiled, "prefill", partial(whole, model.thinker))
+    side = captures_without_a_gpu(model, monkeypatch)
+    monkeypatch.setattr(side, "prefill", partial(whole, model.thinker))
+    monkeypatch.setattr(side, "call", directly)
     method = METHODS[name](video_ratio=0.5, audio_ratio=0.6)
     batch = [make_request(pair, REQUESTS["several media"], seed=seed) for seed in (0, 1)]
     for one, together in zip(batch, pair.model.prefill(batch, seats=method), strict=True):
