@@ -272,7 +272,7 @@ def test_what_is_no_request_is_said(deep: Pair) -> None:
 
 def test_decoding_sees_video_and_sound_unless_told_otherwise(deep: Pair) -> None:
     """The default cache is what each layer attended to, everywhere."""
-    inputs = make_request(deep, [("text", 5), ("video", 5, 6, 10, 1.0, 530), ("text", 4)])
+    inputs = make_request(deep, [("text", 5), ("video", 40, 6, 10, 1.0, 4000), ("text", 4)])
     sizes = {kv: deep.model.prefill(inputs, seats=0.35, kv=kv).cache.lengths.tolist() for kv in KV}
     assert sizes["layerwise"] != sizes["pruned"]
     assert deep.model.prefill(inputs, seats=0.35).cache.lengths.tolist() == sizes["layerwise"]
