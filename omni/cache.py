@@ -10,6 +10,8 @@ from omni.layers import part
 
 CHUNK = 128
 """Capacities are multiples of this, so that decoding attends to the cache in equal parts."""
+LEAST_CAPACITY = 2 * CHUNK
+"""One part alone is another shape to the compiler, which would need code for it."""
 
 
 @part
@@ -45,8 +47,7 @@ class Cache:
         for source, padded in zip((keys, values), stored, strict=True):
             while source:  # one layer at a time exists twice
                 layer = source.pop(0)
-                # Two parts at least: one is another shape to the compiler.
-                capacity = max(2 * CHUNK, layer.shape[2] + new + -(layer.shape[2] + new) % CHUNK)
+                capacity = max(LEAST_CAPACITY, layer.shape[2] + new + -(layer.shape[2] + new) % CHUNK)
                 padded.append(F.pad(layer, (0, 0, 0, capacity - layer.shape[2])))
         return cls(stored[0], stored[1], torch.stack(lengths))
 
