@@ -15,10 +15,11 @@ from torch import Tensor
 
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
+from omni.processing.beside import Beside
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, encode_chat, load_template
 from omni.processing.frames import Pixels, VisionSizes, resize, target_size, vision_sizes
 from omni.processing.media import Video, fetched, read_audio, read_image, read_video
-from omni.processing.media.files import is_array, named
+from omni.processing.media.files import is_array, is_file_object, named
 from omni.processing.media.sound import PastEndError
 from omni.processing.mel import log_mel
 from omni.processing.parts import Part, read_parts
@@ -75,7 +76,7 @@ class Processor:
         min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). total_pixels: of
         all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. urls: whether
         http:// and https:// addresses are fetched, into temporary files (`omni.processing.media.addresses`). on_frame:
-        called with (frames done, frames in all) of each clip while it is decoded.
+        called with (frames done, frames in all) of each clip while it is decoded. Sound is read beside the pictures.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
         plain, parts = read_parts(messages)
@@ -102,14 +103,15 @@ class Processor:
         sounds: list[Tensor] = []
         listen = options["use_audio_in_video"]
         with_sound = {part.settings.get("use_audio_in_video", listen) for part in parts if part.kind == "video"}
-        mels = self._log_mels([_hear(part, listen) for part in parts])
-        for part, mel in zip(parts, mels, strict=True):
-            sizes = _part_sizes(bounds, part)
+        with Beside(lambda stopped: self._log_mels([_hear(part, listen, stopped) for part in parts])) as hearing:
+            if any(is_file_object(part.source) for part in parts):  # it stands at one place at a time
+                hearing.wait()
+            seen = [_see(part, bounds, options, on_frame) for part in parts]
+            mels = hearing.wait()
+        for part, found, mel in zip(parts, seen, mels, strict=True):
             if part.kind == "image":
-                picture = read_image(part.source)
-                size = _stated_size(part, sizes) or sizes.image_size(picture.shape[1], picture.shape[2])
-                images.append(resize(picture[None], size).clone())  # whoever gave an array may write to it
-                count = size[0] * size[1] // sizes.factor**2
+                images.append(found)
+                count = found.shape[2] * found.shape[3] // bounds.factor**2
                 blocks.append((tokens.image, [tokens.image] * count))
             elif part.kind == "audio":
                 if mel is None:
@@ -121,15 +123,14 @@ class Processor:
                 sounds.append(mel)
                 blocks.append((tokens.audio, [tokens.audio] * count))
             else:
-                video = _see(part, sizes, options, on_frame)
-                clips.append(video.frames)
-                seconds.append(sizes.temporal_patch_size / video.fps)
+                clips.append(found.frames)
+                seconds.append(bounds.temporal_patch_size / found.fps)
                 heard = None
                 # A sound too short for a single token is none.
                 if mel is not None and (count := self.config.audio.token_count(mel.shape[1])):
                     sounds.append(mel)
                     heard = count
-                grid = Pixels((video.frames,), bounds).grid_thw[0].tolist()
+                grid = Pixels((found.frames,), bounds).grid_thw[0].tolist()
                 blocks.append((tokens.video, clip_block(grid, seconds[-1], heard, self.config)))
         fields: dict[str, Any] = {}
         if images:
@@ -171,25 +172,41 @@ def _local(source: Any, urls: bool, stack: ExitStack) -> Any:
     return stack.enter_context(fetched(source, urls=urls))
 
 
-def _hear(part: Part, use_audio_in_video: bool) -> Tensor | None:
+def _hear(part: Part, use_audio_in_video: bool, stopped: Callable[[], bool]) -> Tensor | None:
     """The waveform of a medium, None where it has none or is not to be heard."""
     given = part.settings
     track = given.get("audio_track")
     if part.kind == "audio":
-        return read_audio(part.source, start=given.get("audio_start", 0.0), end=given.get("audio_end"), track=track)
+        start, end = given.get("audio_start", 0.0), given.get("audio_end")
+        return read_audio(part.source, start=start, end=end, track=track, stopped=stopped)
     if part.kind != "video" or not given.get("use_audio_in_video", use_audio_in_video):
         return None
     if _is_frames(part.source):  # they have no sound beside them
         if track is not None:
             raise InputError(f"{part.where}: audio_track is for files; frames have no sound.")
         return None
+    start, end = given.get("video_start", 0.0), given.get("video_end")
     try:
-        return read_audio(part.source, start=given.get("video_start", 0.0), end=given.get("video_end"), track=track)
+        return read_audio(part.source, start=start, end=end, track=track, stopped=stopped)
     except PastEndError:  # of the sound; whether it is the clip's, its frames show
         return None
 
 
-def _see(part: Part, sizes: VisionSizes, options: dict[str, Any], on_frame: Callable[[int, int], None] | None) -> Video:
+def _see(part: Part, bounds: VisionSizes, options: dict[str, Any], on_frame: Callable[[int, int], None] | None) -> Any:
+    """(1, 3, h, w) uint8 of a picture, the Video of a clip, None of a sound."""
+    if part.kind == "audio":
+        return None
+    sizes = _part_sizes(bounds, part)
+    if part.kind == "video":
+        return _watch(part, sizes, options, on_frame)
+    picture = read_image(part.source)
+    size = _stated_size(part, sizes) or sizes.image_size(picture.shape[1], picture.shape[2])
+    return resize(picture[None], size).clone()  # whoever gave an array may write to it
+
+
+def _watch(
+    part: Part, sizes: VisionSizes, options: dict[str, Any], on_frame: Callable[[int, int], None] | None
+) -> Video:
     """The frames of a clip, by its own settings, then those of the call."""
     given, source, fps = part.settings, part.source, part.settings.get("fps", options["fps"])
     listed = isinstance(source, list) or is_array(source)

@@ -130,6 +130,10 @@ def is_array(source: Any) -> bool:
     return hasattr(source, "shape") and hasattr(source, "dtype")
 
 
+def is_file_object(source: Any) -> bool:
+    return hasattr(source, "read")
+
+
 def is_pil(source: Any) -> bool:
     return hasattr(source, "getbands")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ class PastEndError(MediaError):
 
 
 def read_audio(
-    source: Any, *, sample_rate: int = 16_000, start: float = 0.0, end: float | None = None, track: int | None = None
+    source: Any,
+    *,
+    sample_rate: int = 16_000,
+    start: float = 0.0,
+    end: float | None = None,
+    track: int | None = None,
+    stopped: Callable[[], bool] = bool,
 ) -> Tensor | None:
     """(n,) float32 mono, the plain mean of the channels; None for a file without sound.
 
@@ -42,6 +49,7 @@ def read_audio(
 
     start, end: the stretch in seconds, to the end of the sound where `end` is None or later. track: the number of the
     sound track, from 0 (unless given, `streams.sound_track` chooses). PastEndError where the sound ends before `start`.
+    stopped: asked now and then, whether nobody wants it any more.
     The rate is changed by soxr's "HQ" filter, after the channels are mixed, as librosa does for the public processors.
     """
     require_stretch(start, end, "audio")
@@ -69,7 +77,7 @@ def read_audio(
             if clock is None:
                 clock = time
             mixer.add(frame, at=None if time is None or clock is None else time - clock)
-            if mixer.full:
+            if mixer.full or stopped():
                 break
         waveform = mixer.finish()
     if mixer.clock is None:
