@@ -87,12 +87,16 @@ def run(options: argparse.Namespace) -> None:
     # Processes on other nodes have other working directories.
     options.questions = options.questions.resolve()
     source = Source(options.questions)
+    for path in written(options.answers):
+        if path.exists() and path.samefile(options.questions):
+            raise InputError(f"{options.answers} would be written over {options.questions}: name another file.")
     journal = Journal(options.answers)
     folder = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
     if folder == Path(options.model):
         options.model = str(folder.resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
     ids, unreadable = source.scan()
+    journal.check([*ids, *(row["id"] for row in unreadable)])
     started = time.perf_counter()
     journal.write([json.dumps(row) for row in unreadable if row["id"] not in journal.ids])
     errors = sum(row["id"] not in journal.ids for row in unreadable)
@@ -277,32 +281,62 @@ def is_id(value: Any) -> bool:
     return type(value) is int or (isinstance(value, str) and fits_utf8(value))
 
 
+def written(answers: Path) -> list[Path]:
+    """The files that a run writes: the answers; what they come into line by line; what becomes Parquet when all are."""
+    if kind_of(answers) == ".jsonl":
+        return [answers, answers, answers]
+    return [answers, answers.with_suffix(".partial.jsonl"), answers.with_suffix(".partial.parquet")]
+
+
 class Journal:
     """Answers as they come, a line each: the file of answers itself, or beside it one that Parquet is made from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = path if kind_of(path) == ".jsonl" else path.with_suffix(".partial.jsonl")
+        self.file, self.new = written(path)[-2:]
         if path.is_file() and self.file != path and not self.file.is_file():
             raise InputError(f"{path} is there and whole: remove it to answer anew.")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.ids: set[Any] = set()
-        end = 0
+        self.end: int | None = 0
+        """Of what is whole, where the rest is still to be cut off: when the first answer is written."""
         if self.file.is_file():
+            end = 0
             with self.file.open("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):
                         break  # it was being written when the run ended
                     try:
-                        self.ids.add(parse(line)["id"])
+                        row = parse(line)
                     except InputError as error:
                         raise InputError(f"{self.file} is no file of answers: {error}") from None
+                    if "question" in row and not row.keys() & {"text", "error"}:
+                        raise InputError(f"{self.file} is no file of answers but of questions: name another.")
+                    self.ids.add(row["id"])
                     end += len(line)
-            os.truncate(self.file, end)
+            self.end = end
+
+    def check(self, ids: list[Any]) -> None:
+        """Raises InputError where two ids would be one: Parquet has a column of texts."""
+        if self.file == self.path:
+            return
+        texts: dict[str, Any] = {}
+        for id in ids:
+            if texts.setdefault(str(id), id) != id:
+                raise InputError(
+                    f"the ids {texts[str(id)]!r:.80} and {id!r:.80} would be the same text in {self.path}: "
+                    "answer into a .jsonl file."
+                )
+
+    def _cut(self) -> None:
+        if self.end is not None and self.file.is_file():
+            os.truncate(self.file, self.end)
+        self.end = None
 
     def write(self, lines: list[str]) -> None:
         if lines:
             try:
+                self._cut()
                 with self.file.open("a", encoding="utf-8") as file:
                     file.write("".join(f"{line}\n" for line in lines))
                     file.flush()
@@ -319,7 +353,7 @@ class Journal:
         import pyarrow
         import pyarrow.parquet
 
-        new = self.path.with_suffix(".partial.parquet")
+        self._cut()
         names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error")
         kinds: dict[str, Any] = dict.fromkeys(names)
         with self.file.open(encoding="utf-8") as lines:
@@ -329,8 +363,8 @@ class Journal:
             row["stats"] = row["stats"] and json.dumps(row["stats"])
         types = {"tokens": pyarrow.list_(pyarrow.int64()), "thought_cut": pyarrow.bool_()}
         schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in kinds])
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), new)
-        new.replace(self.path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.new)
+        self.new.replace(self.path)
         self.file.unlink()
 
 

@@ -94,9 +94,11 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
     """imported: called when PyTorch and all of the model's code is there."""
     options = None
     if arguments:
-        options = argument_parser().parse_intermixed_args(arguments)
+        # What follows "--" is no option, which argparse forgets where nothing came before it.
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        options = argument_parser().parse_intermixed_args(arguments[:end])
         try:
-            options.media, options.question = split_words(options.words)
+            options.media, options.question = split_words([*options.words, *arguments[end + 1 :]])
         except UsageError as error:
             print(f"omni-generate: {error}", file=sys.stderr)
             return 2

@@ -17,6 +17,10 @@ FORMAT = "omni.Inputs"
 """In the metadata of a request's file."""
 
 
+MAX_SECONDS = 1e9
+"""Between two temporal grids: thirty years. Positions, which count them, stay far within what integers hold."""
+
+
 class InputError(ValueError):
     """A request that the model cannot run: what was wrong with it and what to do."""
 
@@ -52,9 +56,13 @@ class Inputs:
     `Pixels`, the bytes of which patches are made, as `Omni.prepare` does; whoever reads them gets patches.
     pixel_values_videos, video_grid_thw: the same of all clips; video_second_per_grid: (clips,) seconds.
     input_features: (sounds, mel bins, frames) log-mel; feature_attention_mask: (sounds, frames), its frames
-    that are real. Sounds of clips and sounds on their own stand in the order of the prompt.
+    that are real; wherever they stand, they are moved to the front, in order. Sounds of clips and sounds on their own
+    stand in the order of the prompt.
     use_audio_in_video: whether sounds of clips are interleaved with the pictures. The prompt says so by
     itself; the field is there for transformers' batches.
+
+    Raises InputError for tensors that make no request, whatever the model; `omni.processing.positions.layout` for what
+    does not fit one.
     """
 
     input_ids: Tensor
@@ -72,21 +80,64 @@ class Inputs:
         for field in fields(self):
             value = self.held(field.name)
             if isinstance(value, (list, tuple)):
-                setattr(self, field.name, torch.as_tensor(value))
+                try:
+                    setattr(self, field.name, torch.as_tensor(value))
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise InputError(f"{field.name} is no tensor: {error}.") from None
         self._check("input_ids", 2)
         if self.input_ids.shape[0] != 1 or self.input_ids.shape[1] == 0:
             raise InputError(f"input_ids must be (1, S) with S > 0, not {tuple(self.input_ids.shape)}.")
         if self.attention_mask is not None:
+            self._check("attention_mask", 2)
             if self.attention_mask.shape != self.input_ids.shape:
                 raise InputError("attention_mask must have the shape of input_ids.")
             self.input_ids = self.input_ids[self.attention_mask.bool()][None]
             self.attention_mask = None
+            if self.input_ids.shape[1] == 0:
+                raise InputError("attention_mask leaves no token.")
         self._together("pixel_values", 2, image_grid_thw=2)
         self._together("pixel_values_videos", 2, video_grid_thw=2, video_second_per_grid=1)
         self._together("input_features", 3, feature_attention_mask=2)
         for grid in (self.image_grid_thw, self.video_grid_thw):
-            if grid is not None and (grid.shape[1] != 3 or bool((grid < 1).any())):
+            if grid is not None and not (_counts(grid) and grid.shape[1] == 3 and bool((grid > 0).all())):
                 raise InputError("a grid_thw must be (n, 3) positive counts of patches: time, height, width.")
+        if not _counts(self.input_ids):
+            raise InputError(f"input_ids must be integers, not {self.input_ids.dtype}.")
+        self._check_seconds()
+        self._bring_sounds_forward()
+
+    def _check_seconds(self) -> None:
+        seconds, grids = self.video_second_per_grid, self.video_grid_thw
+        if seconds is None or grids is None:
+            return
+        right = not seconds.is_complex() and len(seconds) == len(grids)
+        if not right or not bool(((seconds > 0) & (seconds <= MAX_SECONDS)).all()):
+            raise InputError(
+                f"video_second_per_grid must be seconds above 0, one per clip, up to {MAX_SECONDS:.0e}, "
+                f"not {seconds.tolist()!s:.80}."
+            )
+
+    def _bring_sounds_forward(self) -> None:
+        mel, mask = self.input_features, self.feature_attention_mask
+        if mel is None or mask is None:
+            return
+        if not mel.is_floating_point():
+            raise InputError(f"input_features must be floating point, not {mel.dtype}.")
+        if len(mask) != len(mel) or mask.shape[1] != mel.shape[2]:
+            raise InputError(
+                f"feature_attention_mask must be (sounds, frames) of input_features, {(len(mel), mel.shape[2])}, "
+                f"not {tuple(mask.shape)}."
+            )
+        real = mask.bool()
+        lengths = real.sum(dim=1)
+        if not bool((lengths > 0).all()):
+            empty = int((lengths == 0).nonzero()[0]) + 1
+            raise InputError(f"feature_attention_mask leaves nothing of sound {empty}: leave the sound out.")
+        forward = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+        if not torch.equal(forward, real):
+            order = real.logical_not().byte().argsort(dim=1, stable=True).to(mel.device)
+            self.input_features = mel.gather(2, order[:, None].expand(mel.shape))
+        self.feature_attention_mask = forward.long()
 
     def _together(self, name: str, dims: int, **partners: int) -> None:
         present = self.held(name) is not None
@@ -158,3 +209,7 @@ class Inputs:
         if self.feature_attention_mask is None:
             return torch.zeros(0, dtype=torch.long)
         return self.feature_attention_mask.sum(dim=1)
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

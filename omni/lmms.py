@@ -102,9 +102,9 @@ class SeatsOmni(lmms):
             for numbers, inputs, options in self.batches(requests):
                 generations = self.model.generate(inputs, seats=self.method, kv=self.kv, **options)
                 for number, generation in zip(numbers, generations, strict=True):
-                    answers[number] = generation.text
                     context, _, settings, *_ = requests[number].args
-                    self.cache_hook.add_partial("generate_until", (context, settings), generation.text)
+                    answers[number] = cut(generation.text, ends_of(settings))
+                    self.cache_hook.add_partial("generate_until", (context, settings), answers[number])
                 bar.update(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
@@ -143,17 +143,49 @@ class SeatsOmni(lmms):
 
     def options(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A task's settings as `Omni.generate` takes them."""
-        sampled = settings.get("do_sample", True) and settings.get("temperature")
-        options: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens", self.max_new_tokens))}
-        if sampled:
-            options |= {"temperature": float(settings["temperature"]), "top_p": float(settings.get("top_p") or 1.0)}
-        return options
+        given = {name: value for name, value in settings.items() if value is not None and name not in PRESENTATION}
+        lengths = [given.pop(name) for name in LENGTHS if name in given]
+        options: dict[str, Any] = {"max_new_tokens": int(lengths[0] if lengths else self.max_new_tokens)}
+        if given.get("do_sample"):
+            given.setdefault("temperature", 1.0)
+        sampled = given.pop("do_sample", True) and given.get("temperature")
+        drawn = {name: kind(given.pop(name)) for name, kind in DRAWN.items() if name in given}
+        if drawn.get("top_k") == 0:  # all, in the words of transformers
+            del drawn["top_k"]
+        given.pop("until", None)  # of the text: `ends_of`
+        if given.get("num_beams", 1) == 1:
+            given.pop("num_beams", None)
+        if given:
+            raise InputError(f"seats_omni cannot obey this task's generation_kwargs: {', '.join(sorted(given))}.")
+        # As lmms-eval's own models have it: what draws counts for nothing where nothing is drawn.
+        return options | drawn if sampled else options
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise NotImplementedError("seats_omni generates; it does not score given answers.")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("seats_omni answers one question at a time.")
+
+
+LENGTHS = ("max_new_tokens", "max_gen_toks", "max_tokens")
+"""Names that tasks have for one thing, of which the first goes before the others."""
+DRAWN = {"temperature": float, "top_p": float, "top_k": int}
+PRESENTATION = ("image_aspect_ratio", "use_cache")
+"""Of other models' image processors and caches: nothing that a task asks of an answer."""
+
+
+def ends_of(settings: dict[str, Any]) -> list[str]:
+    """The texts at which a task ends an answer."""
+    until = settings.get("until") or []
+    ends = [until] if isinstance(until, str) else until
+    if not isinstance(ends, (list, tuple)) or not all(isinstance(end, str) for end in ends):
+        raise InputError(f"until must be a text or a list of texts, not {until!r:.80}.")
+    return [end for end in ends if end]
+
+
+def cut(text: str, ends: list[str]) -> str:
+    """Up to the first of these; what comes after it is not part of the answer."""
+    return text[: min((at for end in ends if (at := text.find(end)) >= 0), default=len(text))]
 
 
 def part_of(part: dict[str, Any]) -> dict[str, Any]:

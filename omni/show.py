@@ -16,6 +16,7 @@ from html import escape
 from importlib.resources import files
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
@@ -543,11 +544,14 @@ def still(view: View, drawn: Sequence[tuple[Tile, Picture]], texts: dict[str, st
         if handles:
             axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=5, fontsize=7.5, frameon=False)
     written = io.BytesIO()
-    with warnings.catch_warnings():
+    with _one_at_a_time, warnings.catch_warnings():  # which warnings are ignored is the same for all threads
         # Scripts that the plot's font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(written, format="png")
     return written.getvalue()
+
+
+_one_at_a_time = Lock()
 
 
 def contact_sheet(view: View, drawn: Sequence[tuple[Tile, Picture]]) -> Picture | None:

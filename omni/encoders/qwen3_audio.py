@@ -55,7 +55,7 @@ class Qwen3AudioEncoder(AudioEncoder):
         # chunk, padding to a whole one would change the last tokens.
         mel = mel[..., :longest].to(self.norm.weight)
         real = torch.arange(longest, device=mel.device) < lengths.to(mel.device)[:, None]
-        x = self.convolve(mel * real.unsqueeze(1))
+        x = self.convolve(torch.where(real.unsqueeze(1), mel, 0))  # whatever lies behind them, NaN too
         counts = self.config.token_count(lengths).to(mel.device)
         tokens, signals = self.attend(x, counts, needs, x.shape[1])
         real = torch.arange(x.shape[1], device=mel.device) < counts[:, None]

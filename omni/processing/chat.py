@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -62,6 +63,8 @@ ROLES = ("system", "user", "assistant")
 MEDIA = ("image", "audio", "video")
 
 _WALL_SECONDS = 30
+# Of this user's nothing: keys and names are none of a template's business. Windows starts no program without its own.
+_ENVIRONMENT = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ and os.name == "nt"}
 
 
 class ChatTemplateError(ValueError):
@@ -210,14 +213,16 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_
     """Renders a foreign template in jinja2's sandbox, in a process of its own.
 
     Bounded: processor time, memory and the prompt's length (`omni.processing.sandbox` names the figures).
-    On systems other than Linux memory is not, and on Windows the wall clock alone bounds the time. The
-    process has this user's rights: what a hole in jinja2's sandbox would yield is not contained.
+    On systems other than Linux memory is not, and on Windows the wall clock alone bounds the time. Its environment is
+    empty. The process has this user's rights: what a hole in jinja2's sandbox would yield is not contained.
     Costs the start of a Python interpreter, about a tenth of a second. Raises ChatTemplateError.
     """
     program = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
     request = {"template": template, "messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        done = subprocess.run(program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS)
+        done = subprocess.run(
+            program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS, env=_ENVIRONMENT
+        )
     except subprocess.TimeoutExpired as error:
         raise ChatTemplateError(f"the chat template took more than {_WALL_SECONDS} s: use another.") from error
     if done.returncode < 0:

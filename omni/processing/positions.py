@@ -59,15 +59,26 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     kinds = torch.zeros_like(ids)
     for kind, token in ((IMAGE, tokens.image), (VIDEO, tokens.video), (AUDIO, tokens.audio)):
         kinds[ids == token] = kind
+    if inputs.input_features is not None and inputs.input_features.shape[1] != config.audio.num_mel_bins:
+        raise InputError(
+            f"input_features has {inputs.input_features.shape[1]} mel bins but the model takes "
+            f"{config.audio.num_mel_bins}."
+        )
+    sounds = [config.audio.token_count(frames) for frames in inputs.mel_lengths.tolist()]
+    counts = {
+        IMAGE: _token_counts(inputs.image_grid_thw, config),
+        VIDEO: _token_counts(inputs.video_grid_thw, config),
+        AUDIO: sounds,
+    }
+    for kind, name in ((IMAGE, "image"), (VIDEO, "video"), (AUDIO, "audio")):
+        found, given = int((kinds == kind).sum()), sum(counts[kind])
+        if found != given:
+            raise InputError(f"the prompt has {found} {name} placeholders but its media make {given} tokens.")
     media = {
         IMAGE: _vision_positions(inputs.image_grid_thw, None, config),
         VIDEO: _vision_positions(inputs.video_grid_thw, inputs.video_second_per_grid, config),
-        AUDIO: [torch.arange(config.audio.token_count(n)).expand(3, -1) for n in inputs.mel_lengths.tolist()],
+        AUDIO: [torch.arange(count).expand(3, -1) for count in sounds],
     }
-    for kind, name in ((IMAGE, "image"), (VIDEO, "video"), (AUDIO, "audio")):
-        found, given = int((kinds == kind).sum()), sum(block.shape[1] for block in media[kind])
-        if found != given:
-            raise InputError(f"the prompt has {found} {name} placeholders but its media make {given} tokens.")
     _check_patches("pixel_values", inputs, inputs.image_grid_thw, config)
     _check_patches("pixel_values_videos", inputs, inputs.video_grid_thw, config)
 
@@ -161,17 +172,24 @@ def _require(found: Tensor, kind: int, count: int) -> None:
         raise InputError("a media block of the prompt is not as long as its media: check its placeholders.")
 
 
+def _token_counts(grid_thw: Tensor | None, config: OmniConfig) -> list[int]:
+    """Per picture or clip, whatever its grid says: before anything is made that is as large."""
+    merge = config.vision.spatial_merge_size
+    counts = []
+    for grids, height, width in [] if grid_thw is None else grid_thw.tolist():
+        if height % merge or width % merge:
+            raise InputError(f"a grid of {height} x {width} patches is no multiple of {merge} x {merge}.")
+        counts.append(grids * height * width // merge**2)
+    return counts
+
+
 def _vision_positions(grid_thw: Tensor | None, seconds: Tensor | None, config: OmniConfig) -> list[Tensor]:
     """Per picture or clip, (3, tokens) from zero; `seconds` (n,) between temporal grids, None for pictures."""
     if grid_thw is None:
         return []
-    if seconds is not None and not (len(seconds) == len(grid_thw) and bool(((seconds > 0) & seconds.isfinite()).all())):
-        raise InputError(f"video_second_per_grid must be seconds above 0, one per clip, not {seconds.tolist()}.")
     blocks = []
     merge = config.vision.spatial_merge_size
     for index, (grids, height, width) in enumerate(grid_thw.tolist()):
-        if height % merge or width % merge:
-            raise InputError(f"a grid of {height} x {width} patches is no multiple of {merge} x {merge}.")
         # In float32, as in the public code; long() rounds down.
         step = torch.tensor(1.0) if seconds is None else seconds[index].cpu().float()
         time = (torch.arange(grids) * step * config.positions_per_second).to(_dtype(config))

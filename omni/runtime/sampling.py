@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-20
+"""Logits differ by a billionth at least, so that this far below the likeliest token has all."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,8 +43,11 @@ def pick(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Ten
     """
     if noise is None:
         return logits.argmax(dim=-1)
-    logits, ids = (logits / sampling.temperature).topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
-    probabilities = logits.softmax(dim=-1)
+    # From the largest on, so that no temperature makes infinities of all: below COLDEST they draw alike.
+    logits, ids = (logits - logits.amax(dim=-1, keepdim=True)).topk(
+        min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    )
+    probabilities = (logits / max(sampling.temperature, COLDEST)).softmax(dim=-1)
     # A token stays while the likelier ones have not yet reached top_p, so the first always stays.
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)

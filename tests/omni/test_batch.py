@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import omni
+from omni.answer import method_of
 from omni.batch import Answer, Journal, Pool, Prepare, Source, argument_parser, main, row_options, unpacked
 from omni.inputs import InputError
 from omni.processing.media import MediaError
@@ -233,7 +234,7 @@ def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path,
         if row["media"]:
             content.insert(0, {"type": "video", "video": str(clip)})
         inputs = model.prepare([{"role": "user", "content": content}])
-        seats = None if row.get("retention") == 1 else omni.generate.method_of(given, model.config)
+        seats = None if row.get("retention") == 1 else method_of(given, model.config)
         alone = model.generate(inputs, seats=seats, max_new_tokens=5)
         assert found[row["id"]]["tokens"] == alone.tokens
         assert found[row["id"]]["text"] == alone.text
@@ -342,3 +343,50 @@ def test_a_cluster_needs_its_address_alone(tmp_path: Path, checkpoint: Path, cli
         node.wait()
     found = {row["id"]: row for row in parquet.read_table(tmp_path / "a.parquet").to_pylist()}
     assert found.keys() == {"0", "1", "2"} and found["2"]["error"] and len(found["0"]["tokens"]) == 3
+
+
+@pytest.mark.parametrize("link", ["", "hard", "soft", "partial"])
+def test_questions_are_not_written_over(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], link: str
+) -> None:
+    """By their own name or another, with a last line that has no end."""
+    pytest.importorskip("ray")
+    name = "a.partial.jsonl" if link == "partial" else "q.jsonl"
+    questions = tmp_path / name
+    questions.write_text('{"id": 1, "question": "?"}\n{"id": 2, "question": "?"}')
+    answers = {"": questions, "partial": tmp_path / "a.parquet"}.get(link, tmp_path / "a.jsonl")
+    if link == "hard":
+        answers.hardlink_to(questions)
+    elif link == "soft":
+        answers.symlink_to(questions)
+    before = questions.read_bytes()
+    assert main(["--model", str(checkpoint), str(questions), str(answers)]) == 1
+    assert "would be written over" in capsys.readouterr().err
+    assert questions.read_bytes() == before
+
+
+def test_other_questions_are_no_answers(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {"id": 1, "question": "?"})
+    with pytest.raises(InputError, match="no file of answers but of questions"):
+        Journal(path)
+
+
+def test_nothing_is_cut_before_the_first_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "one", "text": "x"}\n{"id": "two", "te')
+    before = path.read_bytes()
+    journal = Journal(path)
+    journal.write([])
+    assert path.read_bytes() == before
+    journal.write(['{"id": "two", "text": "y"}'])
+    journal.write(['{"id": "three", "text": "z"}'])
+    assert read(path).keys() == {"one", "two", "three"}
+
+
+def test_ids_that_a_column_cannot_tell_apart(tmp_path: Path) -> None:
+    """Protects: 1 and "1" do not become one in Parquet."""
+    Journal(tmp_path / "a.jsonl").check([1, "1"])
+    journal = Journal(tmp_path / "a.parquet")
+    journal.check([1, 2, "a"])
+    with pytest.raises(InputError, match=r"the ids 1 and '1' would be the same text in .*a\.parquet"):
+        journal.check([1, "1"])

@@ -24,6 +24,7 @@ from PIL import Image
 
 import omni
 import omni.generate
+from omni import answer
 from omni.config import DTYPES
 from omni.engine import KV
 from omni.generate import main, split_words
@@ -412,3 +413,16 @@ def test_addresses_on_the_command_line(
     tokens.append(json.loads(capsys.readouterr().out)["tokens"])
     assert tokens[0] == tokens[1] == tokens[2]
     assert not [path for path in (tmp_path / "kept").iterdir() if path.name.startswith("seats-omni")]
+
+
+@pytest.mark.parametrize("before", [[], ["--json"]])
+def test_a_name_that_looks_like_an_option(
+    checkpoint: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, before: list[str]
+) -> None:
+    """After "--" nothing is an option, whether or not anything stands before it."""
+    (tmp_path / "-clip.mp4").write_bytes(clip.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(answer, "answer", lambda options: seen.append((options.media, options.question)))
+    assert main([*before, "--", "-clip.mp4", "What?"]) == 0
+    assert seen == [(["-clip.mp4"], "What?")]

@@ -128,3 +128,29 @@ def test_a_stretch_of_a_clip_is_the_parts_own(lmms: ModuleType) -> None:
     assert lmms.part_of({"type": "video", **cut})["video_start"] == 3
     found = lmms.part_of({"type": "audio", **cut, "end_time": 4.5})
     assert found == {"type": "audio", "audio": "clip.mp4", "audio_start": 3, "audio_end": 4.5}
+
+
+def test_a_tasks_settings_are_obeyed_or_refused(lmms: ModuleType, checkpoint: Path, model: omni.Omni) -> None:
+    evaluated = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", retention=1, max_new_tokens=4)
+    assert evaluated.options({}) == {"max_new_tokens": 4}
+    assert evaluated.options({"max_gen_toks": 7, "until": ["x"], "num_beams": 1}) == {"max_new_tokens": 7}
+    assert evaluated.options({"max_new_tokens": 3, "max_gen_toks": 7}) == {"max_new_tokens": 3}
+    drawn = {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "max_new_tokens": 3}
+    assert evaluated.options(drawn) == {"max_new_tokens": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    assert evaluated.options({"do_sample": True, "top_k": 0}) == {"max_new_tokens": 4, "temperature": 1.0}
+    assert evaluated.options({**drawn, "do_sample": False}) == {"max_new_tokens": 3}
+    assert evaluated.options({"temperature": 0, "top_p": None}) == {"max_new_tokens": 4}
+    with pytest.raises(InputError, match=r"cannot obey this task's generation_kwargs: num_beams, repetition_penalty"):
+        evaluated.options({"num_beams": 4, "repetition_penalty": 1.2})
+    with pytest.raises(InputError, match="until must be a text or a list of texts"):
+        lmms.ends_of({"until": 3})
+
+    content = [{"type": "text", "text": "Why?"}]
+    whole = model.generate(model.prepare([{"role": "user", "content": content}]), max_new_tokens=12).text
+    assert len(whole) > 4
+    for until in (whole[3], [whole[3], ""], ["not there", whole[2:4]]):
+        (found,) = ask(evaluated, [content], {"until": until, "max_gen_toks": 12})
+        ends = lmms.ends_of({"until": until})
+        assert found == lmms.cut(whole, ends) and len(found) <= 3
+    (found,) = ask(evaluated, [content], {"until": "not there", "max_gen_toks": 12})
+    assert found == whole

@@ -23,6 +23,7 @@ from omni.generate import settings_parser
 from omni.inputs import InputError
 from omni.processing.processor import Processor
 from omni.processing.tokenizer import TokenizerError
+from omni.runtime.sampling import Sampling, pick
 from seats import method_for, preset_for
 
 REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
@@ -346,3 +347,111 @@ except AttributeError as error: assert "'omni' has no attribute 'nothing'" in st
 else: raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
+
+
+def padded_sounds(inputs: omni.Inputs, pads: tuple[int, int], *, left: bool) -> dict[str, Any]:
+    """The fields of a request whose sounds have as many frames more that their mask leaves out, of NaN."""
+    mel, mask = inputs.input_features, inputs.feature_attention_mask
+    before, after = pads if left else pads[::-1]
+    return {
+        **{
+            name: value
+            for name, value in inputs.tensors().items()
+            if name not in ("input_features", "feature_attention_mask")
+        },
+        "input_features": torch.nn.functional.pad(mel, (before, after), value=float("nan")),
+        "feature_attention_mask": torch.nn.functional.pad(mask, (before, after)),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parts", [[("audio", 437)], [("audio", 57), ("audio", 83)], [("audio", 30), ("audio", 220)]])
+@pytest.mark.parametrize("left", [True, False])
+def test_sounds_wherever_their_mask_puts_them(make_pair, family: str, parts: list[tuple], left: bool) -> None:
+    """Padded on the left, on the right or with a hole: transformers' answer; what is masked is not read, NaN or not."""
+    pair = make_pair(family)
+    inputs = make_request(pair, [("text", 5), *parts, ("text", 4)])
+    expected = pair.model.prefill(inputs).logits
+    torch.testing.assert_close(expected, pair.reference_logits(inputs), atol=1e-4, rtol=0)
+    fields = padded_sounds(inputs, (23, 4), left=left)
+    found = pair.model.prefill(omni.Inputs(**fields)).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    fields["feature_attention_mask"] = fields["feature_attention_mask"].bool()
+    hole = 23 + 11 if left else 4 + 11  # a frame less of every sound, in the middle of it
+    fields["feature_attention_mask"][:, hole] = False
+    shorter = [(kind, frames - 1) for kind, frames in parts]
+    if all(
+        pair.model.config.audio.token_count(a[1]) == pair.model.config.audio.token_count(b[1])
+        for a, b in zip(parts, shorter, strict=True)
+    ):
+        theirs = {**fields, "input_features": fields["input_features"].nan_to_num()}
+        ids = theirs["input_ids"]
+        logits = pair.reference(**theirs, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(pair.model.prefill(omni.Inputs(**fields)).logits, logits, atol=1e-4, rtol=0)
+
+
+def test_nan_behind_a_short_sound_is_not_read(make_pair) -> None:
+    """Qwen3-Omni convolves sounds of less than a second together; what is behind the shorter one is no sound."""
+    pair = make_pair("qwen3")
+    inputs = make_request(pair, [("text", 5), ("audio", 57), ("audio", 83), ("text", 4)])
+    expected = pair.model.prefill(inputs).logits
+    inputs.input_features[0, :, 57:] = float("nan")
+    assert torch.equal(pair.model.prefill(inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"feature_attention_mask": torch.ones(1, 500)}, r"must be \(sounds, frames\)"),
+        ({"feature_attention_mask": torch.ones(1, 300)}, r"must be \(sounds, frames\)"),
+        ({"feature_attention_mask": torch.ones(2, 420)}, r"must be \(sounds, frames\)"),
+        ({"feature_attention_mask": torch.zeros(1, 420)}, "leaves nothing of sound 1"),
+        ({"input_features": torch.zeros(1, 80, 420)}, "80 mel bins but the model takes 128"),
+        ({"input_features": torch.zeros(1, 128, 420, dtype=torch.int32)}, "must be floating point"),
+        ({"video_grid_thw": torch.tensor([[4.0, 6.0, 6.0]])}, "positive counts"),
+        ({"video_grid_thw": torch.tensor([[4, 2**31, 2**31]])}, "placeholders but its media make"),
+        ({"video_second_per_grid": torch.tensor([1e30])}, "must be seconds above 0"),
+        ({"video_second_per_grid": torch.tensor([float("nan")])}, "must be seconds above 0"),
+        ({"video_second_per_grid": torch.tensor([1.0, 1.0])}, "one per clip"),
+        ({"video_second_per_grid": "1"}, "must be a tensor"),
+        ({"video_second_per_grid": ["1"]}, "is no tensor"),
+        ({"input_ids": torch.zeros(1, 5)}, "must be integers"),
+        ({"attention_mask": "left"}, "must be a tensor"),
+        ({"attention_mask": torch.zeros(1, 5)}, "must have the shape of input_ids|leaves no token"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_tensors_that_make_no_request_are_refused(pair, change: dict[str, Any], words: str) -> None:
+    from dataclasses import replace
+
+    inputs = make_request(pair, REQUEST)
+    assert inputs.input_features.shape[2] == 420
+    with pytest.raises(InputError, match=words):
+        pair.model.prefill(replace(inputs, **change))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list, iter, set])
+def test_stop_tokens_of_any_kind_are_obeyed(pair, kind: Any) -> None:
+    inputs = make_request(pair, REQUEST)
+    free = pair.model.generate(inputs, max_new_tokens=12, stop_token_ids=[]).tokens
+    stopped = pair.model.generate(inputs, max_new_tokens=12, stop_token_ids=kind([free[5]]))
+    assert stopped.tokens == free[: free.index(free[5]) + 1]
+
+
+@pytest.mark.parametrize("given", ["</s>", ["</s>"], [1.5], torch.tensor([0.5]), [None]])
+def test_stop_tokens_that_are_none_are_refused(pair, given: Any) -> None:
+    with pytest.raises(ValueError, match="stop_token_ids must be token ids"):
+        pair.model.generate(make_request(pair, [("text", 3)]), stop_token_ids=given)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-9, 1e30, 1e300])
+def test_every_temperature_draws(temperature: float) -> None:
+    """The colder ones the likeliest token, whatever the logits; the hotter ones any."""
+    logits = torch.tensor([[-3.0, 2.0, 2.5, 1.0], [-4e4, -5e4, -4.5e4, -6e4]])
+    sampling = Sampling(temperature)
+    drawn = {tuple(pick(logits, sampling, torch.empty(2, 4).exponential_()).tolist()) for _ in range(50)}
+    assert drawn == {(2, 0)} if temperature < 1 else len(drawn) > 8
+    if temperature < 1:
+        logits[0, 1] = 2.5  # two alike share
+        drawn = {int(pick(logits, sampling, torch.empty(2, 4).exponential_())[0]) for _ in range(50)}
+        assert drawn == {1, 2}

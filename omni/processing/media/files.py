@@ -9,6 +9,7 @@ an array (N, 3, H, W) or (N, H, W, 3) uint8 or a list of pictures. Arrays are to
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import warnings
@@ -99,7 +100,9 @@ def open_container(source: Any) -> Iterator[tuple[Any, str]]:
     with open_file(source) as (file, name):
         try:
             # Playlists and the like may name other files: only this one is read. Titles may be in any encoding.
-            with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
+            with av.open(
+                _Nameless(file), options={"protocol_whitelist": "none"}, metadata_errors="replace"
+            ) as container:
                 yield container, name
         except MediaError:
             raise
@@ -108,6 +111,13 @@ def open_container(source: Any) -> Iterator[tuple[Any, str]]:
                 f"{name} cannot be read as a clip, a sound or a picture ({error.strerror}). "
                 "It is of another kind, cut off or damaged."
             ) from error
+
+
+class _Nameless:
+    """A file for libavformat, which would go by its name: take p%03d.png for the pattern of a clip's pictures."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def packets(container: Any, *streams: Any) -> Iterator[Any]:
@@ -143,6 +153,14 @@ def as_array(source: Any) -> Tensor:
         return torch.as_tensor(source).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise MediaError(f"{type(source).__name__} is no array of numbers: {error}") from error
+
+
+def as_number(value: Any) -> float:
+    """NaN for what is none, such as a text."""
+    try:
+        return math.nan if isinstance(value, (str, bytes, bytearray, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 def described(array: Tensor) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, BinaryIO
 
 import torch
@@ -73,22 +72,22 @@ def open_picture(file: BinaryIO, name: str) -> Any | None:
     if is_heif(file):
         return _open_heif(file, name)
     Image.init()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes when it is decoded
-        try:
-            picture: Any = Image.open(file, formats=[name for name in PICTURES if name in Image.OPEN])
-            # libwebp's canvas is transparent where no frame covers it, also in files that claim to be opaque.
-            if picture.format == "WEBP" and picture.is_animated and picture.rawmode == "RGBX":
-                picture.rawmode = picture._mode = "RGBA"
-            return picture
-        except UnidentifiedImageError:
-            return None
-        except Image.DecompressionBombError as error:
-            raise MediaError(f"{name} is too large for a picture. Scale it down.") from error
-        except Exception as error:
-            raise MediaError(f"{name} is a damaged picture: {error}.") from error
-        finally:
-            file.seek(0)
+    # Pillow's warning of large pictures is left as it is, beside our own word: what is ignored is the same for all
+    # threads, and would stay so where two open pictures at a time.
+    try:
+        picture: Any = Image.open(file, formats=[name for name in PICTURES if name in Image.OPEN])
+        # libwebp's canvas is transparent where no frame covers it, also in files that claim to be opaque.
+        if picture.format == "WEBP" and picture.is_animated and picture.rawmode == "RGBX":
+            picture.rawmode = picture._mode = "RGBA"
+        return picture
+    except UnidentifiedImageError:
+        return None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaError(f"{name} is too large for a picture. Scale it down.") from error
+    except Exception as error:
+        raise MediaError(f"{name} is a damaged picture: {error}.") from error
+    finally:
+        file.seek(0)
 
 
 def _open_heif(file: BinaryIO, name: str) -> Any:

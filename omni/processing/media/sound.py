@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni.processing.frames import MediaError
 from omni.processing.media.decoding import Decoder, clip_start
-from omni.processing.media.files import as_array, described, is_array, open_container, warn_if_short
+from omni.processing.media.files import as_array, as_number, described, is_array, open_container, warn_if_short
 from omni.processing.media.stamps import NONE, Recordings, Shift, marks, may_leap
 from omni.processing.media.streams import moving_pictures, require_decoder, sound_track
 from omni.processing.media.timeline import past_end, require_stretch
@@ -223,12 +223,13 @@ def _resample_array(array: Tensor, rate: Any, sample_rate: int) -> Tensor:
         raise MediaError(
             f"an array of sound must be (n,) floating point in [-1, 1], one channel, not {described(array)}."
         )
-    if isinstance(rate, str) or not hasattr(rate, "__int__") or rate < 1 or rate != int(rate):
+    number = as_number(rate)
+    if not (1 <= number < math.inf and number.is_integer()):
         raise MediaError(f"a sound's rate must be a whole number of samples per second, not {rate!r:.80}.")
     waveform = _finite(array.detach().float(), "the sound")
-    if rate == sample_rate:
+    if number == sample_rate:
         return waveform
-    resampler = _Resampler(int(rate), sample_rate, "the sound")
+    resampler = _Resampler(int(number), sample_rate, "the sound")
     return torch.cat([resampler.push(waveform), resampler.end()])
 
 

@@ -19,6 +19,7 @@ from omni.processing.media.animation import open_animation
 from omni.processing.media.decoding import UNTIMED, WHOLE, Decoder, DisagreementError
 from omni.processing.media.files import (
     as_array,
+    as_number,
     described,
     is_array,
     open_container,
@@ -431,9 +432,10 @@ def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame 
         kind = "a list of frames" if isinstance(source, list) else "an array of frames"
         raise MediaError(f"{kind} does not say how fast they follow: give fps, or a pair (frames, frames per second).")
     given, rate = source
-    if isinstance(rate, bool) or not hasattr(rate, "__float__") or not 0 < float(rate) < math.inf:
+    number = as_number(rate)
+    if not 0 < number < math.inf:
         raise MediaError(f"a clip at {rate!r:.80} frames per second has nothing to sample: fps must be above 0.")
-    rate = float(rate)
+    rate = number
     pictures: Sequence[Any] | Tensor = given
     if not isinstance(given, list):
         pictures = as_array(given)

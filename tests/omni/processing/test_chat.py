@@ -409,3 +409,13 @@ def test_a_template_of_another_folder_is_not_read(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").symlink_to("../secret")
     with pytest.raises(ChatTemplateError, match="it is a link that leaves the folder"):
         load_template(folder)
+
+
+def test_a_template_gets_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: keys that this user's shell holds are not handed to a foreign program's process."""
+    program = "import json, os; print(json.dumps({'prompt': ' '.join(os.environ)}))"
+    (tmp_path / "sandbox.py").write_text(program)
+    monkeypatch.setenv("API_KEY", "secret")
+    monkeypatch.setattr(chat, "__file__", str(tmp_path / "chat.py"))
+    found = chat.render("", [], True).split()
+    assert set(found) <= {"LC_CTYPE", "SYSTEMROOT"}  # Python's own, and Windows'

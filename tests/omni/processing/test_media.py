@@ -6,12 +6,15 @@ import io
 import math
 import os
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import av
@@ -690,3 +693,79 @@ def test_arrays_that_are_no_picture() -> None:
             read_image(array)
     with pytest.raises(MediaError, match="2 dimensions"):
         kind_of(np.zeros((8, 8)))
+
+
+@pytest.mark.parametrize("name", ["p%03d.png", "x%d.mp4", "sound.mp3", "list.txt", "noise.ts", "clip"])
+def test_content_alone_decides(name: str, clip: Path, tmp_path: Path) -> None:
+    """Whatever a file is called: libavformat takes some names for patterns of pictures' names, others for formats."""
+    path = tmp_path / name
+    path.write_bytes(clip.read_bytes())
+    assert kind_of(path) == "video"
+    assert torch.equal(read_video(path, max_frames=4).frames, read_video(clip, max_frames=4).frames)
+    assert torch.equal(read_audio(path), read_audio(clip))
+    with path.open("rb") as file:
+        assert kind_of(file) == "video"
+    path.write_bytes(b"x")
+    for read in (kind_of, read_video, read_audio, read_image):
+        with pytest.raises(MediaError):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "rate", [math.nan, math.inf, -math.inf, "16000", b"16000", None, [16000], 0, -1, 1.5, 1j, True, 10**400, {}]
+)
+def test_rates_that_are_none(rate: Any) -> None:
+    sound, frames = torch.zeros(1600), torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
+    with pytest.raises(MediaError, match="rate must be a whole number"):
+        read_audio((sound, rate))
+    if rate != 1.5:  # frames a second
+        with pytest.raises(MediaError, match="frames per second has nothing to sample"):
+            read_video((frames, rate))
+
+
+@pytest.mark.parametrize("rate", [16_000, 16_000.0, np.int32(16_000), np.array(16_000), torch.tensor(16_000)])
+def test_rates_of_every_kind(rate: Any) -> None:
+    assert read_audio((torch.zeros(1600), rate)).shape == (1600,)
+
+
+def test_rates_of_several_numbers() -> None:
+    for rate in (torch.tensor([1, 2]), np.array([1, 2]), torch.tensor(math.nan)):
+        with pytest.raises(MediaError, match="rate must be a whole number"):
+            read_audio((torch.zeros(1600), rate))
+        with pytest.raises(MediaError, match="frames per second has nothing to sample"):
+            read_video((torch.zeros(4, 3, 28, 28, dtype=torch.uint8), rate))
+
+
+@pytest.mark.parametrize("source", [(), (1,), (None,), (None, 2), ((), 2), ([], 2), (1, 2, 3), {}, 3, None, ("a", "b")])
+def test_what_holds_no_media(source: Any) -> None:
+    for read in (read_video, read_audio, read_image):
+        with pytest.raises(MediaError):
+            read(source)
+    with pytest.raises(MediaError):
+        {"video": read_video, "audio": read_audio, "image": read_image}[kind_of(source)](source)
+
+
+def test_warnings_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two threads open pictures at a time, and one is done before the other."""
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    before, barrier, order = list(warnings.filters), Barrier(2), iter((0.0, 0.1))
+    opened = Image.open
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        wait = next(order)
+        barrier.wait(5)
+        time.sleep(wait)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+
+    def later() -> None:
+        time.sleep(0.05)
+        read_image(tmp_path / "a.png")
+
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(read_image, tmp_path / "a.png"), pool.submit(later)]:
+            job.result()
+    assert warnings.filters == before
