@@ -34,17 +34,20 @@ class Attention(nn.Module):
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
     def decode(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
+        self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, (B, 1, hidden), after the first `lengths`, (B,), of a cache (`attend`) → as `prefill`."""
-        q, k, v = self.project(x, rotary)
+        """One position, (B, 1, hidden), after the first `lengths`, (B,), of a cache (`attend`) → x and what attention
+        of norm(x) adds to it; keys and values as `prefill`."""
+        q, k, v = self.project(x, rotary, norm)
         written = torch.arange(keys.shape[2], device=x.device) < lengths[:, None]
         mixed = attend(rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads), k, v, keys, values, written)
-        return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)")), k, v
+        return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)"), residual=x), k, v
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], norm: RMSNorm | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed and turned, and values, (B, heads, S, dim) each."""
-        qkv = rearrange(self.qkv(x), "b s (h d) -> b h s d", h=self.heads + 2 * self.kv_heads)
+        qkv = rearrange(self.qkv(x, norm=norm), "b s (h d) -> b h s d", h=self.heads + 2 * self.kv_heads)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self._normed(q, self.query_norm), *rotary), rotate(self._normed(k, self.key_norm), *rotary)
         # Values of their own: as a view they would keep the whole product alive in the cache, and compiled regions
@@ -133,16 +136,15 @@ class Layer(nn.Module):
         """A whole sequence (B, S, hidden) → the same after this layer, and its keys and values."""
         mixed, keys, values = self.attention.prefill(self.attention_norm(x), rotary)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), keys, values
+        return self.mlp(x, norm=self.mlp_norm, residual=x), keys, values
 
     @part
     def decode(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One position, (B, 1, hidden), after the first `lengths` of a cache → as `prefill`."""
-        mixed, key, value = self.attention.decode(self.attention_norm(x), rotary, keys, values, lengths)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), key, value
+        x, key, value = self.attention.decode(x, self.attention_norm, rotary, keys, values, lengths)
+        return self.mlp(x, norm=self.mlp_norm, residual=x), key, value
 
     def query_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor], asking: Tensor) -> tuple[Tensor, Tensor]:
         """As this layer's own attention would make them of x: `Attention.query_and_keys`."""

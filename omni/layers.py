@@ -63,6 +63,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+_by_sum: dict[torch.dtype, bool] = {}
+
+
+def by_sum(dtype: torch.dtype) -> bool:
+    """Whether one row is multiplied by `matrix_vector` on this CPU: `one_row.choose` measures it."""
+    return _by_sum.get(dtype, True)
+
+
+def sum_one_row(dtype: torch.dtype, is_faster: bool) -> None:
+    _by_sum[dtype] = is_faster
+
+
 LONGEST_SUM = 2048
 """Addends that the compiler sums in one go: past 4096 it takes a slower, more careful way (torch 2.13)."""
 
@@ -79,16 +91,71 @@ def matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def one_row_on_a_cpu(x: Tensor) -> bool:
-    """Whether `matrix_vector` is the faster product: a single row, compiled, on a CPU."""
+    """Whether x is one row, compiled, on a CPU."""
     return torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, as `F.linear`: the decoder's products, also of one row."""
-    if not (weight.is_contiguous() and one_row_on_a_cpu(x)):
-        return F.linear(x, weight, bias)
-    product = matrix_vector(weight, x.flatten()).view(*x.shape[:-1], -1)
-    return product if bias is None else product + bias
+def one_row_on_a_gpu(x: Tensor) -> bool:
+    """Whether x is one row, compiled, on a GPU: `row_product` takes it, and what comes before and after."""
+    compiled = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return compiled and x.is_cuda and x.dtype in HALVES and x.shape[:-1].numel() == 1
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + norm(x) · weightᵀ + bias: the decoder's products, also of one row."""
+    if one_row_on_a_gpu(x):
+        added = bias if residual is None else residual.flatten() if bias is None else residual.flatten() + bias
+        return product_of_one_row(x, weight, added, norm).view(*x.shape[:-1], -1)
+    x = x if norm is None else norm(x)
+    if weight.is_contiguous() and by_sum(weight.dtype) and one_row_on_a_cpu(x):
+        out = matrix_vector(weight, x.flatten()).view(*x.shape[:-1], -1)
+        out = out if bias is None else out + bias
+    else:
+        out = F.linear(x, weight, bias)
+    return out if residual is None else residual + out
+
+
+def product_of_one_row(
+    x: Tensor,
+    weight: Tensor,
+    added: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    *,
+    gated: bool = False,
+    float32: bool = False,
+) -> Tensor:
+    """`row_product` of the one row in x."""
+    factor, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return row_product(x.flatten(), weight, added, factor, eps, gated, float32)
+
+
+@operator("omni::row_product", device_types="cuda")
+def row_product(
+    x: Tensor, weight: Tensor, added: Tensor | None, norm: Tensor | None, eps: float, gated: bool, float32: bool
+) -> Tensor:
+    """weight · x + added, of x divided by its root mean square and times `norm` where that is given.
+
+    x: (in,). weight: (out, in). added: (out,). gated: silu of the product's first half times the second, (out / 2,).
+    float32: in float32 from the product on, else rounded to the dtype of x at the end.
+    """
+    from omni.row_kernels import product_on_device
+
+    return product_on_device(x, weight, added, norm, eps, gated, float32)
+
+
+@row_product.register_fake
+def _(
+    x: Tensor, weight: Tensor, added: Tensor | None, norm: Tensor | None, eps: float, gated: bool, float32: bool
+) -> Tensor:
+    rows = weight.shape[0] // 2 if gated else weight.shape[0]
+    return x.new_empty(rows, dtype=torch.float32 if float32 else x.dtype)
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -103,6 +170,8 @@ def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.dtype != weight.dtype or x.dtype not in HALVES:
         return linear(x, weight).float()
+    if one_row_on_a_gpu(x):
+        return product_of_one_row(x, weight, float32=True).view(*x.shape[:-1], -1)
     if one_row_on_a_cpu(x):
         return matrix_vector(weight, x.flatten().float()).view(*x.shape[:-1], -1)
     return float32_product(x.reshape(1, -1, x.shape[-1]), weight.unsqueeze(0)).view(*x.shape[:-1], -1)
@@ -146,8 +215,8 @@ _float32_product.register_autograd(_backward, setup_context=_save)
 class Linear(nn.Linear):
     """nn.Linear by `linear`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, norm=norm, residual=residual)
 
 
 class SwiGLU(nn.Module):
@@ -158,6 +227,11 @@ class SwiGLU(nn.Module):
         self.gate_up = Linear(size, 2 * intermediate_size, bias=bias)
         self.down = Linear(intermediate_size, size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))  # in place: a third less memory for long prompts
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """residual + this of norm(x)."""
+        if self.gate_up.bias is None and one_row_on_a_gpu(x):
+            inner = product_of_one_row(x, self.gate_up.weight, norm=norm, gated=True).view(*x.shape[:-1], -1)
+        else:
+            gate, up = self.gate_up(x, norm=norm).chunk(2, dim=-1)
+            inner = F.silu(gate).mul_(up)  # in place: a third less memory for long prompts
+        return self.down(inner, residual=residual)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import weights
+from omni import one_row
 from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
@@ -419,16 +420,17 @@ def load(
         dtype = torch.float32 if device.type == "cpu" else config.dtype
     with torch.device("meta"), Uninitialised():
         thinker = Thinker(config)
+    transposed = False
+    if device.type == "cpu":
+        size = sum(parameter.numel() for parameter in thinker.parameters()) * dtype.itemsize
+        transposed = one_row.for_model(size, dtype, compiled=compile).transposed
     weights.fill(
         thinker,
         folder,
         tensor_names(config),
         device=device,
         dtype=dtype,
-        # Decoding is matrix-vector products, bound by the memory: in float32 PyTorch's own reads a tall matrix at the
-        # full rate lying so, and at two thirds of it the other way round; in bfloat16 and compiled it is the reverse.
-        # Products of many rows take both alike, but for a square matrix: contiguous outputs, 9 % faster.
-        transposed=device.type == "cpu" and dtype == torch.float32 and not compile,
+        transposed=transposed,
         progress=progress,
     )
     thinker.eval().requires_grad_(False)

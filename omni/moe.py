@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.config import DecoderConfig
-from omni.layers import float32_linear, matrix_vector, one_row_on_a_cpu
+from omni.layers import RMSNorm, by_sum, float32_linear, matrix_vector, one_row_on_a_cpu
 from seats.operators import operator
 
 
@@ -27,24 +27,30 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, hidden) → (B, S, hidden)."""
-        tokens = x.flatten(0, 1)
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """residual + the experts of norm(x), (B, S, hidden) all."""
+        tokens = (x if norm is None else norm(x)).flatten(0, 1)
         shares, chosen = self.route(tokens)
-        if one_row_on_a_cpu(tokens):
+        if on_kernels(tokens):
+            residual = None if residual is None else residual.flatten(0, 1)
+            return weighted_experts(tokens, shares, chosen, self.gate_up, self.down, residual).view_as(x)
+        out = self._in_turns(tokens, shares, chosen).view_as(x)
+        return out if residual is None else residual + out
+
+    def _in_turns(self, tokens: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+        """What `weighted_experts` computes, by PyTorch's operators."""
+        if by_sum(tokens.dtype) and one_row_on_a_cpu(tokens):
             gate, up = matrix_vector(self.gate_up[chosen[0]], tokens).chunk(2, dim=-1)
             results = matrix_vector(self.down[chosen[0]], F.silu(gate) * up)
-            return (shares @ results).view_as(x)
-        if on_kernels(tokens):
-            return weighted_experts(tokens, shares, chosen, self.gate_up, self.down).view_as(x)
+            return shares @ results
         by_expert, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=x.device), right=True).int()
+        ends = torch.searchsorted(by_expert, torch.arange(self.experts, device=tokens.device), right=True).int()
         rows = tokens.index_select(0, order // self.per_token)
         gate, up = grouped_product(rows, self.gate_up, ends).chunk(2, dim=-1)
         results = grouped_product(F.silu(gate).mul_(up), self.down, ends)
         # Gathers the results of each token and sums them by share in one pass, in the same order on every run.
         places = order.argsort().view_as(chosen)
-        return F.embedding_bag(places, results, mode="sum", per_sample_weights=shares).view_as(x)
+        return F.embedding_bag(places, results, mode="sum", per_sample_weights=shares)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(n, hidden) → shares in the tokens' dtype and experts, (n, experts_per_token) each."""
@@ -77,19 +83,21 @@ def _(logits: Tensor, per_token: int, normalise: bool, dtype: torch.dtype) -> tu
 
 
 @operator("omni::weighted_experts", device_types="cuda")
-def weighted_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The sum of each token's experts by share: (n, hidden).
+def weighted_experts(
+    x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None
+) -> Tensor:
+    """residual + the sum of each token's experts by share: (n, hidden).
 
-    x: (n, hidden). shares, chosen: (n, experts_per_token), the experts of a token all different.
+    x, residual: (n, hidden). shares, chosen: (n, experts_per_token), the experts of a token all different.
     gate_up: (experts, 2 · size, hidden). down: (experts, hidden, size).
     """
     from omni.moe_kernels import experts_on_device
 
-    return experts_on_device(x, shares, chosen, gate_up, down)
+    return experts_on_device(x, shares, chosen, gate_up, down, residual)
 
 
 @weighted_experts.register_fake
-def _(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from omni.row_kernels import experts_of_rows
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -63,7 +65,13 @@ def choose_on_device(logits: Tensor, per_token: int, normalise: bool, dtype: tor
 
 
 def experts_on_device(
-    x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, tiles: tuple[Tile, Tile] | None = None
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
     """What `moe.weighted_experts` computes, without a host read; the launches depend on shapes alone.
 
@@ -71,6 +79,9 @@ def experts_on_device(
     each expert's part of a token: (n · experts_per_token) rows of either.
     """
     x, shares, chosen = x.contiguous(), shares.contiguous(), chosen.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if len(x) == 1 and tiles is None:
+        return experts_of_rows(x, shares, chosen, gate_up, down, residual)
     (tokens, hidden), per_token = x.shape, chosen.shape[1]
     experts, _, size = down.shape
     rows = tokens * per_token
@@ -97,7 +108,7 @@ def experts_on_device(
         kernel[grid](weights, *arguments, *sizes, *blocks, num_warps=tile.warps, num_stages=stages_that_fit(tile, x))
     out = torch.empty_like(x)
     block = triton.next_power_of_2(hidden)
-    sum_kernel[(tokens,)](parts, shares, places, out, per_token, hidden, is_sorted, block, num_warps=4)
+    sum_kernel[(tokens,)](parts, shares, places, residual, out, per_token, hidden, is_sorted, block, num_warps=4)
     return out
 
 
@@ -329,6 +340,7 @@ def sum_kernel(
     parts,
     shares,
     places,
+    residual,
     out,
     PER_TOKEN: tl.constexpr,  # noqa: N803
     HIDDEN: tl.constexpr,  # noqa: N803
@@ -339,6 +351,8 @@ def sum_kernel(
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
+    if residual is not None:
+        total += tl.load(residual + token * HIDDEN + channel, mask=channel < HIDDEN, other=0.0).to(tl.float32)
     for pick in tl.static_range(PER_TOKEN):
         row = token * PER_TOKEN + pick
         share = tl.load(shares + row).to(tl.float32)

@@ -134,7 +134,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         arguments = (x, shares.to(dtype), chosen, gate_up, down)
         expected = loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
         for pair in tiles if tokens > moe_kernels.FEW_TOKENS else tiles[:1]:
-            got = moe_kernels.experts_on_device(*arguments, pair)
+            got = moe_kernels.experts_on_device(*arguments, tiles=pair)
             torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3)):
     logits = torch.randn(tokens, experts)

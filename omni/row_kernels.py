@@ -1,0 +1,247 @@
+"""Products of one row in Triton, which read each weight once: of dense layers and of a token's experts."""
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Tile = tuple[int, int, int]
+"""Rows of a matrix that a program multiplies, columns that it reads at a time, and its warps."""
+
+TILES: tuple[Tile, ...] = ((1, 2048, 4), (2, 1024, 4), (4, 1024, 4), (2, 2048, 8), (8, 512, 4))
+
+_fastest: dict[tuple[object, ...], Tile | None] = {}
+
+
+def product_on_device(
+    x: Tensor, weight: Tensor, added: Tensor | None, norm: Tensor | None, eps: float, gated: bool, float32: bool
+) -> Tensor:
+    """What `layers.row_product` computes, the fastest way on this device for a matrix of this shape.
+
+    Each way is measured when a shape is first met, in about a millisecond and with memory for a few copies of the
+    matrix; inside of a CUDA graph's capture, where nothing can be, it is PyTorch's own product.
+    """
+    key = (x.device, x.dtype, weight.shape, gated)
+    arguments = (added, norm, eps, gated, float32)
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            return product_by_library(x, weight, *arguments)
+        _fastest[key] = fastest(x, weight, *arguments)
+    tile = _fastest[key]
+    if tile is None:
+        return product_by_library(x, weight, *arguments)
+    return product_by_kernel(x, weight, *arguments, tile)
+
+
+def product_by_kernel(
+    x: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    float32: bool,
+    tile: Tile,
+) -> Tensor:
+    (rows, columns), (block, depth, warps) = weight.shape, tile
+    rows = rows // 2 if gated else rows
+    out = x.new_empty(rows, dtype=torch.float32 if float32 else x.dtype)
+    grid = (triton.cdiv(rows, block),)
+    row_kernel[grid](x, norm, weight, added, out, rows, columns, eps, gated, block, depth, num_warps=warps)
+    return out
+
+
+def product_by_library(
+    x: Tensor, weight: Tensor, added: Tensor | None, norm: Tensor | None, eps: float, gated: bool, float32: bool
+) -> Tensor:
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, eps)
+    if float32 and x.dtype != torch.float32:
+        out = torch.mm(x[None], weight.mT, out_dtype=torch.float32)[0]
+        return out if added is None else out + added
+    if gated:
+        gate, up = F.linear(x[None], weight)[0].chunk(2)
+        return F.silu(gate).mul_(up)
+    return F.linear(x[None], weight, added)[0]
+
+
+def fastest(x: Tensor, weight: Tensor, *arguments: object) -> Tile | None:
+    """The fastest tile of a product; None for PyTorch's own.
+
+    Each takes turns over copies of the matrix that together are larger than the cache.
+    """
+    cache = torch.cuda.get_device_properties(x.device).L2_cache_size
+    wanted, room = -(-3 * cache // weight.nbytes), torch.cuda.mem_get_info(x.device)[0] // 2 // weight.nbytes
+    matrices = [weight, *(weight.clone() for _ in range(max(0, min(wanted, room, 64) - 1)))]
+    turns = (matrices * -(-8 // len(matrices)))[: max(8, len(matrices))]
+
+    def seconds(tile: Tile | None) -> float:
+        def run(matrix: Tensor) -> None:
+            if tile is None:
+                product_by_library(x, matrix, *arguments)
+            else:
+                product_by_kernel(x, matrix, *arguments, tile)
+
+        run(weight)  # compiles
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # a millisecond in which all of it is launched
+        begin.record()
+        for matrix in turns:
+            run(matrix)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    tiles = (None, *TILES)
+    return min(tiles, key=lambda tile: min(seconds(tile) for _ in range(3)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def row_kernel(
+    x,
+    norm,
+    weight,
+    added,
+    out,
+    rows,
+    columns,
+    eps,
+    GATED: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """ROWS results. The norm's divisor is that of the whole row, so it comes after the product."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, COLUMNS)
+    there = row < rows
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total_up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((COLUMNS,), tl.float32)
+    begin = weight + row.to(tl.int64)[:, None] * columns
+    begin_up = begin + rows.to(tl.int64) * columns
+    for at in range(0, columns, COLUMNS):
+        real = at + lane < columns
+        mask = there[:, None] & real[None, :]
+        part = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            part_up = tl.load(begin_up + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        value = tl.load(x + at + lane, mask=real, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += value * value
+            value *= tl.load(norm + at + lane, mask=real, other=0.0).to(tl.float32)
+        total += part.to(tl.float32) * value[None, :]
+        if GATED:
+            total_up += part_up.to(tl.float32) * value[None, :]
+    scale = 1.0
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
+    result = tl.sum(total, axis=1) * scale
+    if GATED:
+        result = result / (1.0 + tl.exp(-result)) * (tl.sum(total_up, axis=1) * scale)
+    if added is not None:
+        result += tl.load(added + row, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=there)
+
+
+GATE_UP: Tile = (2, 1024, 4)
+DOWN: Tile = (2, 1024, 4)
+"""The tiles of experts."""
+
+
+def experts_of_rows(
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None,
+    tiles: tuple[Tile, Tile] = (GATE_UP, DOWN),
+) -> Tensor:
+    """What `moe.weighted_experts` computes, where hardly two tokens choose the same expert: a token at a time, each
+    program the rows of some channels whole. Sums are in float32 and in the same order on every run.
+    """
+    (tokens, hidden), (_, per_token), size = x.shape, chosen.shape, down.shape[2]
+    inner, out = x.new_empty(tokens, per_token, size), torch.empty_like(x)
+    rows, depth, warps = tiles[0]
+    grid = (triton.cdiv(size, rows), tokens * per_token)
+    gate_up_rows_kernel[grid](x, gate_up, chosen, inner, per_token, hidden, size, rows, depth, num_warps=warps)
+    rows, depth, warps = tiles[1]
+    down_rows_kernel[(triton.cdiv(hidden, rows), tokens)](
+        inner, down, chosen, shares, residual, out, per_token, hidden, size, rows, depth, num_warps=warps
+    )
+    return out
+
+
+@triton.jit
+def gate_up_rows_kernel(
+    x,
+    weights,
+    chosen,
+    inner,
+    PER_TOKEN: tl.constexpr,  # noqa: N803
+    HIDDEN: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """silu(gate) · up in ROWS channels of one expert of a token."""
+    place = tl.program_id(1)
+    expert = tl.load(chosen + place).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, COLUMNS)
+    there = row < SIZE
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    begin = weights + expert * (2 * SIZE * HIDDEN) + row[:, None] * HIDDEN
+    for at in tl.static_range(0, HIDDEN, COLUMNS):
+        real = at + lane < HIDDEN
+        mask = there[:, None] & real[None, :]
+        gates = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        ups = tl.load(begin + SIZE * HIDDEN + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        value = tl.load(x + (place // PER_TOKEN) * HIDDEN + at + lane, mask=real, other=0.0).to(tl.float32)
+        gate += gates.to(tl.float32) * value[None, :]
+        up += ups.to(tl.float32) * value[None, :]
+    result = tl.sum(gate, axis=1)
+    result = result / (1.0 + tl.exp(-result)) * tl.sum(up, axis=1)
+    tl.store(inner + place * SIZE + row, result.to(inner.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def down_rows_kernel(
+    inner,
+    weights,
+    chosen,
+    shares,
+    residual,
+    out,
+    PER_TOKEN: tl.constexpr,  # noqa: N803
+    HIDDEN: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """ROWS channels of a token's sum over its experts, by share and in their order."""
+    token = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, COLUMNS)
+    there = row < HIDDEN
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for pick in tl.static_range(PER_TOKEN):
+        place = token * PER_TOKEN + pick
+        expert = tl.load(chosen + place).to(tl.int64)
+        share = tl.load(shares + place).to(tl.float32)
+        begin = weights + expert * (HIDDEN * SIZE) + row[:, None] * SIZE
+        for at in tl.static_range(0, SIZE, COLUMNS):
+            real = at + lane < SIZE
+            mask = there[:, None] & real[None, :]
+            part = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            value = tl.load(inner + place * SIZE + at + lane, mask=real, other=0.0).to(tl.float32) * share
+            total += part.to(tl.float32) * value[None, :]
+    result = tl.sum(total, axis=1)
+    if residual is not None:
+        result += tl.load(residual + token * HIDDEN + row, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + token * HIDDEN + row, result.to(out.dtype.element_ty), mask=there)

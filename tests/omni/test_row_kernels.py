@@ -1,0 +1,170 @@
+"""Products of one row: kernels equal plain products, and what is chosen by measurement."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omni import layers, one_row
+from omni.layers import RMSNorm, SwiGLU
+
+KERNELS = """
+import torch
+import torch.nn.functional as F
+from omni import row_kernels
+from tests.omni.test_moe import loop_over
+
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for rows, columns in ((6, 40), (10, 1100)):
+        torch.manual_seed(rows)
+        x, norm = torch.randn(columns).to(dtype), (1 + 0.1 * torch.randn(columns)).to(dtype)
+        weight, added = columns**-0.5 * torch.randn(2 * rows, columns).to(dtype), torch.randn(2 * rows).to(dtype)
+        exact = [value.double() for value in (x, weight, added)]
+        normed = F.rms_norm(exact[0], norm.shape, norm.double(), 1e-6)
+        gate, up = (exact[1] @ normed).chunk(2)
+        for tile in ((1, 2048, 4), (4, 512, 4)):
+            for arguments, expected in (
+                ((None, None, 0.0, False, False), exact[1] @ exact[0]),
+                ((added, norm, 1e-6, False, True), exact[1] @ normed + exact[2]),
+                ((None, norm, 1e-6, True, False), F.silu(gate) * up),
+            ):
+                got = row_kernels.product_by_kernel(x, weight, *arguments, tile)
+                assert got.dtype == (torch.float32 if arguments[-1] else dtype)
+                torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+                if not arguments[-1]:
+                    got = row_kernels.product_by_library(x, weight, *arguments)
+                    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    x, residual = torch.randn(2, 2, 40).to(dtype)
+    gate_up, down = 0.2 * torch.randn(5, 48, 40).to(dtype), 0.2 * torch.randn(5, 40, 24).to(dtype)
+    shares, chosen = torch.randn(2, 5).softmax(-1).topk(3)
+    got = row_kernels.experts_of_rows(x, shares.to(dtype), chosen, gate_up, down, residual)
+    expected = residual.float() + loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
+print("same results")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_products_under_tritons_interpreter() -> None:
+    """With and without what comes before and after; in a process of its own, as Triton reads its mode once."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "same results\n", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """For Hopper: 16 bytes of the matrix at a time, and no register spilt."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from omni import row_kernels
+
+    def check(kernel: Any, values: dict[str, Any], warps: int) -> None:
+        pointers = dict.fromkeys(("x", "norm", "weight", "weights", "added", "out", "inner", "shares"), "*bf16")
+        pointers |= {"chosen": "*i32", "residual": "*bf16", "eps": "fp32"}
+        kinds = {name: "constexpr" if name in values else pointers.get(name, "i32") for name in kernel.arg_names}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, kind in enumerate(kinds.values())
+            if kind not in ("constexpr", "fp32")
+        }
+        options = {"num_warps": warps}
+        code = compile(ASTSource(kernel, kinds, values, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+        loads = [line for line in code.asm["ptx"].splitlines() if "ld.global" in line and "evict_first" in line]
+        assert loads
+        assert all("v4.b32" in line for line in loads)
+        assert not code.metadata.global_scratch_size
+
+    for rows, columns, warps in row_kernels.TILES:
+        check(row_kernels.row_kernel, {"added": None, "GATED": True, "ROWS": rows, "COLUMNS": columns}, warps)
+        check(row_kernels.row_kernel, {"norm": None, "GATED": False, "ROWS": rows, "COLUMNS": columns}, warps)
+    sizes = {"PER_TOKEN": 8, "HIDDEN": 2048, "SIZE": 768}
+    for kernel, (rows, columns, warps) in (
+        (row_kernels.gate_up_rows_kernel, row_kernels.GATE_UP),
+        (row_kernels.down_rows_kernel, row_kernels.DOWN),
+    ):
+        check(kernel, {**sizes, "ROWS": rows, "COLUMNS": columns}, warps)
+
+
+def test_products_take_a_norm_before_and_a_sum_after() -> None:
+    """What layers say in one call is what they said in three."""
+    torch.manual_seed(0)
+    norm, mlp, x = RMSNorm(16, 1e-6), SwiGLU(16, 24, bias=False), torch.randn(1, 3, 16)
+    torch.testing.assert_close(mlp(x, norm=norm, residual=x), x + mlp(norm(x)))
+    weight, bias = torch.randn(8, 16), torch.randn(8)
+    got = layers.linear(x, weight, bias, norm=norm, residual=torch.ones(1, 3, 8))
+    torch.testing.assert_close(got, 1 + F.linear(norm(x), weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "compiled", "expected"),
+    [
+        ({"tall": 4, "transposed": 3, "wide": 2}, False, (True, False)),
+        ({"tall": 3, "transposed": 4, "wide": 2}, False, (False, False)),
+        ({"tall": 4, "transposed": 3, "wide": 2, "sum": 2}, True, (False, True)),
+        ({"tall": 4, "transposed": 2, "wide": 2, "sum": 3}, True, (True, True)),
+        ({"tall": 4, "transposed": 3, "wide": 2, "sum": 5}, True, (True, False)),
+        ({"tall": 2, "transposed": 3, "wide": 1, "sum": 5}, True, (False, False)),
+    ],
+)
+def test_the_fastest_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], compiled: bool, expected: tuple[bool, bool]
+) -> None:
+    """Of layouts and products together; compiled code reads what was chosen."""
+    monkeypatch.setattr(one_row, "BYTES", 2**20)
+    monkeypatch.setattr(one_row, "measure", lambda ways: {name: seconds[name] for name in ways})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(layers, "_by_sum", {})
+    chosen = one_row.choose.__wrapped__(torch.float32, compiled=compiled)
+    assert (chosen.transposed, chosen.by_sum) == expected
+    assert layers.by_sum(torch.float32) == (expected[1] if compiled else True)
+
+
+def test_measuring_takes_turns_and_gives_up_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(one_row.time, "perf_counter", lambda: now[0])
+
+    def takes(name: str, *seconds: float) -> Any:
+        left = list(seconds)
+
+        def run() -> torch.Tensor:
+            calls.append(name)
+            now[0] += left.pop(0) if len(left) > 1 else left[0]
+            return torch.empty(0)
+
+        return run
+
+    measured = one_row.measure({"a": takes("a", 5, 3, 4), "b": takes("b", 2, 1), "slow": takes("slow", 30)})
+    assert measured == {"a": 3, "b": 1, "slow": 30}
+    assert calls[:5] == ["a", "b", "slow", "a", "b"]
+    assert calls.count("slow") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(4608, 3584), (2048, 4096), (1000, 1001)])
+def test_cuda_equals_products(shape: tuple[int, int]) -> None:
+    """On the device, whatever is chosen for the shape, and captured."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape[1], device="cuda"), torch.randn(shape, device="cuda")
+    x, weight = x.bfloat16(), weight.bfloat16()
+    norm = torch.rand(shape[1], device="cuda").bfloat16()
+    with torch.inference_mode():
+        got = layers.row_product(x, weight, None, norm, 1e-6, False, False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = layers.row_product(x, weight, None, norm, 1e-6, False, False)
+        graph.replay()
+    expected = weight.double() @ F.rms_norm(x.double(), norm.shape, norm.double(), 1e-6)
+    assert (got.double() - expected).norm() / expected.norm() < 1e-2
+    assert torch.equal(got, again)
