@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -69,7 +71,7 @@ def product_by_library(
     return F.linear(x[None], weight, added)[0]
 
 
-def fastest(x: Tensor, weight: Tensor, *arguments: object) -> Tile | None:
+def fastest(x: Tensor, weight: Tensor, *arguments: Any) -> Tile | None:
     """The fastest tile of a product; None for PyTorch's own.
 
     Each takes turns over copies of the matrix that together are larger than the cache.

@@ -168,7 +168,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
 
     from omni import moe_kernels
 
-    pointers = dict.fromkeys(("x", "inner", "parts", "shares", "out"), "*bf16")
+    pointers = dict.fromkeys(("x", "inner", "parts", "shares", "residual", "out"), "*bf16")
     pointers |= {"logits": "*bf16", "chosen": "*i32", "order": "*i32", "places": "*i32", "table": "*i32"}
 
     def made(kernel: Any, values: dict[str, Any], **options: int) -> Any:

@@ -133,7 +133,7 @@ def test_the_fastest_is_chosen(
 def test_measuring_takes_turns_and_gives_up_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of its own."""
     now, calls = [0.0], []
-    monkeypatch.setattr(one_row.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("omni.one_row.time.perf_counter", lambda: now[0])
 
     def takes(name: str, *seconds: float) -> Any:
         left = list(seconds)
