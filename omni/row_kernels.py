@@ -86,7 +86,7 @@ def fastest(x: Tensor, weight: Tensor, *arguments: Any) -> Tile | None:
             if tile is None:
                 product_by_library(x, matrix, *arguments)
             else:
-                product_by_kernel(x, matrix, *arguments, tile)
+                product_by_kernel(x, matrix, *arguments, tile=tile)
 
         run(weight)  # compiles
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
