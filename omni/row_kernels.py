@@ -82,11 +82,10 @@ def fastest(x: Tensor, weight: Tensor, *arguments: Any) -> Tile | None:
     turns = (matrices * -(-8 // len(matrices)))[: max(8, len(matrices))]
 
     def seconds(tile: Tile | None) -> float:
+        by_tile: tuple[Any, ...] = (product_by_library,) if tile is None else (product_by_kernel, tile)
+
         def run(matrix: Tensor) -> None:
-            if tile is None:
-                product_by_library(x, matrix, *arguments)
-            else:
-                product_by_kernel(x, matrix, *arguments, tile=tile)
+            by_tile[0](x, matrix, *arguments, *by_tile[1:])
 
         run(weight)  # compiles
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
