@@ -149,6 +149,9 @@ def split_words(words: list[str]) -> tuple[list[str], str]:
         raise UsageError(f"there is no question, {words[-1]} names a file. {how}")
     at = told[-1]
     media, question = words[:at] + words[at + 1 :], words[at]
+    others = [words[index] for index in told[:-1]]
+    if others and not any(" " in word for word in others):
+        raise UsageError(f"{others[0]!r} and {question!r} are no files: put the question in quotation marks. {how}")
     if re.fullmatch(r"(?![A-Za-z]+$)[\w-]+" if media else r"[\w-]+", question, re.ASCII):
         raise UsageError(f"{question!r} asks nothing. {how}")
     return media, question

@@ -315,6 +315,7 @@ def test_media_and_question(clip: Path, words: list[str], media: list[str], ques
         (["missing.mp4"], "there is no question, missing.mp4 names a file."),
         (["version"], "'version' asks nothing."),
         (["CLIP", "clip2"], "'clip2' asks nothing."),
+        (["CLIP", "What", "happens", "here?"], "'What' and 'here?' are no files: put the question in quotation marks."),
     ],
 )
 def test_a_forgotten_question_is_noticed(clip: Path, words: list[str], reason: str, capsys) -> None:
