@@ -25,6 +25,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -361,6 +362,21 @@ def make_media(folder: Path) -> list[str]:
         for picture in source.decode(video=0):
             file.mux(stream.encode(picture.reformat(64, 48)))
         file.mux(stream.encode())
+    with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.mpg"), "w", format="vob") as file:
+        stream = file.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number, picture in enumerate(source.decode(video=0)):
+            picture = picture.reformat(64, 48, "yuv420p")
+            picture.pts, picture.time_base = number, stream.codec_context.time_base
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
+    with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.webm"), "w") as file:
+        stream = file.add_stream("libvpx", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture in source.decode(video=0):
+            file.mux(stream.encode(picture.reformat(64, 48)))
+        file.mux(stream.encode())
+    (folder / "joined.ts").write_bytes(2 * (folder / "clip.ts").read_bytes())
     sounds = {"a.wav": "pcm_s16le", "a.flac": "flac", "a.mp3": "libmp3lame", "a.opus": "libopus"}
     sounds |= {"a.m4a": "aac"}
     wave = 0.3 * torch.sin(torch.arange(24_000) / 20)[None]
@@ -374,9 +390,13 @@ def make_media(folder: Path) -> list[str]:
                 file.mux(stream.encode(part))
             file.mux(stream.encode())
     pictures = [Image.linear_gradient("L").resize((64, 48)).rotate(45 * turn).convert("RGB") for turn in range(6)]
-    for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm", "jp2", "avif"):
+    for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm", "jp2", "avif", "ico"):
         pictures[0].save(folder / f"still.{kind}")
-    for kind in ("gif", "png", "webp"):
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.from_pillow(pictures[0]).save(folder / "still.heic")
+    for kind in ("gif", "png", "webp", "avif"):
         pictures[0].save(folder / f"moving.{kind}", save_all=True, append_images=pictures[1:], duration=100)
     return sorted(path.name for path in folder.iterdir())
 
@@ -404,6 +424,16 @@ def make_rows(folder: Path) -> list[str]:
     Image.linear_gradient("L").resize((48, 64)).save(folder / "b.png")
     rows: list[dict[str, Any]] = [
         {"id": "a", "media": "a.png", "question": "What is seen?", "retention": 0.5, "seed": 3, "temperature": 0.7},
+        {
+            "id": "b",
+            "media": [
+                "a.wav",
+                "data:image/gif;base64,R0lGODdhHAAcAIAAAAAAAP///ywAAAAAHAAcAAACGoSPqcvtD6OctNqLs968+w+G4kiW5omm6soWADs=",
+            ],
+            "question": "?",
+            "start": 0.5,
+            "end": 1.25,
+        },
         {"id": 7, "media": ["a.png", "b.png"], "question": "Which?", "max_pixels": 3136, "no_audio": True},
         {"id": "ü", "media": None, "question": "Who?", "max_new_tokens": 9, "system": "Be brief.", "kv": "layerwise"},
     ]

@@ -65,7 +65,7 @@ def open_animation(source: Any) -> Iterator[Animation | None]:
         picture = open_picture(file, name)
         if picture is None:
             yield None
-        elif not moves(picture):
+        elif not moves(picture, name):
             raise MediaError(f"{name} is a single picture ({picture.format}). Give it as an image.")
         else:
             yield Animation(file, picture, name)

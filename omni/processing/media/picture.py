@@ -35,7 +35,7 @@ def read_image(source: Any) -> Tensor:
         picture = open_picture(file, name)
         if picture is None:
             raise MediaError(f"{name} is not a picture of a known format ({', '.join((*PICTURES, 'HEIC'))}).")
-        if moves(picture):
+        if moves(picture, name):
             warn(f"{name} moves: as an image it is its first frame. Give it as a video to have all.")
         elif picture.format == "TIFF" and getattr(picture, "n_frames", 1) > 1:
             warn(f"{name} has {picture.n_frames} pages: the first is taken.")
@@ -57,12 +57,12 @@ def is_heif(file: BinaryIO) -> bool:
     return not features.check("avif")
 
 
-def moves(picture: Any) -> bool:
-    """Whether an opened picture is a clip. Raises whatever a damaged file makes Pillow run into as MediaError."""
+def moves(picture: Any, name: str) -> bool:
+    """Whether an opened picture is a clip. Raises MediaError for a damaged one."""
     try:
         return picture.format in MOVING and bool(getattr(picture, "is_animated", False))
     except Exception as error:
-        raise MediaError(f"the picture is damaged: {error}.") from error
+        raise MediaError(f"{name} is a damaged picture: {error}.") from error
 
 
 def open_picture(file: BinaryIO, name: str) -> Any | None:
