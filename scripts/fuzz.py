@@ -11,6 +11,7 @@ exception that is none of the library's is kept under --findings, and the exit s
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
 import multiprocessing
@@ -417,23 +418,22 @@ def read_media(folder: Path, name: str) -> None:
 
 
 def make_rows(folder: Path) -> list[str]:
+    import av
     from PIL import Image
 
     make_checkpoint(folder / "model")
     Image.linear_gradient("L").resize((64, 48)).save(folder / "a.png")
     Image.linear_gradient("L").resize((48, 64)).save(folder / "b.png")
+    with av.open(str(folder / "a.wav"), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        silence = torch.zeros(1, 32_000, dtype=torch.int16).numpy()
+        frame = av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+    picture = f"data:image/png;base64,{base64.b64encode((folder / 'a.png').read_bytes()).decode()}"
     rows: list[dict[str, Any]] = [
         {"id": "a", "media": "a.png", "question": "What is seen?", "retention": 0.5, "seed": 3, "temperature": 0.7},
-        {
-            "id": "b",
-            "media": [
-                "a.wav",
-                "data:image/gif;base64,R0lGODdhHAAcAIAAAAAAAP///ywAAAAAHAAcAAACGoSPqcvtD6OctNqLs968+w+G4kiW5omm6soWADs=",
-            ],
-            "question": "?",
-            "start": 0.5,
-            "end": 1.25,
-        },
+        {"id": "b", "media": ["a.wav", picture], "question": "?", "start": 0.5, "end": 1.25},
         {"id": 7, "media": ["a.png", "b.png"], "question": "Which?", "max_pixels": 3136, "no_audio": True},
         {"id": "ü", "media": None, "question": "Who?", "max_new_tokens": 9, "system": "Be brief.", "kv": "layerwise"},
     ]
