@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import count
 from multiprocessing.connection import Connection
@@ -368,7 +369,7 @@ def make_media(folder: Path) -> list[str]:
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number, picture in enumerate(source.decode(video=0)):
             picture = picture.reformat(64, 48, "yuv420p")
-            picture.pts, picture.time_base = number, stream.codec_context.time_base
+            picture.pts, picture.time_base = number, Fraction(1, 25)
             file.mux(stream.encode(picture))
         file.mux(stream.encode())
     with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.webm"), "w") as file:

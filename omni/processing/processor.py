@@ -19,6 +19,7 @@ from omni.processing.beside import Beside
 from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, encode_chat, load_template
 from omni.processing.frames import Pixels, VisionSizes, resize, target_size, vision_sizes
 from omni.processing.media import Video, fetched, read_audio, read_image, read_video
+from omni.processing.media.addresses import data_of, scheme_of
 from omni.processing.media.files import is_array, is_file_object, named
 from omni.processing.media.sound import PastEndError
 from omni.processing.mel import log_mel
@@ -166,9 +167,14 @@ class Processor:
 
 
 def _local(source: Any, urls: bool, stack: ExitStack) -> Any:
-    """A source, or a list of frames, with what is on the network fetched until the stack ends."""
+    """A source, or a list of frames, with what is on the network fetched until the stack ends.
+
+    data: addresses are unpacked: a medium is opened several times.
+    """
     if isinstance(source, list):
         return [_local(each, urls, stack) for each in source]
+    if scheme_of(source) == "data":
+        return data_of(source)
     return stack.enter_context(fetched(source, urls=urls))
 
 
