@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -271,8 +272,14 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
             return _Scan(marks, shown, known if trusted else [], shifts, times, end, rates, True, unit)
     if not rates:
         raise MediaError(f"{name} states neither times nor a rate of its frames. Put it into an MP4 file.")
-    times = [number / rates[0] for number in range(sum(shown))]
-    return _Scan(marks, shown, [], NONE, times, len(times) / rates[0], rates, False, unit)
+    # In order of decoding there may be times all the same, as in AVI, where frames may have been left out: what is
+    # shown comes in that order at these times.
+    slots = [each.decoded for each, visible in zip(marks, shown, strict=True) if visible]
+    if all(b is not None and a is not None and a < b for a, b in pairwise(slots)) and slots[0] is not None:
+        times = [slot - slots[0] for slot in slots if slot is not None]
+    else:
+        times = [number / rates[0] for number in range(len(slots))]
+    return _Scan(marks, shown, [], NONE, times, times[-1] + 1 / rates[0], rates, False, unit)
 
 
 def _is_shown(codec: str, packet: Any) -> bool:
@@ -400,7 +407,7 @@ class _Through:
         for number, (time, frame) in enumerate(self.frames):
             stays = (frame.duration or 0) * self.scan.unit if self.scan.timed else step
             if not self.scan.timed:
-                time = number * step
+                time = self.scan.times[number] if number < len(self.scan.times) else latest + step
             elif time is None:
                 time = latest + step if self.times else latest
             # Stamps that go back, or stand still, are followed by what was to be shown later.
