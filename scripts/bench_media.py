@@ -1,0 +1,138 @@
+"""Measures reading: the frames of a clip that a model sees, against decoding all of it and scaling them one by one.
+
+    python scripts/bench_media.py                       # 64 s of 1080p and of 720p, H.264 with B frames
+    python scripts/bench_media.py --seconds 8 --heights 1080 --bframes 0 --gop 30     # as many telephones write it
+
+Sides run in turns; both give the same pixels, which is checked. The clip is made first. `decord` is a side where it is
+installed. The benchmark's row `media` is this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_sides import Measured, target
+from torch import Tensor
+
+from omni.processing.frames import VisionSizes, sample_indices
+
+RATE = 30
+
+
+def write_clip(path: Path, seconds: int, height: int, *, gop: int = 250, bframes: int = 3) -> None:
+    """A texture that moves, with some noise: about what a telephone writes in bits."""
+    import av
+
+    width = height * 16 // 9 // 2 * 2
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(20, 220, (3, height // 12, width // 12), np.uint8))
+    smooth = torch.nn.functional.interpolate(coarse[None].float(), (height + 256, width + 256), mode="bicubic")[0]
+    texture = smooth.clamp(20, 220).byte().permute(1, 2, 0).contiguous().numpy()
+    noise = rng.integers(-8, 9, (height + 64, width + 64, 1), np.int8).view(np.uint8)
+    with av.open(str(path), "w") as file:
+        options = {"preset": "veryfast", "crf": "23", "bf": str(bframes), "g": str(gop)}
+        stream = file.add_stream("libx264", rate=RATE, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", gop
+        for number in range(seconds * RATE):
+            down, across = (round(128 + 120 * turn(number / 40)) for turn in (np.sin, np.cos))
+            shown = texture[down : down + height, across : across + width]
+            aside, below = rng.integers(64, size=2)
+            shown = shown + noise[below : below + height, aside : aside + width]
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            frame.pts = number
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def plain(path: Path, wanted: list[int], size: tuple[int, int]) -> Tensor:
+    """Decodes all, on all cores; takes and scales by Pillow what is wanted."""
+    import av
+    from PIL import Image
+
+    frames = torch.empty(len(wanted), 3, *size, dtype=torch.uint8)
+    with av.open(str(path)) as file:
+        file.streams.video[0].thread_type = "AUTO"
+        taken = {index: place for place, index in enumerate(wanted)}
+        for number, frame in enumerate(file.decode(video=0)):
+            if number in taken:
+                picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+                frames[taken[number]] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return frames
+
+
+def by_decord(path: Path, wanted: list[int], size: tuple[int, int]) -> Tensor:
+    """decord's frames, scaled by torch's bicubic: its pixels are others."""
+    import decord
+    from torch.nn.functional import interpolate
+
+    frames = torch.from_numpy(decord.VideoReader(str(path)).get_batch(wanted).asnumpy()).permute(0, 3, 1, 2)
+    scaled = torch.empty(len(wanted), 3, *size, dtype=torch.uint8)
+    for some, into in zip(frames.split(8), scaled.split(8), strict=True):
+        into.copy_(interpolate(some, size, mode="bicubic", antialias=True))
+    return scaled
+
+
+def media_row(seconds: int, height: int, rounds: int, *, gop: int = 250, bframes: int = 3) -> dict[str, Any]:
+    """A row of the benchmark, of two frames a second."""
+    from omni.processing.media import read_video
+
+    sizes, wanted = VisionSizes(), sample_indices(seconds * RATE, RATE)
+    size = sizes.clip_size(len(wanted), height, height * 16 // 9 // 2 * 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_clip(path, seconds, height, gop=gop, bframes=bframes)
+        megabits = 8e-6 * path.stat().st_size / seconds
+        sides: dict[str, Callable[[], Tensor]] = {
+            "ours": lambda: read_video(path, size_for=sizes.clip_size).frames,
+            "decoding all, scaling in turn": lambda: plain(path, wanted, size),
+        }
+        if importlib.util.find_spec("decord"):
+            sides["decord, torch's bicubic"] = lambda: by_decord(path, wanted, size)
+        ours, theirs = (list(sides.values())[side]() for side in (0, 1))
+        assert torch.equal(ours, theirs), "sides differ"
+        del ours, theirs
+        first: dict[str, float] = {}
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                started = time.perf_counter()
+                side()
+                times[name].append(time.perf_counter() - started)
+                first.setdefault(name, times[name][0])
+    row = Measured(first, times, {}).row({name: name for name in sides})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    faster = {
+        name: spread([other / own for own, other in zip(times["ours"], times[name], strict=True)]) for name in times
+    }
+    others = [name for name in sides if name != "ours"]
+    row["targets"] = [target(f"times as fast as {others[0]}", faster[others[0]]["median"], 1.6 if cores < 8 else 4.0)]
+    row["targets"] += [target(f"times as fast as {name}", faster[name]["median"], 1.0) for name in others[1:]]
+    return row | {"frames": len(wanted), "size": list(size), "cores": cores, "megabits_per_second": megabits}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=64, help="of the clip (default: %(default)s)")
+    parser.add_argument("--heights", type=int, nargs="+", default=[1080, 720], help="(default: 1080 720)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--gop", type=int, default=250, help="frames from keyframe to keyframe (default: %(default)s)")
+    parser.add_argument("--bframes", type=int, default=3, help="between two others (default: %(default)s)")
+    options = parser.parse_args()
+    for height in options.heights:
+        row = media_row(options.seconds, height, options.rounds, gop=options.gop, bframes=options.bframes)
+        print(f"{options.seconds} s of {height}p:", json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
