@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from bench_sides import Measured, target
 from torch import Tensor
 
 from omni.processing.frames import VisionSizes, sample_indices
+from omni.processing.mel import SAMPLE_RATE
 
 RATE = 30
 
 
-def write_clip(path: Path, seconds: int, height: int, *, gop: int = 250, bframes: int = 3) -> None:
-    """A texture that moves, with some noise: about what a telephone writes in bits."""
+def write_clip(
+    path: Path, seconds: int, height: int, *, gop: int = 250, bframes: int = 3, sound: Tensor | None = None
+) -> None:
+    """A texture that moves, with some noise: about what a telephone writes in bits. sound: (n,) at 16 kHz."""
     import av
 
     width = height * 16 // 9 // 2 * 2
@@ -43,6 +47,7 @@ def write_clip(path: Path, seconds: int, height: int, *, gop: int = 250, bframes
         options = {"preset": "veryfast", "crf": "23", "bf": str(bframes), "g": str(gop)}
         stream = file.add_stream("libx264", rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", gop
+        heard = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound is not None else None
         for number in range(seconds * RATE):
             down, across = (round(128 + 120 * turn(number / 40)) for turn in (np.sin, np.cos))
             shown = texture[down : down + height, across : across + width]
@@ -52,6 +57,10 @@ def write_clip(path: Path, seconds: int, height: int, *, gop: int = 250, bframes
             frame.pts = number
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+        if heard is not None and sound is not None:
+            block = av.AudioFrame.from_ndarray(sound[None].float().numpy(), format="fltp", layout="mono")
+            block.sample_rate, block.pts, block.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
+            file.mux([*heard.encode(block), *heard.encode()])
 
 
 def plain(path: Path, wanted: list[int], size: tuple[int, int]) -> Tensor:
@@ -73,7 +82,7 @@ def plain(path: Path, wanted: list[int], size: tuple[int, int]) -> Tensor:
 
 def by_decord(path: Path, wanted: list[int], size: tuple[int, int]) -> Tensor:
     """decord's frames, scaled by torch's bicubic: its pixels are others."""
-    import decord
+    import decord  # type: ignore[import-untyped,import-not-found,unused-ignore]
     from torch.nn.functional import interpolate
 
     frames = torch.from_numpy(decord.VideoReader(str(path)).get_batch(wanted).asnumpy()).permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from bench_cache import CACHES, caches_in
+from bench_media import media_row, write_clip
 from bench_models import in_float32, their_decode, their_prefill
 from bench_report import PAPER
 from bench_results import Names
@@ -375,6 +377,36 @@ def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
     return bench.measure(sides).row({name: name for name in sides})
 
 
+def first_token_from_file_row(bench: Bench, clip: Clip) -> dict[str, Any]:
+    """From a file of 720p with sound, two frames a second: read, log-mel, encoders, prefill at 10 %."""
+    from omni.processing.beside import Beside
+    from omni.processing.media import read_audio, read_video
+
+    blank, config, seconds = bench.inputs(clip), bench.preset(RETENTIONS[-1]), int(clip.seconds)
+    side = bench.config.vision.patch_size * bench.config.vision.spatial_merge_size
+    sizes, size = vision_sizes(Path(os.devnull), bench.config), (clip.rows * side, clip.columns * side)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_clip(path, seconds, 720, sound=torch.randn(seconds * SAMPLE_RATE) / 10)
+
+        def hear(stopped: Callable[[], bool]) -> Tensor:
+            sound = read_audio(path, end=seconds, stopped=stopped)
+            assert sound is not None
+            return log_mel(sound)[None]
+
+        def prepared() -> omni.Inputs:
+            with Beside(hear) as beside:
+                video = read_video(path, size_for=lambda *_: size)
+                return with_media(blank, blank.input_ids, Pixels((video.frames,), sizes, True), beside.wait())
+
+        sides = {
+            "compiled": partial(bench.once, lambda: bench.compiled.prefill(prepared(), seats=config)),
+            "eager": partial(bench.once, lambda: bench.eager.prefill(prepared(), seats=config)),
+            "reading alone": partial(bench.once, prepared),
+        }
+        return bench.measure(sides).row({name: name for name in sides})
+
+
 def with_media(inputs: omni.Inputs, ids: Tensor, pixels: Pixels, mel: Tensor) -> omni.Inputs:
     """A request with another question, clip and sound; the latter two of the same size."""
     return omni.Inputs(
@@ -495,6 +527,10 @@ def first_prefill(bench: Bench, seconds: float) -> dict[str, float]:
     return {"first": first, "again": second, "first_of_a_later_plan": other}
 
 
+def _media_rows(seconds: int, height: int, rounds: int) -> list[dict[str, Any]]:
+    return [media_row(seconds, height, rounds)]
+
+
 def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str, Any]]]]:
     """Names of rows that are measured together → what measures them, the most wanted first."""
     few = RETENTIONS[-1]
@@ -543,6 +579,9 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
         add("vision, windows not full", vision_row, grids, 20)
     add("audio", audio_row, 64 if bench.on_gpu else 30)
     add(f"first token of {label}", first_token_row, clip)
+    media = importlib.util.find_spec("av") is not None
+    if media:
+        add(f"first token from a file of {label}", first_token_from_file_row, clip)
     add(f"throughput of {label} at 10%", throughput_row, clip, asked, answer)
     add(f"decode beside compiled after {decoded} at 10%", decode_row, after, few, new, compiled=True)
     add(f"prefill beside compiled of {label}", compiled_prefill_row, clip)
@@ -555,4 +594,7 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
             add_prefills(label)
             if bench.on_gpu:
                 add(f"decode after {label}", decode_row, clips[label][0], 1.0, new)
+    if media and bench.family == "qwen2.5" and bench.dtype == (torch.bfloat16 if bench.on_gpu else torch.float32):
+        for seconds, height in ((64, 1080), (64, 720)) if bench.size != "small" else ((2, 144),):
+            rows[f"media, {seconds} s of {height}p",] = partial(_media_rows, seconds, height, bench.repeats)
     return rows

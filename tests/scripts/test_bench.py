@@ -385,3 +385,13 @@ def test_the_readme_says_what_the_result_files_say() -> None:
     assert (ROOT / "benchmarks" / "README.md").read_text().startswith(render(results))
     text = (ROOT / "README.md").read_text()
     assert f"{BEGIN}\n{headline(results)}\n{END}" in text
+
+
+def test_reading_gives_what_the_plain_way_gives() -> None:
+    """The row checks that sides have the same pixels, and has a target for each other side."""
+    pytest.importorskip("av")
+    from bench_media import media_row
+
+    row = media_row(2, 144, 1)
+    assert row["frames"] == 4 and row["rounds"] == 1
+    assert len(row["targets"]) == len(row["seconds"]) - 1 >= 1
