@@ -44,6 +44,7 @@ def answer(options: argparse.Namespace) -> None:
             device=_device(options.device),
             dtype=DTYPES[options.dtype] if options.dtype else None,
             revision=options.revision,
+            adapter=options.adapter,
             compile=options.compile,
             progress=sys.stderr.isatty(),
         )

@@ -91,9 +91,11 @@ def run(options: argparse.Namespace) -> None:
         if path.exists() and path.samefile(options.questions):
             raise InputError(f"{options.answers} would be written over {options.questions}: name another file.")
     journal = Journal(options.answers)
-    folder = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
+    folder = weights.locate(options.model, revision=options.revision, shards=False)
     if folder == Path(options.model):
         options.model = str(folder.resolve())
+    if options.adapter is not None and Path(options.adapter).is_dir():
+        options.adapter = str(Path(options.adapter).resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
     ids, unreadable = source.scan()
     journal.check([*ids, *(row["id"] for row in unreadable)])
@@ -400,7 +402,7 @@ class Prepare:
             done = ray.get(done)
         self.options, self.done = options, done
         self.folder = options.questions.parent
-        checkpoint = weights.locate(options.model, revision=options.revision, tensor_prefix=None)
+        checkpoint = weights.locate(options.model, revision=options.revision, shards=False)
         self.config = read_config(checkpoint)
         self.processor = Processor(checkpoint, self.config)
         self.dtype = pool.dtype(options, self.config)
@@ -479,6 +481,7 @@ class Answer:
             device=pool.device,
             dtype=DTYPES[options.dtype] if options.dtype else None,
             revision=options.revision,
+            adapter=options.adapter,
             compile=options.compile,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seats.cost import prefill_macs
+from weights.adapters import base_of
 from weights.files import read_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -626,6 +627,11 @@ def _stop_token_ids(folder: Path, root: _Section, thinker: _Section, text: _Sect
 
 def _read_json(path: Path) -> Any:
     if not path.exists():
+        if (base := base_of(path.parent)) is not None:
+            raise ConfigError(
+                f"{path.parent} is an adapter for {base!r}, no checkpoint: load that, with this as its adapter "
+                "(omni.load(base, adapter=...), --adapter)."
+            )
         raise ConfigError(f"{path} does not exist; a checkpoint folder holds config.json.")
     try:
         return read_object(path)

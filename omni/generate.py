@@ -194,6 +194,7 @@ def model_parser() -> argparse.ArgumentParser:
         "--model", default="Qwen/Qwen2.5-Omni-7B", help=f"hub id, folder or tiny (default: %(default)s); {TINY}"
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    parser.add_argument("--adapter", help="LoRA to merge into the weights: hub id or folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own, float32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="compile first: pays off over many requests, not one")

@@ -24,7 +24,7 @@ def manifest() -> ModelManifest:
 
 
 class SeatsOmni(lmms):
-    """pretrained, revision, device, dtype, compile: `omni.load`. method, retention, video_ratio, audio_ratio:
+    """pretrained, revision, adapter, device, dtype, compile: `omni.load`. method, retention, video_ratio, audio_ratio:
     `seats.method_for`; retention=1 keeps every token. kv: `Omni.prefill`. fps, max_frames, min_pixels, max_pixels,
     total_pixels: `Omni.prepare`. use_audio_in_video: whether clips are heard. system_prompt: instead of the chat
     template's, or a file that has it. max_new_tokens: where a task says nothing. batch_size: requests together, of one
@@ -40,6 +40,7 @@ class SeatsOmni(lmms):
         self,
         pretrained: str = "Qwen/Qwen2.5-Omni-7B",
         revision: str | None = None,
+        adapter: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
         compile: bool = False,
@@ -75,6 +76,7 @@ class SeatsOmni(lmms):
         self.model = omni.load(
             str(pretrained),
             revision=revision,
+            adapter=adapter,
             device=device,
             dtype=DTYPES[dtype] if dtype else None,
             compile=bool(compile),

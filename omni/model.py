@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -400,13 +400,15 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     compile: bool = False,
     eager_until_warm: bool = False,
     progress: bool = False,
 ) -> Omni:
     """Loads a public checkpoint.
 
-    source: a hub id (`Qwen/Qwen2.5-Omni-7B`, with `revision`) or a folder in the public layout.
+    source: a hub id (`Qwen/Qwen2.5-Omni-7B`, with `revision`) or a folder in one of the public layouts
+    (`weights.names`). adapter: a LoRA of PEFT's, folder or hub id, merged into the weights.
     device: the accelerator where there is one, else the CPU. dtype: the checkpoint's own, but float32 on a CPU,
     where most processors have no bfloat16 product. progress: bars on stderr.
     compile: encoders, prefill and decoding steps run as graphs, compiled when a size is first met (`Omni.warmup` does
@@ -414,12 +416,18 @@ def load(
     Raises omni.config.ConfigError and weights.CheckpointError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = weights.locate(source, revision=revision)
+    adapter_folder = None if adapter is None else weights.locate_adapter(adapter)
+    folder = weights.locate(
+        source,
+        revision=revision,
+        judge=lambda folder, names: _judge(folder, names, adapter_folder, device, dtype),
+    )
     config = read_config(folder)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else config.dtype
-    with torch.device("meta"), Uninitialised():
-        thinker = Thinker(config)
+    layout = weights.read_layout(folder)
+    config = _with_its_head(config, folder, layout)
+    dtype = dtype or _dtype_on(device, config)
+    thinker = _on_meta(config)
+    names = tensor_names(config, layout)
     transposed = False
     if device.type == "cpu":
         size = sum(parameter.numel() for parameter in thinker.parameters()) * dtype.itemsize
@@ -427,9 +435,12 @@ def load(
     weights.fill(
         thinker,
         folder,
-        tensor_names(config),
+        names,
         device=device,
         dtype=dtype,
+        prefix=layout.prefix,
+        ignored=_unneeded(config, layout, weights.read_names(folder) or ()),
+        adapter={} if adapter_folder is None else _read_adapter(adapter_folder, thinker, layout, names),
         transposed=transposed,
         progress=progress,
     )
@@ -447,8 +458,73 @@ class Uninitialised(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
-    """The public tensor names of a checkpoint with these sizes, and the parameters they fill."""
+def _judge(
+    folder: Path,
+    find_names: Callable[[], Collection[str] | None],
+    adapter_folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Raises what `load` would raise after the shards are fetched, as far as configuration, names and adapter tell."""
+    config = read_config(folder)
+    thinker = _on_meta(config)
+    weights.check_memory(thinker, device, dtype or _dtype_on(device, config))
+    if (found := find_names()) is None:
+        return
+    layout = weights.layout_of(found)
+    own = [name for name in found if name.startswith(layout.prefix)]
+    names = tensor_names(config, layout)
+    weights.check_names(f"The checkpoint for {folder}", own, names, _unneeded(config, layout, own))
+    if adapter_folder is not None:
+        _read_adapter(adapter_folder, thinker, layout, names)
+
+
+def _read_adapter(
+    folder: Path, thinker: Thinker, layout: weights.Layout, names: Mapping[str, weights.Destination]
+) -> dict[str, weights.LowRank]:
+    parameters = dict(thinker.named_parameters())
+    shapes = {name: tuple(place.view(parameters[place.parameter]).shape) for name, place in names.items()}
+    return weights.read_adapter(folder, layout, shapes)
+
+
+def _on_meta(config: OmniConfig) -> Thinker:
+    with torch.device("meta"), Uninitialised():
+        return Thinker(config)
+
+
+def _dtype_on(device: torch.device, config: OmniConfig) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else config.dtype
+
+
+def _with_its_head(config: OmniConfig, folder: Path, layout: weights.Layout) -> OmniConfig:
+    """The config, untied where the checkpoint holds a head of its own all the same, as transformers 4.52 wrote it."""
+    if not config.decoder.tie_word_embeddings:
+        return config
+    stored = weights.read_index(folder, layout.prefix)
+    head, embedding = (stored.get(layout.spell(name)) for name in (HEAD, EMBEDDING))
+    if head is None or embedding is None or weights.equal(head, embedding):
+        return config
+    return replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
+
+
+def _unneeded(config: OmniConfig, layout: weights.Layout, names: Collection[str]) -> set[str]:
+    """Those of a checkpoint's tensor names that may be there and are left out: buffers, and the head of a tied one."""
+    return layout.buffers(names) | ({layout.spell(HEAD)} if config.decoder.tie_word_embeddings else set())
+
+
+HEAD, EMBEDDING = "thinker.lm_head.weight", "thinker.model.embed_tokens.weight"
+
+
+def tensor_names(config: OmniConfig, layout: weights.Layout | None = None) -> dict[str, weights.Destination]:
+    """The public tensor names of a checkpoint with these sizes, and the parameters they fill.
+
+    layout: how the checkpoint spells them; as released unless given.
+    """
+    layout = layout or weights.Layout()
+    return {layout.spell(name): destination for name, destination in _released_names(config, layout).items()}
+
+
+def _released_names(config: OmniConfig, layout: weights.Layout) -> dict[str, weights.Destination]:
     vision, audio, decoder = config.vision, config.audio, config.decoder
     if config.family == QWEN3:
         return weights.qwen3_omni_moe(
@@ -464,6 +540,7 @@ def tensor_names(config: OmniConfig) -> dict[str, weights.Destination]:
             num_experts=decoder.num_experts,
             expert_intermediate=decoder.expert_size,
             tied_head=decoder.tie_word_embeddings,
+            fused_experts=layout.fused_experts,
         )
     return weights.qwen2_5_omni(
         vision_depth=vision.depth,

@@ -66,7 +66,7 @@ def read_index(folder: str | Path, prefix: str = "thinker.") -> dict[str, Stored
         shard_of = None
         shards = [SINGLE_FILE]
     else:
-        raise CheckpointError(f"{folder} holds no checkpoint: neither {INDEX_FILE} nor {SINGLE_FILE} is there.")
+        raise no_checkpoint(folder)
 
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
@@ -92,19 +92,55 @@ def read_index(folder: str | Path, prefix: str = "thinker.") -> dict[str, Stored
     return tensors
 
 
-def read_weight_map(folder: Path, prefix: str) -> dict[str, str]:
-    """Tensor name → shard's file name, from the index of a checkpoint, for names that start with `prefix`.
+def read_tensors(folder: Path, file: str) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file of a folder. Raises CheckpointError with all that is wrong."""
+    try:
+        tensors, problems = _read_shard(_shard_path(folder, file), "")
+    except (OSError, ValueError) as error:
+        tensors, problems = {}, [f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)]
+    if problems:
+        raise listed(f"{folder / file} is damaged or not supported:", [f"{problem}." for problem in problems])
+    return tensors
 
-    Raises CheckpointError where the index is no such map, or names a file in another folder.
-    """
-    path = folder / INDEX_FILE
+
+def no_checkpoint(folder: Path) -> CheckpointError:
+    adapter = " It holds an adapter: load its base, with this as the adapter."
+    hint = adapter if (folder / "adapter_config.json").is_file() else ""
+    return CheckpointError(f"{folder} holds no checkpoint: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{hint}")
+
+
+def read_names(folder: Path) -> list[str] | None:
+    """The names of all tensors, from the index or the one file; None where there is neither. Raises CheckpointError."""
+    if (folder / INDEX_FILE).is_file():
+        return list(_weight_map(folder / INDEX_FILE))
+    if not (folder / SINGLE_FILE).is_file():
+        return None
+    try:
+        header, _, _ = _read_header(_shard_path(folder, SINGLE_FILE))
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise listed(f"The checkpoint in {folder} is damaged or not supported:", [f"{SINGLE_FILE} {reason}."]) from None
+    return [name for name in header if name != "__metadata__"]
+
+
+def _weight_map(path: Path) -> dict[str, Any]:
+    """What an index holds, its files unchecked. Raises CheckpointError."""
     try:
         weight_map = read_object(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError('it has no "weight_map" object')
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    shard_of = {name: file for name, file in weight_map.items() if name.startswith(prefix)}
+    return weight_map
+
+
+def read_weight_map(folder: Path, prefix: str) -> dict[str, str]:
+    """Tensor name → shard's file name, from the index of a checkpoint, for names that start with `prefix`.
+
+    Raises CheckpointError where the index is no such map, or names a file in another folder.
+    """
+    path = folder / INDEX_FILE
+    shard_of = {name: file for name, file in _weight_map(path).items() if name.startswith(prefix)}
     if not shard_of:
         raise CheckpointError(f"{path} names no tensor that starts with {prefix!r}.")
     # Plain names only: they reach the file system, and the hub client as patterns.

@@ -1,4 +1,4 @@
-"""Public tensor names of each family and the parameters they fill.
+"""Public tensor names of each family and the parameters they fill; and the layouts in which checkpoints spell them.
 
 Rows are those of fused products: `query_rows` = heads · head_dim, `key_rows` = kv_heads · head_dim; sizes are channels.
 `vision_padded`: of the vision encoder's intermediate size, filled up with zeros.
@@ -6,9 +6,100 @@ Rows are those of fused products: `query_rows` = heads · head_dim, `key_rows` =
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, no_checkpoint, read_names
 from weights.load import Destination
+
+RELEASED = {"audio_tower": "audio_tower", "visual": "visual", "model": "model", "lm_head": "lm_head"}
+TRANSFORMERS_5 = {
+    "audio_tower": "model.audio_tower",
+    "visual": "model.visual",
+    "model": "model.language_model",
+    "lm_head": "lm_head",
+}
+"""First part of a name after `thinker.` → how it is spelled: in the released files, and in the memory of transformers
+5, which writes the released names unless told otherwise; trainers that write what is in memory do not.
+"""
+
+BUFFERS = re.compile(
+    r"thinker\.(model\.(layers\.\d+\.self_attn\.)?rotary_emb|visual\.rotary_pos_emb)\.(original_)?inv_freq"
+    r"|thinker\.audio_tower\.positional_embedding\.positional_embedding"
+)
+"""Released names of tables that follow from the configuration: some trainers save them along, and nobody needs them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint spells a thinker's tensors, whose released names are `thinker.`, a part of `RELEASED`, a module.
+
+    prefix: "thinker.", or nothing where the thinker was saved alone. parts: `RELEASED` or `TRANSFORMERS_5`.
+    fused_experts: whether an expert layer has one tensor for all gates and ups and one for all downs.
+    """
+
+    prefix: str = "thinker."
+    parts: tuple[tuple[str, str], ...] = tuple(RELEASED.items())
+    fused_experts: bool = False
+
+    def spell(self, released: str) -> str:
+        """A released name in this layout."""
+        part, dot, module = released.removeprefix("thinker.").partition(".")
+        return f"{self.prefix}{dict(self.parts)[part]}{dot}{module}"
+
+    def released(self, spelled: str) -> str | None:
+        """The released name of one in this layout; None for one that has none."""
+        name = spelled.removeprefix(self.prefix)
+        for part, spelling in self.parts:
+            if name.startswith(f"{spelling}."):
+                return f"thinker.{part}{name.removeprefix(spelling)}"
+        return None
+
+    def buffers(self, names: Collection[str]) -> set[str]:
+        """Those of the names that `BUFFERS` describes."""
+        return {name for name in names if BUFFERS.fullmatch(self.released(name) or "")}
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """The layout of a checkpoint with these tensor names. Raises CheckpointError where they are no thinker's.
+
+    By names alone, each property for itself; what does not fit then is missing or unexpected, by name.
+    """
+    prefix = "thinker." if any(name.startswith("thinker.") for name in names) else ""
+    own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def has(*parts: str) -> bool:
+        return any(name.startswith(tuple(f"{part}." for part in parts)) for name in own)
+
+    encoders = "audio_tower", "visual"
+    deeper = has(*(TRANSFORMERS_5[part] for part in (*encoders, "model")))
+    if not (prefix or deeper or has(*encoders)):
+        raise CheckpointError(
+            "names no tensor that starts with 'thinker.', nor those of a thinker alone (audio_tower., visual., model.)"
+        )
+    fused = any(name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")) for name in own)
+    return Layout(prefix, tuple((TRANSFORMERS_5 if deeper else RELEASED).items()), fused)
+
+
+def released_name(spelled: str) -> str | None:
+    """The released name of one in any layout, with `thinker.` or not; None for one that has none."""
+    prefix = "thinker." if spelled.startswith("thinker.") else ""
+    layouts = (Layout(prefix, tuple(parts.items())) for parts in (TRANSFORMERS_5, RELEASED))
+    return next((name for layout in layouts if (name := layout.released(spelled))), None)
+
+
+def read_layout(folder: Path) -> Layout:
+    """The layout of the checkpoint in a folder, by its index or its one file. Raises CheckpointError."""
+    names = read_names(folder)
+    if names is None:
+        raise no_checkpoint(folder)
+    try:
+        return layout_of(names)
+    except CheckpointError as error:
+        file = next(name for name in (INDEX_FILE, SINGLE_FILE) if (folder / name).is_file())
+        raise CheckpointError(f"{folder / file} {error}.") from None
 
 
 class _Names:
@@ -142,10 +233,11 @@ def qwen3_omni_moe(
     num_experts: int,
     expert_intermediate: int,
     tied_head: bool,
+    fused_experts: bool = False,
 ) -> dict[str, Destination]:
     """Qwen3-Omni's thinker as released (`thinker.*`) → parameters of `omni.thinker.Thinker`.
 
-    sparse_layers: per decoder layer, whether it has experts. Their tensors are public one by one.
+    sparse_layers: per decoder layer, whether it has experts. Their tensors are public one by one, or `fused_experts`.
     """
     names = _Names()
     names.all["thinker.visual.patch_embed.proj.weight"] = Destination("vision.patch_embedding")
@@ -186,6 +278,10 @@ def qwen3_omni_moe(
             names.add_dense(index, dense_intermediate)
             continue
         names.add(f"{public}.mlp.gate", f"{layer}.mlp.router", "weight")
+        if fused_experts:
+            names.all[f"thinker.{public}.mlp.experts.gate_up_proj"] = Destination(f"{layer}.mlp.gate_up")
+            names.all[f"thinker.{public}.mlp.experts.down_proj"] = Destination(f"{layer}.mlp.down")
+            continue
         for expert in range(num_experts):
             gate_up = dict.fromkeys(("gate_proj", "up_proj"), expert_intermediate)
             names.fuse(f"{public}.mlp.experts.{expert}", f"{layer}.mlp.gate_up", gate_up, "weight", expert)

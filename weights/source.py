@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, listed, read_weight_map
+from weights.adapters import CONFIG_FILE, WEIGHTS_FILE
+from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, listed, read_names, read_weight_map
+from weights.names import read_layout
 
 SHIPPED = Path(__file__).parent / "tiny"
 SMALL_FILES = [
@@ -23,40 +27,94 @@ SMALL_FILES = [
     "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
+    CONFIG_FILE,  # of what is an adapter and no checkpoint
     INDEX_FILE,
 ]
 
 
-def locate(source: str | Path, *, revision: str | None = None, tensor_prefix: str | None = "thinker.") -> Path:
+def locate(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    shards: bool = True,
+    judge: Callable[[Path, Callable[[], Collection[str] | None]], None] | None = None,
+) -> Path:
     """The folder of a checkpoint.
 
     source: "tiny", the checkpoint that is shipped with this package (a folder of that name is "./tiny"); or an existing
     folder, returned as it is; or a hub id `owner/name`, of which the files that are not in the hub's cache yet are
-    fetched: configuration, tokenizer, index, and the shards that hold tensors named `tensor_prefix`… (None: no shards);
-    never code, pickles or other parts of the model. revision: branch, tag or commit of a hub id. The hub library's
+    fetched: configuration, tokenizer, index, and then the shards that hold tensors of the thinker (`shards`); never
+    code, pickles or other parts of the model. revision: branch, tag or commit of a hub id. The hub library's
     environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
+    judge: called before any shard is asked for, with the folder and what yields the names of all tensors, or None where
+    the hub does not tell; what it raises is the end. How many bytes shards take is said on stderr before they come.
     Raises CheckpointError where the checkpoint cannot be found or fetched.
     """
     local = SHIPPED if source == SHIPPED.name else Path(source)
-    if source != "" and local.is_dir():  # Path("") is the working directory
+    if _is_folder(source, local):
         if revision is not None:
             raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}: leave it out.")
         return local
-    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
-        raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
+    source = str(source)
     folder = _fetch(source, revision, SMALL_FILES)
-    if tensor_prefix is None:
+    if not shards:
         return folder
     if (folder / INDEX_FILE).is_file():
-        shards = sorted(set(read_weight_map(folder, tensor_prefix).values()))
+        files = sorted(set(read_weight_map(folder, read_layout(folder).prefix).values()))
     else:
-        shards = [SINGLE_FILE]
-    if absent := _absent(folder, shards):
+        files = [SINGLE_FILE]
+    if absent := _absent(folder, files):
+        if judge is not None:
+            judge(folder, lambda: _names(source, folder))
+        many = f"{len(absent)} files" if len(absent) > 1 else absent[0]
+        print(f"fetching {many} of {source}{_size(source, folder, absent)} into {folder}", file=sys.stderr)
         # The commit that answered the first request, so that all files are of one version.
         _fetch(source, folder.name, absent)
-        if absent := _absent(folder, shards):
+        if absent := _absent(folder, files):
             raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
     return folder
+
+
+def locate_adapter(source: str | Path) -> Path:
+    """The folder of an adapter, which a hub id is fetched to. Raises CheckpointError."""
+    folder = Path(source)
+    if not _is_folder(source, folder):
+        folder = _fetch(str(source), None, [CONFIG_FILE, WEIGHTS_FILE])
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{source} holds no adapter: {CONFIG_FILE} is not there.")
+    return folder
+
+
+def _is_folder(source: str | Path, local: Path) -> bool:
+    """Whether a source is an existing folder; if not, it is a hub id. Raises CheckpointError where it is neither."""
+    if source != "" and local.is_dir():  # Path("") is the working directory
+        return True
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
+        raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
+    return False
+
+
+def _names(repo_id: str, folder: Path) -> Collection[str] | None:
+    """All tensor names: from the index, or by the first bytes of the one file; None where they do not come."""
+    if (folder / INDEX_FILE).is_file():
+        return read_names(folder)
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().parse_safetensors_file_metadata(repo_id, SINGLE_FILE, revision=folder.name).tensors.keys()
+    except Exception:  # without it the file is fetched, and judged then
+        return None
+
+
+def _size(repo_id: str, folder: Path, files: list[str]) -> str:
+    """What is to be fetched, in words; nothing where the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = {entry.path: entry.size for entry in HfApi().list_repo_tree(repo_id, revision=folder.name)}  # type: ignore[union-attr]
+        return f", {sum(found[file] for file in files) / 1e9:.2f} GB,"
+    except Exception:  # a figure for the eye: whatever is wrong will show in the fetch itself
+        return ""
 
 
 def _absent(folder: Path, files: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,24 +33,30 @@ def ask(
 
     within: what the process is started by.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    home = str(cache.with_name(f"{cache.name}-home"))
-    hub = {"HF_HUB_CACHE": str(cache), "HF_HOME": home, "HF_ENDPOINT": endpoint}
-    proxies = {"NO_PROXY": "*", "no_proxy": "*"}
-    done = subprocess.run(
-        [*within, sys.executable, "-c", CODE, json.dumps(requests)],
-        env={**kept, **hub, **proxies, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(cache, endpoint, *within, sys.executable, "-c", CODE, json.dumps(requests), **environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def run(cache: Path, endpoint: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command that finds the stand-in and nothing else of a hub in its environment."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    home = str(cache.with_name(f"{cache.name}-home"))
+    hub = {"HF_HUB_CACHE": str(cache), "HF_HOME": home, "HF_ENDPOINT": endpoint}
+    proxies = {"NO_PROXY": "*", "no_proxy": "*"}
+    return subprocess.run(
+        command,
+        env={**kept, **hub, **proxies, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 class Hub:
-    """repositories: hub id → file name → content. `served` collects (hub id, file) of every content sent.
+    """repositories: hub id → file name → content. `served` collects (hub id, file) of every content sent, `sent` its
+    bytes by file.
 
     `gated` repositories list their files and refuse them. Every repository has the revisions main and v1.
     The connection breaks in the middle of a file named in `cut`, and whenever more of it is asked for.
@@ -63,6 +70,7 @@ class Hub:
     ) -> None:
         self.repositories, self.gated, self.cut = repositories, gated, cut
         self.served: list[tuple[str, str]] = []
+        self.sent: Counter[tuple[str, str]] = Counter()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -113,15 +121,18 @@ class Hub:
         if request.command == "GET":
             self.served.append((repo_id, file))
         headers = {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(files[file]) - 1}/{len(files[file])}"
-        body = files[file][start:]
+        first, _, last = request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(first), int(last or len(files[file])) + 1
+        if start or last:
+            headers["Content-Range"] = f"bytes {start}-{min(end, len(files[file])) - 1}/{len(files[file])}"
+        body = files[file][start:end]
         if request.command == "GET" and file in self.cut:
             headers["Content-Length"] = str(len(body))
             body = b"" if start else body[: len(body) // 2]
             request.close_connection = True
-        return self.send(request, 206 if start else 200, body, headers)
+        if request.command == "GET":
+            self.sent[repo_id, file] += len(body)
+        return self.send(request, 206 if start or last else 200, body, headers)
 
     def send_json(self, request: BaseHTTPRequestHandler, value: Any) -> None:
         self.send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})

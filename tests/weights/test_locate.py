@@ -79,7 +79,7 @@ def test_a_single_file_without_index_is_fetched(online) -> None:
         (("acme/gated", None), "acme/gated is gated: ask for access"),
         (("acme/omni.git", None), "neither an existing folder nor a valid hub id"),
         (("acme/no-weights", None), "acme/no-weights holds no weights, or they could not be fetched"),
-        (("acme/no-thinker", None), "names no tensor that starts with 'thinker.'"),
+        (("acme/no-thinker", None), "names no tensor that starts with 'thinker.', nor those of a thinker alone"),
         (("acme/pattern", None), "names files that are no safetensors files of its own folder"),
     ],
 )
