@@ -258,13 +258,13 @@ def test_an_adapter_given_as_the_checkpoint_names_its_base(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = rewrite(adapter, tmp_path / "other", base_model_name_or_path="Qwen/Qwen2.5-Omni-7B")
-    assert main(["--model", str(other), "--device", "cpu", "x"]) == 1
+    assert main(["--model", str(other), "--device", "cpu", "What is it?"]) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"omni-generate: {other} is an adapter for 'Qwen/Qwen2.5-Omni-7B', no checkpoint: load that, with this as its "
         "adapter (omni.load(base, adapter=...), --adapter)."
     ]
     (other / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "vision_start_token_id": 1}))
-    assert main(["--model", str(other), "--device", "cpu", "x"]) == 1
+    assert main(["--model", str(other), "--device", "cpu", "What is it?"]) == 1
     assert "It holds an adapter: load its base, with this as the adapter." in capsys.readouterr().err
 
 
