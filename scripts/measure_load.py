@@ -3,8 +3,9 @@
     python scripts/measure_load.py
 
 Writes a random bfloat16 checkpoint of more than 2 GB, a Qwen3-Omni thinker of few layers with all of the released
-model's 128 experts in each, into a temporary folder. Loads it in a fresh process into float32 and into bfloat16, and
-fails where loading took more memory above the parameters than the largest tensor has in the file.
+model's 128 experts in each, into a temporary folder. Loads it in a fresh process into float32 and into bfloat16, then
+with an adapter of rank 16 on attention, experts and head merged in, and fails where loading took more memory above the
+parameters than the largest tensor has in the file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from make_checkpoint import FAMILIES
+from safetensors.torch import save_file
 from torch import Tensor
 
 import weights
@@ -62,6 +64,27 @@ def random_tensors() -> Iterator[tuple[str, Tensor]]:
         yield name, torch.empty(shape, dtype=torch.bfloat16).normal_()
 
 
+def write_adapter(folder: Path) -> None:
+    """A random LoRA as PEFT saves it beside transformers 5, where the experts of a layer share their factors."""
+    decoder, rank = make_config().decoder, 16
+    heads, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    hidden, size = decoder.hidden_size, decoder.expert_size
+    modules = {"lm_head": (decoder.vocab_size, hidden, 1)}
+    for layer in range(LAYERS):
+        name = f"model.language_model.layers.{layer}"
+        modules |= {f"{name}.self_attn.{part}_proj": (keys, hidden, 1) for part in "kv"}
+        modules |= {f"{name}.self_attn.q_proj": (heads, hidden, 1), f"{name}.self_attn.o_proj": (hidden, heads, 1)}
+        modules[f"{name}.mlp.experts.base_layer"] = (2 * size, hidden, decoder.num_experts)
+        modules[f"{name}.mlp.experts"] = (hidden, size, decoder.num_experts)
+    tensors = {}
+    for name, (outputs, inputs, shared) in modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank * shared, inputs)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, rank * shared)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_parameters": ["gate_up_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
 def memory() -> dict[str, int]:
     """Bytes of this process from /proc/self/status: VmRSS = RssAnon + RssFile + RssShmem; VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -88,7 +111,7 @@ class Peak(threading.Thread):
             time.sleep(0.001)
 
 
-def measure(folder: Path, dtype: torch.dtype) -> bool:
+def measure(folder: Path, dtype: torch.dtype, adapter_folder: Path | None) -> bool:
     """Loads in this process and prints the figures; whether the claim holds."""
     config = make_config()
     names = tensor_names(config)
@@ -105,7 +128,12 @@ def measure(folder: Path, dtype: torch.dtype) -> bool:
     peak = Peak()
     peak.start()
     start = time.perf_counter()
-    weights.fill(model, folder, names, device="cpu", dtype=dtype)
+    adapter = {}
+    if adapter_folder is not None:
+        parameters = dict(model.named_parameters())
+        shapes = {name: tuple(place.view(parameters[place.parameter]).shape) for name, place in names.items()}
+        adapter = weights.read_adapter(adapter_folder, weights.Layout(), shapes)
+    weights.fill(model, folder, names, adapter=adapter, device="cpu", dtype=dtype)
     seconds = time.perf_counter() - start
     peak.running = False
     peak.join()
@@ -115,7 +143,8 @@ def measure(folder: Path, dtype: torch.dtype) -> bool:
     mapped = peak.bytes["RssFile"] - before["RssFile"]
     holds = max(above, anonymous, mapped) < largest
     print(
-        f"{dtype}: {total / 1e9:.2f} GB in {len(stored)} tensors, {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)",
+        f"{dtype}, {len(adapter)} tensors adapted:",
+        f"{total / 1e9:.2f} GB in {len(stored)} tensors, {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)",
         f"parameters                   {parameters / MIB:8.1f} MiB",
         f"largest tensor, in the file  {largest / MIB:8.1f} MiB",
         f"peak above the parameters    {above / MIB:8.1f} MiB  all pages (VmHWM, exact)",
@@ -129,15 +158,22 @@ def measure(folder: Path, dtype: torch.dtype) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", metavar=("FOLDER DTYPE", "ADAPTER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        folder, dtype = options.measure
-        sys.exit(not measure(Path(folder), getattr(torch, dtype)))
+        folder, dtype, *adapter = options.measure
+        sys.exit(not measure(Path(folder), getattr(torch, dtype), Path(adapter[0]) if adapter else None))
     with tempfile.TemporaryDirectory() as folder:
         weights.save_sharded(random_tensors(), folder, max_shard_bytes=400 * MIB)
+        adapter = Path(folder) / "adapter"
+        adapter.mkdir()
+        write_adapter(adapter)
         command = [sys.executable, __file__, "--measure", folder]
-        results = [subprocess.run([*command, dtype]).returncode for dtype in ("float32", "bfloat16")]
+        results = [
+            subprocess.run([*command, dtype, *extra]).returncode
+            for extra in ([], [str(adapter)])
+            for dtype in ("float32", "bfloat16")
+        ]
     sys.exit(max(results))
 
 
