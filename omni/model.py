@@ -430,8 +430,7 @@ def load(
     names = tensor_names(config, layout)
     transposed = False
     if device.type == "cpu":
-        size = sum(parameter.numel() for parameter in thinker.parameters()) * dtype.itemsize
-        transposed = one_row.for_model(size, dtype, compiled=compile).transposed
+        transposed = one_row.for_model(thinker, dtype, compiled=compile).transposed
     weights.fill(
         thinker,
         folder,

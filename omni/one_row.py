@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni import layers
 
@@ -31,9 +31,9 @@ class OneRow:
     by_sum: bool
 
 
-def for_model(num_bytes: int, dtype: torch.dtype, *, compiled: bool) -> OneRow:
-    """The choice for a model of so many bytes."""
-    if num_bytes < SMALL:
+def for_model(model: nn.Module, dtype: torch.dtype, *, compiled: bool) -> OneRow:
+    """What a model with parameters of this dtype is laid out for."""
+    if sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize < SMALL:
         return OneRow(transposed=dtype == torch.float32 and not compiled, by_sum=compiled)
     return choose(dtype, compiled=compiled)
 

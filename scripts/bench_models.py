@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import weights
+from omni import one_row
 from omni.config import OmniConfig, read_config
 from omni.model import tensor_names
 from omni.thinker import Thinker
@@ -211,16 +212,16 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
-def as_loaded_for_eager(thinker: Thinker) -> Thinker:
-    """The thinker as `omni.load` lays it out without `compile`: on a CPU in float32 with tall matrices transposed."""
+def as_loaded(thinker: Thinker, *, compiled: bool) -> Thinker:
+    """The thinker as `omni.load` lays it out on this machine: on a CPU perhaps with tall matrices transposed."""
     weight = thinker.embedding.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type != "cpu" or not one_row.for_model(thinker, weight.dtype, compiled=compiled).transposed:
         return thinker
-    eager = copy.deepcopy(thinker)
-    for parameter in eager.parameters():
+    own = copy.deepcopy(thinker)
+    for parameter in own.parameters():
         if parameter.dim() == 2 and parameter.shape[0] >= parameter.shape[1]:
             parameter.data = parameter.data.t().contiguous().t()
-    return eager
+    return own
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import as_loaded_for_eager, make_config, make_reference, random_thinker, share_weights
+from bench_models import as_loaded, make_config, make_reference, random_thinker, share_weights
 from torch import Tensor
 
 import omni
@@ -104,11 +104,11 @@ class Bench:
 
     @cached_property
     def compiled(self) -> omni.Omni:
-        return omni.Omni(self.thinker, Path(os.devnull), compile=True)
+        return omni.Omni(as_loaded(self.thinker, compiled=True), Path(os.devnull), compile=True)
 
     @cached_property
     def eager(self) -> omni.Omni:
-        return omni.Omni(as_loaded_for_eager(self.thinker), Path(os.devnull))
+        return omni.Omni(as_loaded(self.thinker, compiled=False), Path(os.devnull))
 
     @cached_property
     def reference(self) -> Any:
