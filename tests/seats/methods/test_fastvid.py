@@ -341,8 +341,8 @@ def test_are_sound_operators() -> None:
     anchor = rest & (torch.arange(5) % 3 == 1)
     segment = torch.tensor([[0, 0, 1], [0, 1, 1]])
     position, count = torch.tensor([[1, 4, 6, 9, 0, 0, 0], [1, 6, 11, 0, 0, 0, 0]]), torch.tensor([4, 3])
-    torch.library.opcheck(gathered, (features, rest, anchor, segment, position, count, 0.6))
-    torch.library.opcheck(peaks, (features.flatten(0, 1), rest.flatten(0, 1)))
+    torch.library.opcheck(gathered.overload, (features, rest, anchor, segment, position, count, 0.6))
+    torch.library.opcheck(peaks.overload, (features.flatten(0, 1), rest.flatten(0, 1)))
 
 
 def test_compiles_without_a_break() -> None:

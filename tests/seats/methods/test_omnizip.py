@@ -408,8 +408,8 @@ def test_are_sound_operators() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 7, CHANNELS, generator=generator)
     there = torch.arange(7) < torch.tensor([[7], [4]])
-    torch.library.opcheck(best_cosines, (features, there, features.flip(1), there.flip(0)))
-    torch.library.opcheck(density_peaks, (features, torch.tensor([7, 4]), 5))
+    torch.library.opcheck(best_cosines.overload, (features, there, features.flip(1), there.flip(0)))
+    torch.library.opcheck(density_peaks.overload, (features, torch.tensor([7, 4]), 5))
 
 
 def test_compiles_without_a_break() -> None:
