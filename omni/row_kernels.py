@@ -14,7 +14,8 @@ from torch import Tensor
 Tile = tuple[int, int, int]
 """Rows of a matrix that a program multiplies, columns that it reads at a time, and its warps."""
 
-TILES: tuple[Tile, ...] = ((1, 2048, 4), (2, 1024, 4), (4, 1024, 4), (2, 2048, 8), (8, 512, 4))
+TILES: tuple[Tile, ...] = ((8, 512, 4), (4, 1024, 4))
+"""Of ten on an H200 one of these was the fastest, or within 5 % of it, for every matrix of the released models."""
 
 _fastest: dict[tuple[object, ...], Tile | None] = {}
 
@@ -148,9 +149,9 @@ def row_kernel(
     tl.store(out + row, result.to(out.dtype.element_ty), mask=there)
 
 
-GATE_UP: Tile = (2, 1024, 4)
-DOWN: Tile = (2, 1024, 4)
-"""The tiles of experts."""
+GATE_UP: Tile = (2, 2048, 4)
+DOWN: Tile = (4, 256, 4)
+"""The tiles of experts: of eight pairs the fastest of eight tokens on an H200, within 2 % of the fastest of one."""
 
 
 def experts_of_rows(
