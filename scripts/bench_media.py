@@ -44,9 +44,10 @@ def write_clip(
     texture = smooth.clamp(20, 220).byte().permute(1, 2, 0).contiguous().numpy()
     noise = rng.integers(-8, 9, (height + 64, width + 64, 1), np.int8).view(np.uint8)
     with av.open(str(path), "w") as file:
-        options = {"preset": "veryfast", "crf": "23", "bf": str(bframes), "g": str(gop)}
+        options = {"preset": "veryfast", "bf": str(bframes), "g": str(gop)}
         stream = file.add_stream("libx264", rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", gop
+        stream.bit_rate = 6 * width * height
         heard = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound is not None else None
         for number in range(seconds * RATE):
             down, across = (round(128 + 120 * turn(number / 40)) for turn in (np.sin, np.cos))

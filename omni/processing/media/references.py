@@ -31,13 +31,18 @@ def _units(packet: memoryview, length: int) -> Iterator[memoryview]:
         yield packet[start:place] if start + 2 <= place <= len(packet) else packet[:0]
 
 
+PARAMETERS = (7, 8, 13, 15)
+"""Types of units that later pictures need as well."""
+
+
 def _h264(packet: memoryview, length: int) -> bool:
     """nal_ref_idc is 0 in all slices (ITU-T H.264, 7.4.1)."""
     slices = False
     for unit in _units(packet, length):
-        if not unit:
+        kind = unit[0] & 31 if unit else PARAMETERS[0]
+        if kind in PARAMETERS:
             return False
-        if 1 <= unit[0] & 31 <= 5:
+        if 1 <= kind <= 5:
             slices = True
             if unit[0] >> 5 & 3:
                 return False
@@ -55,6 +60,8 @@ def _hevc(packet: memoryview, length: int, sublayers: int) -> bool:
             slices = True
             if kind > 14 or kind % 2 or unit[1] & 7 != sublayers:
                 return False
+        elif kind < 35:  # parameter sets, which later pictures need as well
+            return False
     return slices
 
 
@@ -67,7 +74,7 @@ class _Av1:
         self(memoryview(head))
 
     def __call__(self, packet: memoryview) -> bool:
-        frames = False
+        frames = kept = False
         place = 0
         while place < len(packet):
             kind, extended, sized = packet[place] >> 3 & 15, packet[place] >> 2 & 1, packet[place] >> 1 & 1
@@ -82,12 +89,13 @@ class _Av1:
             end = place + size if sized else len(packet)
             if kind == 1:
                 self.sequence = _sequence(_Bits(packet[place : min(end, place + 64)]))
+                kept = True
             elif kind in (3, 6, 7):
-                if self.sequence is None or _kept(_Bits(packet[place : min(end, place + 64)]), self.sequence):
-                    return False
                 frames = True
+                if self.sequence is None or _kept(_Bits(packet[place : min(end, place + 64)]), self.sequence):
+                    kept = True
             place = end
-        return frames
+        return frames and not kept
 
 
 class _Sequence:

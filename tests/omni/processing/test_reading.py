@@ -134,6 +134,22 @@ def test_packets_that_are_damaged_are_decoded(codec: str) -> None:
     assert unreferenced(codec, None)(memoryview(b"\0\0\0\2\1\1")) is False
 
 
+def test_parameters_are_not_left_out() -> None:
+    """Protects: what stands beside a picture that nobody refers to, and later ones need, is decoded."""
+
+    def units(*heads: bytes) -> memoryview:
+        return memoryview(b"".join((len(head) + 6).to_bytes(4, "big") + head + bytes(6) for head in heads))
+
+    avc = unreferenced("h264", b"\1dN\1\xff\xe1" + bytes(20))
+    assert avc(units(b"\x06", b"\x01")) and avc(units(b"\x09", b"\x01", b"\x01"))
+    assert not any(
+        map(avc, (units(b"\x01", b"\x21"), units(b"\x68", b"\x01"), units(b"\x67", b"\x01"), units(b"\x06")))
+    )
+    hevc = unreferenced("hevc", b"\1" + bytes(20) + b"\x0f\0")
+    assert hevc(units(b"\x4e\1", b"\0\1")) and hevc(units(b"\x10\1"))
+    assert not any(map(hevc, (units(b"\2\1"), units(b"\x44\1", b"\0\1"), units(b"\0\2"), units(b"\x26\1"))))
+
+
 def test_scaled_by_pillow_to_the_bit(tmp_path: Path, moving: list[np.ndarray]) -> None:
     """Protects: beside decoding, and by a converter that is kept, pixels are those of the plain way."""
     path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "3"})
