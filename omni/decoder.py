@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omni.cache import CHUNK
 from omni.config import DecoderConfig
-from omni.layers import Linear, RMSNorm, SwiGLU, float32_product, part
+from omni.layers import HALVES, Linear, RMSNorm, SwiGLU, float32_product, part
 from omni.moe import Experts
 from omni.rope import rotate
 
@@ -84,11 +84,23 @@ def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, 
     https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Scores, which released weights make hundreds large, are
     float32 from the product on. Returns (B, kv_heads, group, dim).
     """
+    if q.device.type == "cpu" and q.dtype not in HALVES:
+        return attend_at_once(q, key, value, keys, values, written)
     attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device
     mixed, weights = attend_chunks(q, keys, values, rearrange(written, "b (c n) -> b c n", n=CHUNK))
     own = (q.float() * key.float()).sum(dim=-1) * q.shape[-1] ** -0.5
     shares = torch.cat((weights, own.unsqueeze(2)), dim=2).softmax(dim=2).unsqueeze(-1)
     return ((mixed * shares[:, :, :-1]).sum(dim=2) + shares[:, :, -1] * value).to(values.dtype)
+
+
+def attend_at_once(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> Tensor:
+    """`attend` by one softmax over cache and position: the fewest steps, for float32 on a CPU, where a short cache
+    takes longer to launch than to read."""
+    q = q * q.shape[-1] ** -0.5
+    scores = (q @ keys.mT).masked_fill(~written[:, None, None], float("-inf"))
+    shares = torch.cat((scores, q @ key.mT), dim=-1).softmax(dim=-1)
+    own, shares = shares[..., -1:], rearrange(shares[..., :-1], "b kv group (c n) -> b kv c group n", n=CHUNK)
+    return (shares @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK)).sum(dim=2) + own * value
 
 
 NOT_THERE = torch.finfo(torch.float32).min

@@ -196,13 +196,15 @@ def test_logits_and_shares_are_not_rounded(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=lambda dtype: str(dtype)[6:])
 def test_a_step_elsewhere_than_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU equals the CPU's own, and traces without a break."""
+    """What runs on a GPU equals the CPU's own, both of them, and traces without a break."""
     torch.manual_seed(0)
     q, key, value, keys, values = (torch.randn(2, 2, n, 32).to(dtype) for n in (3, 1, 1, 256, 256))
     written = torch.arange(256) < torch.tensor([200, 100])[:, None]
     expected = attend(q, key, value, keys, values, written)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    monkeypatch.setattr(decoder, "HALVES", (dtype,))
+    torch.testing.assert_close(attend(q, key, value, keys, values, written), expected, atol=tolerance, rtol=tolerance)
     monkeypatch.setattr(decoder, "chunks_on_a_cpu", decoder.chunks_on_a_device)
     torch._dynamo.reset()
     found = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, key, value, keys, values, written)
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
