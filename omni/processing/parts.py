@@ -40,15 +40,17 @@ def _real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(least: int) -> Check:
+def _whole(least: int, most: int = 2**31) -> Check:
     return Check(
-        lambda value: _real(value) and value == int(value) >= least, f"a whole number of at least {least}", int
+        lambda value: _real(value) and value == int(value) and least <= value <= most,
+        f"a whole number of at least {least}" + (f" and at most {most}" if most < 2**31 else ""),
+        int,
     )
 
 
 _RATE = Check(lambda value: _real(value) and value > 0, "a number of frames per second above 0", float)
 _SECONDS = Check(lambda value: _real(value) and value >= 0, "a number of seconds from the beginning, 0 or more", float)
-_FRAMES = _whole(2)
+_FRAMES = _whole(2, 100_000)  # of a clip that has fewer, they are repeated
 _PIXELS = Check(lambda value: _real(value) and value >= 1, "a number of pixels of at least 1", int)
 _FLAG = Check(lambda value: isinstance(value, bool), "true or false", bool)
 _SIZES = dict.fromkeys(("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"), _PIXELS)
@@ -60,7 +62,7 @@ KEYS: dict[str, dict[str, Check]] = {
         "sample_fps": _RATE,
         "nframes": _FRAMES,
         "min_frames": _FRAMES,
-        "max_frames": _FRAMES,
+        "max_frames": _whole(2),
         "video_start": _SECONDS,
         "video_end": _SECONDS,
         **_SIZES,
