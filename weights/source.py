@@ -111,7 +111,8 @@ def _size(repo_id: str, folder: Path, files: list[str]) -> str:
     from huggingface_hub import HfApi
 
     try:
-        found = {entry.path: entry.size for entry in HfApi().list_repo_tree(repo_id, revision=folder.name)}  # type: ignore[union-attr]
+        entries = HfApi().list_repo_tree(repo_id, revision=folder.name)
+        found = {entry.path: getattr(entry, "size", 0) for entry in entries}  # folders have none
         return f", {sum(found[file] for file in files) / 1e9:.2f} GB,"
     except Exception:  # a figure for the eye: whatever is wrong will show in the fetch itself
         return ""

@@ -73,20 +73,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     hub.close()
 
 
-def ask(hub: Hub, cache: Path, name: str) -> tuple[int, str, dict[str, int]]:
+def ask(hub: Hub, cache: Path, name: str, *options: str) -> tuple[int, str, dict[str, int]]:
     """Exit status and stderr of the command line, and the bytes of safetensors files that were sent for it."""
-    command = [
-        sys.executable,
-        "-m",
-        "omni.generate",
-        "--model",
-        name,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "1",
-        "What is it?",
-    ]
+    command = [sys.executable, "-m", "omni.generate", "--model", name, "--device", "cpu", *options]
+    command += ["--max-new-tokens", "1", "What is it?"]
     done = run(cache, hub.address, *command)
     sent = {file: count for (repo, file), count in hub.sent.items() if repo == name and file.endswith(".safetensors")}
     return done.returncode, done.stderr, sent
@@ -134,3 +124,13 @@ def test_what_is_fetched_is_said(hub: Hub, tmp_path: Path) -> None:
     status, err, again = ask(hub, tmp_path / "cache", "acme/sound")
     assert (status, again) == (0, sent)
     assert "fetching" not in err
+
+
+def test_an_adapter_is_judged_before_its_base_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    """Protects: an adapter from the hub is fetched first, and one that is of no use costs no base."""
+    before = hub.sent.copy()
+    status, err, _ = ask(hub, tmp_path / "cache", "acme/sound", "--adapter", "acme/adapter")
+    assert status == 1
+    assert "adapter_model.safetensors is damaged or not supported" in err
+    new = [file for _, file in (hub.sent - before) if file.endswith(".safetensors")]
+    assert new == ["adapter_model.safetensors"]
