@@ -275,7 +275,7 @@ def _temperature(text: str) -> float | str:
 def _ratio(text: str) -> float:
     value = _number(float, text)
     if not 0 < value <= 1:
-        meant = f", not {text}: {value / 100:g}?" if 1 < value < 100 else ""
+        meant = f", not {text}: {value / 100:g}?" if 2 <= value <= 100 else ""
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1{meant}")
     return value
 
