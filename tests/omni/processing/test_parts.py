@@ -282,10 +282,10 @@ def test_names_of_chat_completions(processor: Processor, files: dict[str, Path])
         ({"type": "video", "fps": "2"}, "fps must be .*, not '2'"),
         ({"type": "video", "fps": True}, "fps must be .*, not True"),
         ({"type": "video", "fps": float("nan")}, "fps must be .*, not nan"),
-        ({"type": "video", "nframes": 1}, "nframes must be a whole number of at least 2, not 1"),
+        ({"type": "video", "nframes": 1}, "nframes must be a whole number of at least 2 .*, not 1"),
         (
             {"type": "video", "nframes": 10**30},
-            "nframes must be a whole number of at least 2 and at most 100000, not 10",
+            "nframes must be .* and at most 100000, not 10",
         ),
         ({"type": "video", "nframes": 2.5}, "nframes must be .*, not 2.5"),
         ({"type": "video", "max_frames": [4]}, r"max_frames must be .*, not \[4\]"),
