@@ -15,15 +15,12 @@ LEAST_CAPACITY = 2 * CHUNK
 
 
 @part
-def _append(
-    stored_keys: list[Tensor], stored_values: list[Tensor], lengths: Tensor, keys: list[Tensor], values: list[Tensor]
-) -> None:
-    """All layers at once, which the compiler makes few kernels of; a layer by itself would copy its whole cache."""
-    rows = torch.arange(lengths.shape[1], device=lengths.device)
-    for layer, length in enumerate(lengths):
-        stored_keys[layer][rows, :, length] = keys[layer][:, :, 0]
-        stored_values[layer][rows, :, length] = values[layer][:, :, 0]
-    lengths += 1
+def _append(stored_keys: Tensor, stored_values: Tensor, length: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Apart from the layer, whose code would copy the cache that it reads; and layer by layer, for which the compiler
+    needs a second: all at once are hundreds of sizes, and minutes."""
+    rows = torch.arange(len(length), device=length.device)
+    stored_keys[rows, :, length] = keys[:, :, 0]
+    stored_values[rows, :, length] = values[:, :, 0]
 
 
 class Cache:
@@ -53,7 +50,9 @@ class Cache:
 
     def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
         """Puts one position more into every layer, in place. Per layer: (batch, kv_heads, 1, head_dim)."""
-        _append(self.keys, self.values, self.lengths, keys, values)
+        for layer in zip(self.keys, self.values, self.lengths, keys, values, strict=True):
+            _append(*layer)
+        self.lengths += 1
 
     def row(self, row: int) -> Cache:
         """One sequence of the batch, in the same memory."""
