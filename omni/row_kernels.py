@@ -25,7 +25,7 @@ def product_on_device(
 ) -> Tensor:
     """What `layers.row_product` computes, the fastest way on this device for a matrix of this shape.
 
-    Each way is measured when a shape is first met, in about a millisecond and with memory for a few copies of the
+    Each way is measured when a shape is first met, in some tens of milliseconds, with memory for a few copies of the
     matrix; inside of a CUDA graph's capture, where nothing can be, it is PyTorch's own product.
     """
     key = (x.device, x.dtype, weight.shape, gated)
@@ -79,7 +79,7 @@ def fastest(x: Tensor, weight: Tensor, *arguments: Any) -> Tile | None:
     """
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
     wanted, room = -(-3 * cache // weight.nbytes), torch.cuda.mem_get_info(x.device)[0] // 2 // weight.nbytes
-    matrices = [weight, *(weight.clone() for _ in range(max(0, min(wanted, room, 64) - 1)))]
+    matrices = [weight, *(weight.clone() for _ in range(max(0, min(wanted, room, 32) - 1)))]
     turns = (matrices * -(-8 // len(matrices)))[: max(8, len(matrices))]
 
     def seconds(tile: Tile | None) -> float:
@@ -90,7 +90,7 @@ def fastest(x: Tensor, weight: Tensor, *arguments: Any) -> Tile | None:
 
         run(weight)  # compiles
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # a millisecond in which all of it is launched
+        torch.cuda._sleep(4_000_000)  # two milliseconds, in which all of it is launched
         begin.record()
         for matrix in turns:
             run(matrix)
