@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from omni.inputs import InputError
 from omni.processing.chat import MEDIA
+from omni.processing.frames import MAX_PIXELS
 from omni.processing.media.addresses import decoded, scheme_of
 
 KINDS = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
@@ -37,7 +38,10 @@ class Check(NamedTuple):
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _whole(least: int, most: int = 2**31) -> Check:
@@ -52,8 +56,19 @@ _RATE = Check(lambda value: _real(value) and value > 0, "a number of frames per 
 _SECONDS = Check(lambda value: _real(value) and value >= 0, "a number of seconds from the beginning, 0 or more", float)
 _FRAMES = _whole(2, 100_000)  # of a clip that has fewer, they are repeated
 _PIXELS = Check(lambda value: _real(value) and value >= 1, "a number of pixels of at least 1", int)
+_LEAST_PIXELS = Check(
+    lambda value: _real(value) and 1 <= value <= MAX_PIXELS,
+    f"a number of pixels of at least 1 and at most {MAX_PIXELS}",
+    int,
+)
 _FLAG = Check(lambda value: isinstance(value, bool), "true or false", bool)
-_SIZES = dict.fromkeys(("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"), _PIXELS)
+_SIZES = {
+    "min_pixels": _LEAST_PIXELS,
+    "max_pixels": _PIXELS,
+    "total_pixels": _PIXELS,
+    "resized_height": _LEAST_PIXELS,
+    "resized_width": _LEAST_PIXELS,
+}
 KEYS: dict[str, dict[str, Check]] = {
     "image": _SIZES,
     "audio": {"audio_start": _SECONDS, "audio_end": _SECONDS, "audio_track": _whole(0)},
@@ -153,6 +168,9 @@ def _require_sense(settings: Mapping[str, Any], where: str) -> None:
     for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
         if settings.get(least, 0) > settings.get(most, math.inf):
             raise InputError(f"{where}: {least} must not exceed {most}.")
+    if settings.get("min_frames") == settings.get("max_frames", 0) and settings["max_frames"] % 2:
+        count = settings["max_frames"]
+        raise InputError(f"{where}: min_frames and max_frames, both {count}, allow no even number of frames.")
     for kind in ("video", "audio"):
         start, end = settings.get(f"{kind}_start", 0.0), settings.get(f"{kind}_end", math.inf)
         if start >= end:

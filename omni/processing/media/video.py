@@ -140,7 +140,13 @@ class _Frames:
             shape = picture.shape[1:] if isinstance(picture, Tensor) else (picture.height, picture.width)
             self.size = (shape[0], shape[1])
             target = self.size_for(count, *self.size) if self.size_for else self.size
-            self.frames = torch.empty(count, 3, *target, dtype=torch.uint8)
+            try:
+                self.frames = torch.empty(count, 3, *target, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise MediaError(
+                    f"{count} frames of {target[1]} x {target[0]} pixels are more than memory holds. "
+                    "Ask for fewer or smaller ones."
+                ) from error
         at_once = max(1, min(THREADS + 1, IN_HAND // (BYTES_PER_PIXEL * self.size[0] * self.size[1])))
         while len(self.scaling) >= at_once:
             self._finish()

@@ -769,3 +769,9 @@ def test_warnings_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for job in [pool.submit(read_image, tmp_path / "a.png"), pool.submit(later)]:
             job.result()
     assert warnings.filters == before
+
+
+def test_more_frames_than_memory_holds() -> None:
+    """Protects: a wish for too much is told in a sentence, not by the allocator."""
+    with pytest.raises(MediaError, match="4 frames of 67108864 x 67108864 pixels are more than memory holds"):
+        read_video(([np.zeros((8, 8, 3), np.uint8)] * 4, 2.0), size_for=lambda *_: (2**26, 2**26))
