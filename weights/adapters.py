@@ -32,6 +32,17 @@ _HARMLESS = set(
 Targets = dict[str, tuple[int | None, slice | None]]
 """Tensor → of which expert it is, and which rows of that expert's part."""
 
+Patterns = list[tuple[re.Pattern[str], Any]]
+"""What a module's name must match, and the setting that it has then."""
+
+MAX_PATTERNS = 50_000
+"""More than the largest thinker has modules, one expert at a time."""
+MAX_CHOICES = 4 * 10**8
+"""Ways in which all patterns of a table together may try to match all names: minutes at most."""
+
+MAX_PATTERN_LENGTH = 10_000
+MAX_ALPHA = 1e9
+
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 """Beginnings of training that leave the base's weights as they are."""
 
@@ -72,10 +83,17 @@ def read_adapter(folder: Path, layout: Layout, shapes: Mapping[str, tuple[int, .
             problems.append(f"{name!r} is not one of a plain LoRA's factors.")
         else:
             pairs.setdefault(module[1], {})[module[2]] = tensor
+    patterns: dict[str, Patterns] = {}
+    for table in ("rank_pattern", "alpha_pattern"):
+        try:
+            patterns[table] = _compiled(config.get(table), len(pairs))
+        except ValueError as error:
+            problems.append(f"{table} {error}.")
+            patterns[table] = []
     deltas: dict[str, LowRank] = {}
     for module_name, factors in pairs.items():
         try:
-            found = _deltas(module_name, factors, pairs.keys(), config, layout, shapes)
+            found = _deltas(module_name, factors, pairs.keys(), config, patterns, layout, shapes)
             if found.keys() & deltas.keys():
                 raise ValueError("is there twice, under two spellings")
             deltas |= found
@@ -95,6 +113,8 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"peft_type = {config.get('peft_type')!r:.40}: only 'LORA' is supported.")
     if config.get("bias", "none") != "none":
         problems.append(f"bias = {config['bias']!r:.40}: only 'none' is supported.")
+    if type(config.get("use_rslora") or False) is not bool:
+        problems.append(f"use_rslora = {config['use_rslora']!r:.40}: it must be true or false.")
     if config.get("init_lora_weights") not in _INITIAL:
         problems.append(
             f"init_lora_weights = {config['init_lora_weights']!r:.40} changes the base, too: convert the adapter "
@@ -111,6 +131,7 @@ def _deltas(
     factors: Mapping[str, StoredTensor],
     modules: Collection[str],
     config: Mapping[str, Any],
+    patterns: Mapping[str, Patterns],
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, LowRank]:
@@ -136,12 +157,12 @@ def _deltas(
     if len(shape) < 2 or not ranks or ranks % max(experts, 1) or not fits or right.shape[1:] != shape[1:]:
         raise ValueError(f"has factors of {left.shape} and {right.shape}, for a weight of {shape}")
     rank = ranks // max(experts, 1)
-    stated = _of_module(config, "rank_pattern", module, config.get("r"))
-    alpha = _of_module(config, "alpha_pattern", module, config.get("lora_alpha"))
+    stated = _of_module(patterns["rank_pattern"], module, config.get("r"))
+    alpha = _of_module(patterns["alpha_pattern"], module, config.get("lora_alpha"))
     if stated != rank:
         raise ValueError(f"has factors of rank {rank}, {CONFIG_FILE} says {stated!r:.40}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"has no alpha: {CONFIG_FILE} says {alpha!r:.40}")
+    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+        raise ValueError(f"has no alpha up to {MAX_ALPHA:g}: {CONFIG_FILE} says {alpha!r:.40}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return {
         target: LowRank(left, right, scale, base, experts, expert, rows) for target, (expert, rows) in targets.items()
@@ -187,12 +208,45 @@ def _of_experts(
     return targets, shape, count
 
 
-def _of_module(config: Mapping[str, Any], patterns: str, module: str, default: Any) -> Any:
-    """A setting of one module: of the first pattern that ends its name, as PEFT's `get_pattern_key` matches."""
-    table = config.get(patterns) or {}
+def _of_module(patterns: Patterns, module: str, default: Any) -> Any:
+    """A setting of one module: of the first pattern that matches its name, as PEFT's `get_pattern_key` has it."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def _compiled(table: Any, names: int) -> Patterns:
+    """The patterns of `rank_pattern` or `alpha_pattern`, which match the end of a name from one of its dots on.
+
+    names: how many there are. Foreign regular expressions: those that could try more than MAX_CHOICES ways are refused.
+    Raises ValueError, a phrase.
+    """
+    table = table or {}
     if not isinstance(table, Mapping):
-        raise ValueError(f"has no {patterns}: it must be an object")
+        raise ValueError("must be an object")
+    if len(table) > MAX_PATTERNS:
+        raise ValueError(f"has {len(table)} patterns, more than {MAX_PATTERNS}")
+    choices = 0.0
+    for key in table:
+        choices += _choices(key) * max(names, 1)
+        if choices > MAX_CHOICES:
+            raise ValueError(
+                f"has patterns that can match in too many ways, to {key!r:.80}: write the modules' names instead"
+            )
     try:
-        return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-    except re.error as error:
-        raise ValueError(f"has a {patterns} that is no pattern ({error})") from None
+        return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"has a key that is no pattern ({error!s:.80})") from None
+
+
+def _choices(pattern: str) -> float:
+    """At most in how many ways a regular expression can try to match a module's name, which has up to 100 characters.
+
+    Each repetition may take every length, each option be there or not, each group be any of its alternatives. Repeated
+    groups multiply without bound, and what a group may begin with can hide them.
+    """
+    bare = re.sub(r"\\.", "_", f"({pattern})", flags=re.DOTALL)
+    if len(pattern) > MAX_PATTERN_LENGTH or re.search(r"\)[*+{]|\(\?(?!:)", bare):
+        return math.inf
+    ways = 100.0 ** min(len(re.findall(r"[*+{]", bare)), 4) * 2.0 ** min(bare.count("?"), 32)
+    for group in re.split(r"[()]", bare):
+        ways = min(ways * (1 + group.count("|")), 1e30)
+    return ways

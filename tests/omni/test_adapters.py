@@ -176,9 +176,14 @@ def test_sums_are_rounded_once(pair: Pair, adapter: Path) -> None:
         ({"some_later_variant": {"x": 1}}, "some_later_variant = {'x': 1} is not supported"),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA': only 'LORA' is supported"),
         ({"r": 3}, "has factors of rank 4, adapter_config.json says 3"),
-        ({"lora_alpha": None}, "has no alpha: adapter_config.json says None"),
-        ({"alpha_pattern": {"(": 3}}, "has a alpha_pattern that is no pattern"),
-        ({"rank_pattern": [3]}, "has no rank_pattern: it must be an object"),
+        ({"lora_alpha": None}, "has no alpha up to 1e+09: adapter_config.json says None"),
+        ({"lora_alpha": 10**400}, "has no alpha up to 1e+09"),
+        ({"use_rslora": "false"}, "use_rslora = 'false': it must be true or false"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern has a key that is no pattern"),
+        ({"alpha_pattern": {"(" * 4000 + ")" * 4000: 3}}, "alpha_pattern has a key that is no pattern"),
+        ({"alpha_pattern": {"a{99999999999}": 3}}, "alpha_pattern has a key that is no pattern"),
+        ({"rank_pattern": [3]}, "rank_pattern must be an object"),
+        ({"rank_pattern": {f"m{index}": 1 for index in range(50_001)}}, "rank_pattern has 50001 patterns"),
     ],
 )
 def test_what_is_no_plain_lora_is_named(
@@ -187,6 +192,46 @@ def test_what_is_no_plain_lora_is_named(
     """Protects: nothing of an adapter is passed over in silence, and nothing is half loaded."""
     with pytest.raises(CheckpointError, match=re.escape(words)):
         omni.load(pair.model.folder, adapter=rewrite(adapter, tmp_path / "other", **settings), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(\w+\.?)+x",
+        r"(.*)*x",
+        r"((.)?){0,30}x",
+        r"(.|.)" * 30 + "x",
+        r".?" * 30 + "x",
+        r".*" * 6 + "x",
+        "?x:(.+) +x",  # the repetition of a group, hidden by the flag that allows spaces
+        r"(?#\)+(.+)(?#)+x",
+        "a" * 10_001,
+    ],
+)
+def test_patterns_that_could_match_for_ever_are_refused(
+    pair: Pair, adapter: Path, tmp_path: Path, pattern: str
+) -> None:
+    """Protects: the keys are regular expressions of a foreign file, some of which never end."""
+    other = rewrite(adapter, tmp_path / "other", rank_pattern={pattern: 2})
+    with pytest.raises(CheckpointError, match="rank_pattern has patterns that can match in too many ways"):
+        omni.load(pair.model.folder, adapter=other, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"q_proj",
+        r"layers\.0\.self_attn\.(q|k|v)_proj",
+        r".*layers.*self_attn.*q_proj",
+        r"^(?:model\.)?(?:language_model\.)?layers\.\d+\.self_attn\.[qk]_proj",
+    ],
+)
+def test_patterns_that_people_write_are_followed(pair: Pair, adapter: Path, tmp_path: Path, pattern: str) -> None:
+    """Protects: the bound on hostile patterns leaves the others alone, an alpha of nothing adds nothing."""
+    other = rewrite(adapter, tmp_path / "other", alpha_pattern={pattern: 0})
+    expected, got = pair.model, omni.load(pair.model.folder, adapter=other, device="cpu", dtype=torch.float32)
+    name = "layers.0.attention.qkv.weight"
+    torch.testing.assert_close(parameters(got)[name], parameters(expected)[name], atol=0, rtol=0)
 
 
 def test_tensors_that_do_not_fit_are_all_listed(pair: Pair, adapter: Path, tmp_path: Path) -> None:
