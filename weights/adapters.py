@@ -246,7 +246,7 @@ def _choices(pattern: str) -> float:
     bare = re.sub(r"\\.", "_", f"({pattern})", flags=re.DOTALL)
     if len(pattern) > MAX_PATTERN_LENGTH or re.search(r"\)[*+{]|\(\?(?!:)", bare):
         return math.inf
-    ways = 100.0 ** min(len(re.findall(r"[*+{]", bare)), 4) * 2.0 ** min(bare.count("?"), 32)
+    ways = 100.0 ** min(len(re.findall(r"[*+{]", bare)), 20) * 2.0 ** min(bare.count("?"), 32)
     for group in re.split(r"[()]", bare):
         ways = min(ways * (1 + group.count("|")), 1e30)
     return ways
