@@ -103,10 +103,11 @@ class Inputs:
                 raise InputError("a grid_thw must be (n, 3) positive counts of patches: time, height, width.")
         if not _counts(self.input_ids):
             raise InputError(f"input_ids must be integers, not {self.input_ids.dtype}.")
-        self._check_seconds()
+        self.check_seconds()
         self._bring_sounds_forward()
 
-    def _check_seconds(self) -> None:
+    def check_seconds(self) -> None:
+        """Raises InputError for frames that do not follow each other: they have no order among sounds."""
         seconds, grids = self.video_second_per_grid, self.video_grid_thw
         if seconds is None or grids is None:
             return

@@ -51,6 +51,7 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     time at `positions_per_second`, in Qwen2.5-Omni rounded down; its sound, where it has one, starts at the same
     position and the two are interleaved in one block of placeholders.
     """
+    inputs.check_seconds()  # fields may have been set since they were checked
     ids = inputs.input_ids[0].cpu()
     vocab_size = config.decoder.vocab_size
     if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -92,8 +93,9 @@ def make_config(**vision: int) -> OmniConfig:
     )
 
 
-# One number per patch, so that hours of video are small.
+# One number per patch and per frame of sound, so that hours of video are small.
 SMALL = make_config(in_channels=1, patch_size=1, temporal_patch_size=1)
+SMALL = replace(SMALL, audio=replace(SMALL.audio, num_mel_bins=1))
 
 
 def make_request(parts: list[tuple]) -> Inputs:
