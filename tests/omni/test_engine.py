@@ -114,6 +114,7 @@ def test_a_hundred_random_requests_over_twenty_plans(pair: Pair, traced) -> None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 
+@pytest.mark.parametrize("pair", ["qwen3"], indirect=True)  # methods know no model
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_one_graph(pair: Pair, traced, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole prefill traced at once, in a plan larger than needed, and in a batch: the same tokens kept as eagerly and
