@@ -58,6 +58,10 @@ BASE3: dict[str, Any] = {
 }
 
 
+# transformers writes into the sections of conftest when it makes models of them.
+BASE, BASE3 = copy.deepcopy((BASE, BASE3))
+
+
 def write(folder: Path, changes: dict[str, object], base: dict[str, Any] = BASE) -> Path:
     """`base` with `a.b.c` paths replaced; the value None removes the key."""
     config = copy.deepcopy(base)
