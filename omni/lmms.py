@@ -16,6 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 import omni
 from omni.config import DTYPES
 from omni.inputs import InputError, Inputs
+from omni.processing.media.addresses import scheme_of
 from seats.methods import method_for
 
 
@@ -116,10 +117,9 @@ class SeatsOmni(lmms):
         Not more than eight batches are held at a time, so that a benchmark of hours of video fits in memory.
         """
         waiting: dict[Any, tuple[list[int], list[Inputs], dict[str, Any]]] = {}
-        for number, request in enumerate(requests):
-            _, doc_to_messages, settings, doc_id, task, split = request.args
-            inputs = self.prepare(doc_to_messages(self.task_dict[task][split][doc_id]))
-            options = self.options(settings)
+        for number in self.by_media(requests):
+            inputs = self.prepare(self.messages(requests[number]))
+            options = self.options(requests[number].args[2])
             key = self.model.engine.plan(inputs, self.method), tuple(sorted(options.items()))
             batch = waiting.setdefault(key, ([], [], options))
             batch[0].append(number)
@@ -129,6 +129,30 @@ class SeatsOmni(lmms):
             elif len(waiting) == 8:
                 yield waiting.pop(next(iter(waiting)))
         yield from waiting.values()
+
+    def by_media(self, requests: list[Any]) -> list[int]:
+        """The numbers of the requests, those about the same files one after another, where the first of them stands:
+        what was read, encoded and prefilled for one is there for the next.
+
+        Pictures and sounds that a data set brings decoded have no name to go by: a task whose first request has such
+        stays as it is, and nothing of it is decoded twice.
+        """
+        first: dict[Any, int] = {}
+        unnamed: set[tuple[str, str]] = set()
+        places = []
+        for number, request in enumerate(requests):
+            *_, task, split = request.args
+            media = None if (task, split) in unnamed else media_of(self.messages(request))
+            if media is None:
+                unnamed.add((task, split))
+            places.append(first.setdefault(media, number) if media else number)
+        return sorted(range(len(requests)), key=places.__getitem__)
+
+    def messages(self, request: Any) -> list[dict[str, Any]]:
+        """lmms-eval's chat messages of a request."""
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        messages: list[dict[str, Any]] = doc_to_messages(self.task_dict[task][split][doc_id])
+        return messages
 
     def prepare(self, messages: list[dict[str, Any]]) -> Inputs:
         """lmms-eval's chat messages, whose media are under "url", → tensors."""
@@ -188,6 +212,19 @@ def ends_of(settings: dict[str, Any]) -> list[str]:
 def cut(text: str, ends: list[str]) -> str:
     """Up to the first of these; what comes after it is not part of the answer."""
     return text[: min((at for end in ends if (at := text.find(end)) >= 0), default=len(text))]
+
+
+def media_of(messages: list[dict[str, Any]]) -> tuple[tuple[str, ...], ...] | None:
+    """What a request is about, to tell whether two are about the same; None where a medium is no file."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    media = [part for content in contents for part in content if part["type"] != "text"]
+    sources = [part.get("url", part.get(part["type"])) for part in media]
+    if not all(isinstance(source, str) and scheme_of(source) != "data" for source in sources):
+        return None
+    return tuple(
+        (part["type"], source, f"{part.get('start_time')} {part.get('end_time')}")
+        for part, source in zip(media, sources, strict=True)
+    )
 
 
 def part_of(part: dict[str, Any]) -> dict[str, Any]:

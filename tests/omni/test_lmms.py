@@ -96,6 +96,53 @@ def test_answers_are_the_librarys(lmms: ModuleType, checkpoint: Path, clip: Path
     assert sorted(answer for *_, answer in evaluated.cache_hook.added) == sorted(found)
 
 
+def test_requests_about_one_clip_follow_each_other(
+    lmms: ModuleType, checkpoint: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: whatever the order of a task, a clip is read in one go; answers stay in the order that was asked. What
+    is no file goes where it stands, and its documents are looked at once."""
+    clips = [clip, tmp_path / "same.mp4"]
+    clips[1].write_bytes(clip.read_bytes())
+    evaluated = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", retention=1, batch_size=1, fps=1, max_frames=4)
+    texts = ["What?", "Who?", "Why?", "When?", "How?"]
+    contents = [
+        [{"type": "video", "url": str(clips[number % 2])}, {"type": "text", "text": text}]
+        for number, text in enumerate(texts)
+    ]
+    settings = {"max_new_tokens": 4}
+    found = ask(evaluated, contents, settings)
+    assert found == [ask(evaluated, [content], settings)[0] for content in contents]
+    assert len(set(found)) > 2
+
+    def order(contents: list[list[dict[str, Any]]]) -> list[str]:
+        seen: list[str] = []
+        monkeypatch.setattr(
+            lmms.SeatsOmni, "prepare", lambda _, messages: seen.append(messages[0]["content"][-1]["text"])
+        )
+        monkeypatch.setattr(evaluated.model.engine, "plan", lambda *_: None)
+        monkeypatch.setattr(evaluated.model, "generate", lambda inputs, **_: [SimpleNamespace(text="")] * len(inputs))
+        ask(evaluated, contents, settings)
+        return seen
+
+    assert order(contents) == ["What?", "Why?", "How?", "Who?", "When?"]
+    stretches = [
+        [{**content[0], "start_time": number // 2, "end_time": None}, content[1]]
+        for number, content in enumerate(contents)
+    ]
+    assert order(stretches) == texts
+    looked: list[int] = []
+
+    class Documents(list[Any]):
+        def __getitem__(self, number: Any) -> Any:
+            looked.append(number)
+            return super().__getitem__(number)
+
+    sound = {"array": [0.0] * 16_000, "sampling_rate": 16_000}
+    decoded = Documents([{"type": "audio", "url": sound}, {"type": "text", "text": text}] for text in texts)
+    assert order(decoded) == texts
+    assert looked == [0, *range(5)]
+
+
 def test_every_token_system_prompt_and_silence(
     lmms: ModuleType, checkpoint: Path, clip: Path, tmp_path: Path, model: omni.Omni
 ) -> None:
