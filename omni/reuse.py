@@ -1,11 +1,19 @@
-"""What is kept between requests, so that it need not be made again: the values last used, bounded in bytes."""
+"""What is kept between requests, so that it need not be made again: the values last used, bounded in bytes; and what
+tensors are known by."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 V = TypeVar("V")
 
@@ -64,3 +72,44 @@ class Kept(Generic[V]):
         value, nbytes = self._values.pop(key)
         self._nbytes -= nbytes
         return value
+
+
+PART_BYTES = 8 * 2**20
+"""Of a tensor that one thread digests at a time."""
+
+
+def digest_of(tensor: Tensor) -> bytes:
+    """32 bytes that tell a tensor by its dtype, shape and content, on any device, by SHA-256.
+
+    Remembered for as long as the tensor lives and is not written to, as far as its version tells: by operations of
+    torch, not through memory that is shared with NumPy.
+    """
+    known = None if tensor.is_inference() else tensor._version  # inference tensors count no versions
+    if known is not None:
+        with _lock:
+            found = _digests.get(tensor)
+        if found is not None and found[0] == known:
+            return found[1]
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    data = memoryview(flat.view(torch.uint8).numpy())
+    parts = [data[first : first + PART_BYTES] for first in range(0, len(data), PART_BYTES)]
+    whole = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if len(parts) > 1:
+        with ThreadPoolExecutor(min(8, len(parts), os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(_digest, parts))
+    else:
+        digests = list(map(_digest, parts))
+    for digest in digests:
+        whole.update(digest)
+    if known is not None:
+        with _lock:
+            _digests[tensor] = known, whole.digest()
+    return whole.digest()
+
+
+def _digest(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+_digests = WeakIdKeyDictionary()
+_lock = Lock()

@@ -5,6 +5,7 @@ The rules of both families, as in transformers' `models/qwen2_vl/{video,image}_p
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from omni.config import QWEN3, ConfigError, OmniConfig
 from omni.processing.settings import Settings, read_settings
+from omni.reuse import digest_of
 
 MAX_ASPECT_RATIO = 200
 MAX_PIXELS = 2**26
@@ -337,6 +339,12 @@ class Pixels:
         some = self.frames[clip][first * step : (first + count) * step]
         lacking = count * step - len(some)
         return torch.cat((some, some[-1:].expand(lacking, -1, -1, -1))) if lacking else some
+
+    def digest(self, index: int) -> bytes:
+        """Tells a clip or picture, and what patches it makes, from all others: 32 bytes (`omni.reuse.digest_of`)."""
+        sizes = self.sizes
+        made = sizes.patch_size, sizes.merge_size, sizes.temporal_patch_size, sizes.colours(self.of_clip)
+        return hashlib.sha256(repr(made).encode() + digest_of(self.frames[index])).digest()
 
     def normalisation(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the channels, (3,) float32 each."""
