@@ -133,7 +133,7 @@ def demo() -> None:
 
 
 def of_its_world(inputs: Inputs) -> bool:
-    """Whether a request looks like those that `tiny` was trained on: one clip of `scripts/world.py`'s frame size."""
+    """Whether a request looks like what `tiny` was trained on: one clip of `scripts/tiny/world.py`'s frame size."""
     grids = inputs.video_grid_thw
     return grids is not None and grids[:, 1:].tolist() == [[8, 8]] and inputs.image_grid_thw is None
 

@@ -82,7 +82,7 @@ LONGEST_SUM = 2048
 def matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
     """(..., out, in) · (..., in) → (..., out), summed in float32: for the compiler, which makes one pass of it.
 
-    On a CPU that reads the weight at the memory rate, PyTorch's own product at half of it (`scripts/bench.py`, decode).
+    On a CPU that reads the weight at the memory rate, PyTorch's own product at half of it (`bench.py`, decode).
     """
     size = x.shape[-1]
     parts = next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LONGEST_SUM)

@@ -27,7 +27,7 @@ def tiny() -> omni.Omni:
 def asked(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str, str]]:
     """Clips of the test split with one question each: (file, prompt, letter)."""
     folder = tmp_path_factory.mktemp("world")
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "scripts/tiny"))
     try:
         import world
     finally:
@@ -73,7 +73,7 @@ def test_transformers_agrees(tiny: omni.Omni, asked: list[tuple[Path, str, str]]
 def test_answers_about_clips_it_has_not_seen(
     tiny: omni.Omni, asked: list[tuple[Path, str, str]], retention: float
 ) -> None:
-    """Chance is 25 %; the figures are those of scripts/evaluate.py."""
+    """Chance is 25 %; the figures are those of scripts/tiny/evaluate.py."""
     right = 0
     for clip, prompt, letter in asked:
         seats = None if retention == 1 else preset_for(tiny.config, retention)

@@ -17,11 +17,6 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
 def test_both_sides_hold_the_same_weights(family: str) -> None:
     """In the same memory, and they compute the same."""
@@ -312,7 +307,7 @@ def test_what_is_compiled_is_carried_into_the_next_run(tmp_path: Path, monkeypat
 COMPILES = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "scripts")
+sys.path.insert(0, "scripts/bench")
 from bench_cache import archived
 with archived(Path(sys.argv[1])):
     import torch

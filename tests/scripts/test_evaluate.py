@@ -17,11 +17,6 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = ["red", "green", "blue", "pink"]
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-
 @pytest.mark.parametrize(
     ("text", "right"),
     [("B", True), ("B. green", True), ("The answer is B.", True), ("A", False), ("green", False), ("", False)],

@@ -1,6 +1,6 @@
 """Damaged files of every kind: each ends in a right answer or in one of the library's errors.
 
-A short, seeded run of `scripts/fuzz.py`, which goes on for as long as wanted and survives crashes and hangs.
+A short, seeded run of `scripts/stress/fuzz.py`, which goes on for as long as wanted and survives crashes and hangs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ INPUTS = {"safetensors": 60, "index": 60, "config": 25, "tokenizer": 60, "templa
 @pytest.mark.parametrize("name", INPUTS)
 def test_damaged_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: no exception of another kind, no wrong answer, and no error without words, whatever the damage."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     import fuzz
 
@@ -52,7 +51,6 @@ def test_a_finding_is_kept_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Protects: a crash, a hang and a foreign exception are counted, and the input that led to them can be read."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import fuzz
 
     class Child:

@@ -19,9 +19,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFL
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four clips, and what `evaluate.py` makes of them."""
     folder = tmp_path_factory.mktemp("lmms")
-    run([sys.executable, "world.py", str(folder / ".world/test"), "--split", "test", "--count", "4"])
+    run([sys.executable, "tiny/world.py", str(folder / ".world/test"), "--split", "test", "--count", "4"])
     settings = ["--methods", "seats", "--retention", "0.1", "--ablate", "0", "--results", str(folder)]
-    run([sys.executable, "evaluate.py", str(folder / ".world/test"), *settings])
+    run([sys.executable, "tiny/evaluate.py", str(folder / ".world/test"), *settings])
     return folder
 
 

@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def train_tiny(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def train_tiny() -> ModuleType:
     import train_tiny
 
     return train_tiny

@@ -1,7 +1,7 @@
 """Asks about a clip of an hour and prints the memory that each step takes at most.
 
-    python scripts/long_clip.py                         # writes the hour, asks at a retention that fits
-    python scripts/long_clip.py --family qwen3 --minutes 20
+    python scripts/stress/long_clip.py                         # writes the hour, asks at a retention that fits
+    python scripts/stress/long_clip.py --family qwen3 --minutes 20
 
 A process of its own decodes, encodes, prefills and answers with a small random checkpoint. It is asked with every token
 first, which does not fit: the error names the retention that does. Small frames at a low rate: what an hour asks for is
@@ -115,7 +115,7 @@ def main() -> None:
         sys.exit(not ask(*options.ask))
     with tempfile.TemporaryDirectory() as name:
         folder, clip = Path(name) / "checkpoint", Path(name) / "clip.mp4"
-        make = Path(__file__).with_name("make_checkpoint.py")
+        make = Path(__file__).parents[1] / "make_checkpoint.py"
         subprocess.run([sys.executable, make, folder, "--family", options.family], check=True)
         begun = time.perf_counter()
         make_long_clip(clip, 60 * options.minutes)

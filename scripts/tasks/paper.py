@@ -1,8 +1,8 @@
 """The tables of arXiv 2605.20035 with lmms-eval: prints the commands, runs them, gathers what they wrote.
 
-    python scripts/paper.py                                     # prints every command and runs nothing
-    python scripts/paper.py --run --families qwen2.5 --tasks worldsense --processes 8
-    python scripts/paper.py --gather                            # the table of what has been run
+    python scripts/tasks/paper.py                                     # prints every command and runs nothing
+    python scripts/tasks/paper.py --run --families qwen2.5 --tasks worldsense --processes 8
+    python scripts/tasks/paper.py --gather                            # the table of what has been run
 
 Needs the environment of `make eval`, real weights and the benchmarks' clips. Runs that have left a result are not run
 again. Frames: two a second, 128 to 144 tokens' worth of pixels each, at most as many as the paper takes of a task.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path("benchmarks/paper")
-TASKS_FOLDER = Path(__file__).parent / "tasks"
+TASKS_FOLDER = Path(__file__).parent
 FAMILIES = {"qwen2.5": ("Qwen/Qwen2.5-Omni-7B", 28), "qwen3": ("Qwen/Qwen3-Omni-30B-A3B-Instruct", 32)}
 """Checkpoint, and pixels along the side of a token."""
 TASKS = {

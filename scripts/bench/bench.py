@@ -1,12 +1,12 @@
 """Measures prefill, encoders, decoding and selection: compiled, eager and transformers side by side, in turns.
 
-    python scripts/bench.py                         # both families, 0.5 B parameters on a CPU, full size on a GPU
-    python scripts/bench.py --families qwen3 --dtypes bfloat16 --rows prefill decode
-    python scripts/bench.py --minutes 5             # what is least known first; stops in time
-    python scripts/bench.py --archive compiled.tgz  # what is compiled is kept there, for the next run, and taken thence
-    python scripts/bench.py --size small --results /tmp/small     # see that all of it runs; measures nothing
-    python scripts/bench.py --merge FILE...         # take the rows of other runs' result files
-    python scripts/bench.py --render                # benchmarks/README.md from the result files alone
+    python scripts/bench/bench.py                         # both families, 0.5 B parameters on a CPU, full size on a GPU
+    python scripts/bench/bench.py --families qwen3 --dtypes bfloat16 --rows prefill decode
+    python scripts/bench/bench.py --minutes 5             # what is least known first; stops in time
+    python scripts/bench/bench.py --archive compiled.tgz  # what is compiled is kept there for the next run
+    python scripts/bench/bench.py --size small --results /tmp/small  # see that all of it runs; measures nothing
+    python scripts/bench/bench.py --merge FILE...         # take the rows of other runs' result files
+    python scripts/bench/bench.py --render                # benchmarks/README.md from the result files alone
 
 Weights are random, made on the device; both sides read the same memory. A row is written to
 benchmarks/results/<machine>.json when it is done, and benchmarks/README.md is rendered from all such files. Rows of
@@ -31,12 +31,14 @@ import torch
 from bench_cache import archived
 from bench_check import check
 from bench_models import SIZES
-from bench_report import as_text, write_readme
 from bench_results import ROOT, Clock, Names, commit_of, least_known_first, load, merge, path_of, run_of, save
 from bench_rows import first_prefill, rows_of
 from bench_sides import Bench, ceilings, first_line, machine
 
 from omni.config import DTYPES
+
+sys.path.append(str(ROOT / "scripts/report"))
+from bench_report import as_text, write_readme
 
 CHECK_SECONDS, SETUP_SECONDS = 90.0, 30.0
 GUESSES = {"beside compiled": 100.0, "10 min": 120.0, "start": 150.0, "plans": 60.0, "experts": 5.0, "": 30.0}

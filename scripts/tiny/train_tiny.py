@@ -1,6 +1,6 @@
 """Trains `tiny`, the checkpoint that is shipped in `weights/tiny`: a thinker that understands the world of `world.py`.
 
-    python scripts/train_tiny.py .train     # resumes what is there; leaves .train/training.png and .train/checkpoint
+    python scripts/tiny/train_tiny.py .train   # resumes what is there; leaves .train/training.png and .train/checkpoint
 
 Clips are made without a file. First the encoders alone learn to say what is seen and heard at each of their tokens, in
 the words of the decoder: a token is to resemble the embeddings of its colour and its shape, or of its sound and of how
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -32,7 +33,6 @@ import torch
 import torch.nn.functional as F
 import world
 from einops import rearrange
-from make_checkpoint import FAMILIES, public_tensors, qwen2_5_config, write_json, write_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,6 +49,9 @@ from omni.processing.processor import Processor
 from omni.processing.prompt import clip_block, expand
 from omni.processing.tokenizer import Tokenizer
 from omni.thinker import Thinker
+
+sys.path.append(str(Path(__file__).parents[1]))
+from make_checkpoint import FAMILIES, public_tensors, qwen2_5_config, write_json, write_tokenizer
 
 SAMPLED_FPS = 2
 """Frames a second that the model sees, as by default."""

@@ -1,11 +1,11 @@
 """Damages real files and reads them: each must end in a right answer or in one clear error.
 
-    python scripts/fuzz.py media --minutes 10
+    python scripts/stress/fuzz.py media --minutes 10
 
 Inputs are read in a child process under bounds of memory and time. What ends in a crash, a hang, a wrong answer or an
 exception that is none of the library's is kept under --findings, and the exit status is 1. To look at one again:
 
-    python scripts/fuzz.py media --again fuzz-findings/media-1/clip.mp4
+    python scripts/stress/fuzz.py media --again fuzz-findings/media-1/clip.mp4
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from omni.processing.media import kind_of, read_audio, read_image, read_video
 from omni.processing.tokenizer import Tokenizer, TokenizerError
 from omni.processing.vocabulary import SPLIT_PATTERN
 
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).parents[1]
 MEMORY_BYTES = 4 * 2**30
 """What reading one input may take beside the program itself."""
 SECONDS = 60
@@ -347,8 +347,10 @@ def sound_tokenizer(folder: Path) -> Tokenizer:
 
 def make_media(folder: Path) -> list[str]:
     import av
-    from make_clip import make_clip
     from PIL import Image
+
+    sys.path.append(str(SCRIPTS))
+    from make_clip import make_clip
 
     make_clip(folder / "clip.mp4", 1.0, 0)
     for name in ("clip.mkv", "clip.mov", "clip.ts"):

@@ -11,18 +11,18 @@ from accuracy_report import accuracy_part
 
 HEAD = """# Benchmarks
 
-Rendered by `scripts/bench.py` from `results/`; do not edit. All sides of a row run in turns on one machine, in one
-process, with the same random weights in the same memory. A ratio is the median of those of the rounds, with the lowest
-and the highest; seconds are medians. `matrix rate` is a product of two large matrices of the same type, `copy rate` a
-large copy, bytes read and written: both run in turn with the row. Each row is of the newest run that measured it; under
-`Measured` is which commit that was (`+` and a digest: with changes beyond it).
+Rendered by `scripts/bench/bench.py` from `results/`; do not edit. All sides of a row run in turns on one machine, in
+one process, with the same random weights in the same memory. A ratio is the median of those of the rounds, with the
+lowest and the highest; seconds are medians. `matrix rate` is a product of two large matrices of the same type, `copy
+rate` a large copy, bytes read and written: both run in turn with the row. Each row is of the newest run that measured
+it; under `Measured` is which commit that was (`+` and a digest: with changes beyond it).
 
 Repeat with
 
 ```sh
-.venv/bin/python scripts/bench.py                  # what was measured at this commit already is not measured again
-.venv/bin/python scripts/bench.py --families qwen3 --dtypes bfloat16 --rows prefill --again
-.venv/bin/python scripts/bench.py --minutes 5      # what is least known first, and stops in time
+.venv/bin/python scripts/bench/bench.py               # what was measured at this commit already is not measured again
+.venv/bin/python scripts/bench/bench.py --families qwen3 --dtypes bfloat16 --rows prefill --again
+.venv/bin/python scripts/bench/bench.py --minutes 5   # what is least known first, and stops in time
 ```
 """
 
@@ -37,7 +37,7 @@ def write_readme(folder: Path) -> None:
         page.write_text(f"{before}{BEGIN}\n{headline(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
-BEGIN, END = "<!-- scripts/bench.py writes from here -->", "<!-- to here -->"
+BEGIN, END = "<!-- scripts/bench/bench.py writes from here -->", "<!-- to here -->"
 RELEASED = {"qwen2.5 full bfloat16": "Qwen2.5-Omni-7B", "qwen3 full bfloat16": "Qwen3-Omni-30B-A3B"}
 PAPER = "the paper's prompt"
 PAPER_TIMES = 4.8

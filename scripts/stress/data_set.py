@@ -1,9 +1,9 @@
 """Throws a data set at `omni.batch`: how fast it goes, and what comes of it when it is killed or damaged.
 
-    python scripts/world.py .world/200 --count 200
-    python scripts/data_set.py speed --clips .world/200                   # a plain loop, one worker, two
-    python scripts/data_set.py worker run damage --clips .world/200       # kills, and ten rows that have no answer
-    python scripts/data_set.py memory --rows 2000                         # of clips of a second to five
+    python scripts/tiny/world.py .world/200 --count 200
+    python scripts/stress/data_set.py speed --clips .world/200                 # a plain loop, one worker, two
+    python scripts/stress/data_set.py worker run damage --clips .world/200     # kills, and ten rows that have no answer
+    python scripts/stress/data_set.py memory --rows 2000                       # of clips of a second to five
 
 The checkpoint `tiny` answers one question about each clip; whatever happens, there must be one answer to each row, and
 it must be that of a plain loop in this process. A worker is a process that reads media and a replica of the model, each
@@ -25,13 +25,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from evaluate import read_questions
 from long_clip import make_long_clip
 from measure_load import MIB
 from tqdm import tqdm
 
 import omni
 from seats import preset_for
+
+sys.path.append(str(Path(__file__).parents[1] / "tiny"))
+from evaluate import read_questions
 
 SETTINGS = {"retention": 0.35, "max_new_tokens": 8}
 GROWTH = 256 * MIB

@@ -1,9 +1,9 @@
 """What token selection costs in accuracy: questions about clips, asked with every token and with fewer.
 
-    python scripts/world.py .world --split test --count 160
-    python scripts/evaluate.py .world                         # the checkpoint tiny, SEATS
-    python scripts/evaluate.py .world --methods all --workers 16        # on a machine with as many cores
-    python scripts/evaluate.py clips/ --model Qwen/Qwen2.5-Omni-7B --retention 0.35 0.10
+    python scripts/tiny/world.py .world --split test --count 160
+    python scripts/tiny/evaluate.py .world                         # the checkpoint tiny, SEATS
+    python scripts/tiny/evaluate.py .world --methods all --workers 16        # on a machine with as many cores
+    python scripts/tiny/evaluate.py clips/ --model Qwen/Qwen2.5-Omni-7B --retention 0.35 0.10
 
 The folder has clips and questions.jsonl: on each line {"media", "prompt", "answer", "options", "kind"}, `options` empty
 where the answer is free and else four, which the prompt letters A to D. An answer counts where its first letter is that
@@ -19,6 +19,7 @@ import datetime
 import importlib.metadata
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -28,9 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accuracy_report import draw, share
 from answers import is_right
-from bench_report import write_readme
 from torch import Tensor
 
 import omni
@@ -43,6 +42,10 @@ from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs, Step
 from seats.methods import NAMES
 from seats.selection import AUDIO, VIDEO, highest_of_each
+
+sys.path.append(str(Path(__file__).parents[1] / "report"))
+from accuracy_report import draw, share
+from bench_report import write_readme
 
 RETENTIONS = (0.35, 0.25, 0.15, 0.10)
 

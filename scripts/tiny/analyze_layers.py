@@ -1,7 +1,7 @@
 """How long each layer of a decoder needs video and sound: accuracy when they are removed after layer n, for every n.
 
-    python scripts/world.py .world/validation --split validation --count 40
-    python scripts/analyze_layers.py .world/validation                        # the checkpoint tiny
+    python scripts/tiny/world.py .world/validation --split validation --count 40
+    python scripts/tiny/analyze_layers.py .world/validation                        # the checkpoint tiny
 
 After arXiv 2605.20035: in shallow layers everything is needed, in the middle the text takes in what it asks for, and
 late layers see text alone as well as all. Prints the table, the blocks and the layers that follow from it for

@@ -1,6 +1,6 @@
 """A small audio-visual world: clips of coloured shapes and sounds, and questions about them.
 
-    python scripts/world.py clips/ --split test --count 20      # mp4 files and questions.jsonl
+    python scripts/tiny/world.py clips/ --split test --count 20      # mp4 files and questions.jsonl
 
 Four shapes come and go one after another over a textured, noisy background, each with a sound of its own at some moment
 of its stay. Every question is about what one cannot know from its words: of four options all are in the clip, so that

@@ -1,7 +1,7 @@
 """Measures reading: the frames of a clip that a model sees, against decoding all of it and scaling them one by one.
 
-    python scripts/bench_media.py                       # 64 s of 1080p and of 720p, H.264 with B frames
-    python scripts/bench_media.py --seconds 8 --heights 1080 --bframes 0 --gop 30     # as many telephones write it
+    python scripts/bench/bench_media.py                     # 64 s of 1080p and of 720p, H.264 with B frames
+    python scripts/bench/bench_media.py --seconds 8 --heights 1080 --bframes 0 --gop 30   # as many telephones write it
 
 Sides run in turns; both give the same pixels, which is checked. The clip is made first. `decord` is a side where it is
 installed. The benchmark's row `media` is this.

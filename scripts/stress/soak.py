@@ -1,7 +1,7 @@
 """Asks one process a thousand short questions: its memory must stay, its answers must be those of a fresh model.
 
-    python scripts/soak.py                                                  # 1000 requests over 30 plans, eagerly
-    python scripts/soak.py --compile --requests 240 --plans 2 --graphs 3      # graphs are made, and make room
+    python scripts/stress/soak.py                                                # 1000 requests over 30 plans, eagerly
+    python scripts/stress/soak.py --compile --requests 240 --plans 2 --graphs 3    # graphs are made, and make room
 
 A plan is a clip of its own length and frame size and a question of its own length; it is asked about with every token
 and with SEATS. All plans are gone through again and again, each in a run of twelve requests: eight at a time from
@@ -134,7 +134,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         checkpoint, clips = Path(name) / "checkpoint", Path(name)
-        make = Path(__file__).with_name("make_checkpoint.py")
+        make = Path(__file__).parents[1] / "make_checkpoint.py"
         subprocess.run([sys.executable, make, checkpoint, "--family", options.family], check=True)
         write_clips(plans, clips)
         command = [sys.executable, __file__, "--plans", str(options.plans), "--fresh", str(checkpoint), str(clips)]

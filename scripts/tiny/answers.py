@@ -1,4 +1,4 @@
-"""Which answers are right: for `evaluate.py`, and for lmms-eval's tasks beside it."""
+"""Which answers are right: for `evaluate.py`, and for lmms-eval's tasks (`scripts/tasks`)."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ import torch
 from bench_cache import CACHES, caches_in
 from bench_media import media_row, write_clip
 from bench_models import in_float32, their_decode, their_prefill
-from bench_report import PAPER
-from bench_results import Names
+from bench_results import ROOT, Names
 from bench_sides import Bench, Clip, Measured, Seconds, encoded, limit, spread, target, without_layers
 from torch import Tensor
 
@@ -31,6 +30,9 @@ import seats
 from omni.processing.frames import Pixels, vision_sizes
 from omni.processing.mel import SAMPLE_RATE, log_mel
 from seats.plan import StagePlan
+
+sys.path.append(str(ROOT / "scripts/report"))
+from bench_report import PAPER
 
 RETENTIONS = (1.0, 0.35, 0.25, 0.15, 0.10)
 COMPILED = "transformers compiled"

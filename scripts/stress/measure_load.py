@@ -1,6 +1,6 @@
 """Measures what loading costs: peak host memory above the parameters, against the largest tensor.
 
-    python scripts/measure_load.py
+    python scripts/stress/measure_load.py
 
 Writes a random bfloat16 checkpoint of more than 2 GB, a Qwen3-Omni thinker of few layers with all of the released
 model's 128 experts in each, into a temporary folder. Loads it in a fresh process into float32 and into bfloat16, then
@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from make_checkpoint import FAMILIES
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +29,9 @@ import weights
 from omni.config import OmniConfig, read_config
 from omni.model import tensor_names
 from omni.thinker import Thinker
+
+sys.path.append(str(Path(__file__).parents[1]))
+from make_checkpoint import FAMILIES
 
 MIB = 1 << 20
 LAYERS = 2
