@@ -238,6 +238,7 @@ def gathered_in_row(
     directions = unit(anchors, 1e-12)  # of what joins, the length does not matter
     frame = position // tokens
     slot_segment = segment[frame].masked_fill(~real, windows)
+    frame = frame.masked_fill(~real, windows)  # of no frame: not in the way of the anchors of the first
     total, members = torch.zeros_like(anchors), torch.zeros(len(anchors), device=anchors.device)
     number = torch.arange(windows, device=frame.device)
     # Of a token: its features twice, and of each anchor a cosine, an index, and what `nearest` makes of them.
@@ -251,7 +252,7 @@ def gathered_in_row(
         same_segment = segment[some, None] == slot_segment[slots]
         same_frame = number[some, None] == frame[slots]
         joins = rest[some][..., None] & same_segment[:, None] & ~(anchor[some][..., None] & same_frame[:, None])
-        joins = nearest(block @ directions[slots].mT, frame[slots], windows) & joins.flatten(0, 1)
+        joins = nearest(block @ directions[slots].mT, frame[slots], windows + 1) & joins.flatten(0, 1)
         total[slots] += joins.mT.float() @ block
         members[slots] += joins.sum(dim=0)
     own = (1 / (members + 1)).clamp(min=weight)[:, None]
@@ -266,14 +267,16 @@ def slots_of(segments: Tensor, slot_segment: Tensor) -> slice:
     return slice(int(first), int(torch.searchsorted(slot_segment, segments[-1:], right=True)))
 
 
-def nearest(cosines: Tensor, frame: Tensor, frames: int) -> Tensor:
-    """The anchor of the largest cosine, the first of equal ones, in each frame: (N, K) bool.
+def nearest(products: Tensor, frame: Tensor, frames: int) -> Tensor:
+    """The anchor of the largest product, the first of equal ones, in each frame: (N, K) bool.
 
-    cosines: (N, K) float32. frame: (K,) int64 below `frames`, of which one an anchor is.
+    products: (N, K) float32, of tokens of any length with anchors of length 1. frame: (K,) int64 below `frames`, of
+    which one an anchor is.
     """
-    group = frame.expand_as(cosines)
-    best = cosines.new_full((len(cosines), frames), -2).scatter_reduce(1, group, cosines, "amax").gather(1, group)
-    slot = torch.arange(len(frame), dtype=torch.int32, device=frame.device).expand_as(cosines)
-    candidate = torch.where(cosines == best, slot, len(frame))
-    first = candidate.new_full((len(cosines), frames), len(frame)).scatter_reduce(1, group, candidate, "amin")
+    group = frame.expand_as(products)
+    least = products.new_full((len(products), frames), float("-inf"))
+    best = least.scatter_reduce(1, group, products, "amax").gather(1, group)
+    slot = torch.arange(len(frame), dtype=torch.int32, device=frame.device).expand_as(products)
+    candidate = torch.where(products == best, slot, len(frame))
+    first = candidate.new_full((len(products), frames), len(frame)).scatter_reduce(1, group, candidate, "amin")
     return slot == first.gather(1, group)

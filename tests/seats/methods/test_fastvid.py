@@ -320,6 +320,26 @@ def test_blocks_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(becomes(other, row), becomes(whole, row))
 
 
+@pytest.mark.parametrize("all_slots", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_token_unlike_every_anchor_joins_one(seed: int, all_slots: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are not of length 1: their products with all of a frame's anchors may lie far below -1. The other prompt
+    has more anchors, so that slots are empty; as on a GPU, too, which looks at all of them."""
+    method = FastVID(video_ratio=0.2, audio_ratio=1.0, min_segments=1, threshold=-1.0)
+    prompts: list[Clips] = [[(5 + seed % 3, 5)], [(WIDTH, 6), (3, 2)]]
+    video = media(seed, [sizes_of(clips) for clips in prompts], WIDTH)
+    video.clip[1, 6:] = 1
+    video.features *= 3
+    if all_slots:
+        monkeypatch.setattr(fastvid, "slots_of", lambda segments, slot_segment: slice(0, len(slot_segment)))
+    kept, _ = method.before(video, None)
+    assert kept is not None
+    for row, clips in enumerate(prompts):
+        expected, tokens = condense(video, row, clips, 0.2, method)
+        assert picked(kept, video, row) == expected
+        torch.testing.assert_close(becomes(kept, row), torch.tensor(tokens), rtol=0, atol=2e-5)
+
+
 def test_gathers_by_hand() -> None:
     """One segment of two frames, an anchor in each: another frame's anchor joins, the own one does not."""
     features = torch.tensor([[[1.0, 0.0], [4.0, 0.0]], [[0.0, 2.0], [0.0, 6.0]]])
