@@ -12,9 +12,6 @@ from seats.method import Kept, Media
 from seats.methods.before import BeforeDecoder
 from seats.methods.ranking import highest, intact, part, sound_intact, unit
 
-LEAST = 0.25
-"""The part of the video that always stays: the first of four frames."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DyCoke(BeforeDecoder):
@@ -26,37 +23,55 @@ class DyCoke(BeforeDecoder):
     their places. Fours run on through the clips of a prompt; a frame of another size than its neighbour stays whole.
     The second stage, of the cache while decoding, is left out: it does not shorten the prefill.
 
-    Sound stays whole and the whole budget is taken from video, of which a quarter stays at least; where that does not
-    suffice any tokens of sound go (`sound_intact`). Raises ValueError where sound has too few.
+    Sound stays whole and the whole budget is taken from video, of which the first of every four frames stays at least,
+    ceil(T / 4) of T; where that does not suffice any tokens of sound go (`sound_intact`). Raises ValueError where those
+    frames alone are more than the budget.
     """
 
     def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
         sizes = torch.tensor([video], dtype=torch.long)
         sound = torch.tensor([sum(audio)])
-        of_video, of_audio = sound_intact(sizes.sum(dim=-1), sound, self.video_ratio, self.audio_ratio, LEAST)
-        # Up to one token more than the budget is rounding.
-        enough = float(of_audio * sound) > -1 if sum(audio) else self.video_ratio >= LEAST
-        if sum(video) and not enough:
+        total, whole = sum(video), int(sizes[whole_frames(sizes)].sum())
+        budget = int(self.video_ratio * total + self.audio_ratio * sum(audio))
+        if whole > budget + (not audio):  # rounding, of the modality that has to keep something
             raise ValueError(
-                f"DyCoke keeps {LEAST:.0%} of video at least, more than {self.video_ratio:.0%} of video and "
+                f"DyCoke keeps {whole / total:.0%} of video at least, more than {self.video_ratio:.0%} of video and "
                 f"{self.audio_ratio:.0%} of the sound of this prompt together: ask for more."
             )
+        of_video, of_audio = sound_intact(
+            sizes.sum(dim=-1), sound, self.video_ratio, self.audio_ratio, least_of_video(sizes)
+        )
         return int(frame_counts(sizes, of_video).sum() + part(sound, of_audio)), 0
 
     def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
-        return intact(merged_in_time, video, audio, (self.video_ratio, self.audio_ratio), LEAST)
+        least = 0.0 if video is None else least_of_video(video.sizes)
+        return intact(merged_in_time, video, audio, (self.video_ratio, self.audio_ratio), least)
 
 
 def merged_in_time(video: Media, ratio: Tensor) -> Kept:
     return Kept(highest(-likeness(video), video.there, frame_counts(video.sizes, ratio)))
 
 
+def whole_frames(sizes: Tensor) -> Tensor:
+    """The first of every four frames, and those with none of their size to be compared with: (B, W) bool."""
+    first = torch.arange(sizes.shape[1], device=sizes.device) % 4 == 0
+    return first | (other_frame(sizes[..., None])[..., 0] != sizes)
+
+
+def least_of_video(sizes: Tensor) -> Tensor:
+    """The share of the video's tokens that are in whole frames: (B,) float64."""
+    return (sizes * whole_frames(sizes)).sum(dim=-1).double() / sizes.sum(dim=-1).clamp(min=1)
+
+
 def frame_counts(sizes: Tensor, ratio: Tensor) -> Tensor:
-    """How many tokens of each frame stay, (B, W) int64, so that of four alike `ratio`, (B,) from 0.25 on, stay."""
-    share = (ratio[:, None] - LEAST) / (1 - LEAST)
-    compared = other_frame(sizes[..., None])[..., 0]
-    whole = (torch.arange(sizes.shape[1], device=sizes.device) % 4 == 0) | (compared != sizes)
-    return torch.where(whole, sizes, (share * sizes.double()).long())
+    """How many tokens of each frame stay, (B, W) int64, so that of all no more than `ratio`, (B,) float64, stay.
+
+    Whole frames stay in any case; the others share what is left alike.
+    """
+    whole = whole_frames(sizes)
+    tokens, stay = sizes.sum(dim=-1), (sizes * whole).sum(dim=-1)
+    share = (ratio * tokens - stay).clamp(min=0) / (tokens - stay).clamp(min=1)
+    return torch.where(whole, sizes, (share[:, None] * sizes).long())
 
 
 def likeness(video: Media) -> Tensor:

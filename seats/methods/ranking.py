@@ -38,17 +38,19 @@ def part(tokens: Tensor, ratio: float | Tensor) -> Tensor:
 
 
 def sound_intact(
-    video: Tensor, audio: Tensor, video_ratio: float, audio_ratio: float, floor: float = 0.05
+    video: Tensor, audio: Tensor, video_ratio: float, audio_ratio: float, floor: float | Tensor = 0.05
 ) -> tuple[Tensor, Tensor]:
     """The ratios of a method made for pictures, at the budget of these two ratios (arXiv 2605.20035, its code).
 
     video, audio: (B,) int64 tokens. All of the sound is kept, and of video what the budget leaves, but not less than
-    `floor`; sound gives the difference. Returns the ratios of video and of sound, (B,) float64.
+    `floor`, a number or (B,) float64; sound gives the difference. Returns the ratios of video and of sound, (B,)
+    float64.
     """
     v, a = video.double(), audio.double()
     total = (v * video_ratio + a * audio_ratio).trunc()
-    of_video = ((total - a) / v.clamp(min=1)).clamp(min=floor)
-    of_audio = torch.where(of_video > floor, 1.0, (total - floor * v) / a.clamp(min=1))
+    least = floor if isinstance(floor, Tensor) else torch.full_like(v, floor)
+    of_video = ((total - a) / v.clamp(min=1)).maximum(least)
+    of_audio = torch.where(of_video > least, 1.0, (total - least * v) / a.clamp(min=1))
     of_audio = torch.where(of_video > 1, (total - v) / a.clamp(min=1), of_audio).clamp(max=1)
     # Without one of them, the ratios stay as they are.
     both = (video > 0) & (audio > 0)
@@ -79,7 +81,7 @@ def intact(
     video: Media | None,
     audio: Media | None,
     ratios: tuple[float, float],
-    floor: float = 0.05,
+    floor: float | Tensor = 0.05,
 ) -> tuple[Kept | None, Kept | None]:
     """Video at what `sound_intact` leaves it, (B,) float64, and any of the tokens of sound, mostly all."""
     tokens = tokens_of(video, audio)

@@ -77,7 +77,11 @@ def test_no_more_is_kept_than_was_promised(
                 torch.testing.assert_close(
                     kept_alone.features[0][kept_alone.keep[0]], kept_together.features[row][kept_together.keep[row]]
                 )
-        promised, _ = method.entering(windows[row], sounds)
+        try:
+            promised, _ = method.entering(windows[row], sounds)
+        except ValueError:
+            assert name == "dycoke"  # whose whole frames have no room in so short a prompt
+            continue
         assert (name != "omnizip") <= kept <= promised  # OmniZip has no floor: of one token it keeps none
         if name not in ("omnizip", "fastvid"):  # these learn from the data how many
             assert kept == promised
