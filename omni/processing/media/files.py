@@ -15,6 +15,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,5 +173,26 @@ def warn_if_short(name: str, promised: float, found: float, what: str) -> None:
         warn(f"{name} is cut off: it promises a {what} of {promised:.1f} s and has {found:.1f} s.")
 
 
+_noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[list[str]]:
+    """What this thread warns of inside, instead of the warnings; which are given after all where the block fails."""
+    notes: list[str] = []
+    token = _noted.set(notes)
+    failed = True
+    try:
+        yield notes
+        failed = False
+    finally:
+        _noted.reset(token)
+        for note in notes if failed else ():
+            warn(note)
+
+
 def warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    if (notes := _noted.get()) is None:
+        warnings.warn(message, stacklevel=3)
+    else:
+        notes.append(message)
