@@ -23,8 +23,9 @@ from omni.processing.positions import Layout, layout
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.thinker import Thinker
+from seats.counts import Counts
 from seats.method import Method
-from seats.plan import Counts, StagePlan, make_plan, plan_without_selection
+from seats.plan import StagePlan, make_plan, plan_without_selection
 
 KV = ("layerwise", "pruned")
 """What the cache keeps of a prefill: `Omni.prefill`."""

@@ -18,8 +18,9 @@ from omni.inputs import InputError, Inputs
 from omni.layers import part
 from omni.processing.positions import Layout
 from omni.thinker import Thinker
+from seats.counts import AUDIO_WINDOW, Counts
 from seats.method import Media, Method, Step
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of
+from seats.plan import StagePlan, counts_of
 from seats.relevance import relevance
 from seats.selection import AUDIO, PADDING, TEXT, VIDEO, compact, count_windows
 

@@ -6,19 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seats.budget import keep_counts
+from seats.counts import Counts
 from seats.diversity import keep_most_diverse
 from seats.method import Kept, Media, Needs, Step, require_ratio
 from seats.schedule import keep_ratios
 from seats.selection import select
-
-if TYPE_CHECKING:
-    from seats.plan import Counts
 
 
 @dataclass(frozen=True, kw_only=True)

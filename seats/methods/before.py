@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from seats.counts import Counts
 from seats.method import Needs, Step, require_ratio
-
-if TYPE_CHECKING:
-    from seats.plan import Counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from seats.budget import keep_counts
+from seats.counts import Counts
 from seats.method import Kept, Media, Needs, Step, require_ratio
 from seats.methods.ranking import apart, noise, sound_intact
 from seats.selection import AUDIO, VIDEO, highest_of_each
-
-if TYPE_CHECKING:
-    from seats.plan import Counts
 
 
 @dataclass(frozen=True, kw_only=True)

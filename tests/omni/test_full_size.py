@@ -22,7 +22,8 @@ from omni.rope import multimodal_rotary
 from omni.stages import Prompt, _windows, fill_pool, prefill, whole_prompt
 from omni.thinker import Thinker
 from seats.config import preset_for
-from seats.plan import AUDIO_WINDOW, make_plan, plan_without_selection
+from seats.counts import AUDIO_WINDOW
+from seats.plan import make_plan, plan_without_selection
 
 ROPE = {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
 SMALLER = {

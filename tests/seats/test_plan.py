@@ -16,8 +16,9 @@ import seats
 from seats.budget import keep_counts
 from seats.config import PRESETS
 from seats.cost import prefill_macs
+from seats.counts import AUDIO_WINDOW, Counts
 from seats.method import Step
-from seats.plan import AUDIO_WINDOW, Counts, StagePlan, counts_of, make_plan
+from seats.plan import StagePlan, counts_of, make_plan
 from seats.selection import AUDIO, TEXT, VIDEO, count_windows, select
 
 SEATS = seats.preset("qwen2.5-omni-7b")

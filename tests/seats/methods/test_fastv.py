@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seats.counts import Counts
 from seats.method import Step
 from seats.methods.fastv import FastV
-from seats.plan import Counts
 from seats.selection import AUDIO, PADDING, TEXT, VIDEO
 
 
