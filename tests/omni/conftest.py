@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from omni.model import Omni
 from omni.processing.prompt import clip_block
 from omni.runtime import compiled, graphs
 from omni.runtime.compiled import Compiled
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -204,8 +204,7 @@ def write_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     @cache
     def write(family: str) -> Path:
         folder = tmp_path_factory.mktemp("random") / "checkpoint"
-        command = [sys.executable, "scripts/make_checkpoint.py", folder, "--family", family]
-        subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
+        python("scripts/make_checkpoint.py", folder, "--family", family, check=True)
         return folder
 
     return write
@@ -225,8 +224,7 @@ def model(checkpoint: Path) -> omni.Omni:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four seconds of moving shapes and tones, by the demo's own script."""
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    command = [sys.executable, "scripts/make_clip.py", path, "--seconds", "4"]
-    subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT)
+    python("scripts/make_clip.py", path, "--seconds", "4", check=True)
     return path
 
 

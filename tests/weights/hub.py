@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from tests.processes import ROOT, python
+
 COMMIT = "c0ffee" + "0" * 34
 CODE = """if True:
     import json, sys, weights
@@ -29,29 +31,28 @@ CODE = """if True:
 def ask(
     cache: Path, endpoint: str, *requests: tuple[str, str | None], within: tuple[str, ...] = (), **environment: str
 ) -> list[str]:
-    """`locate` in a fresh process, where the real hub library reads its environment: folders, or error texts.
+    """`locate` in a process of its own, where the real hub library reads its environment: folders, or error texts.
 
     within: what the process is started by.
     """
-    done = run(cache, endpoint, *within, sys.executable, "-c", CODE, json.dumps(requests), **environment)
+    done = run(cache, endpoint, "-c", CODE, json.dumps(requests), within=within, **environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def run(cache: Path, endpoint: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command that finds the stand-in and nothing else of a hub in its environment."""
+def run(
+    cache: Path, endpoint: str, *words: str, within: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python *words` that finds the stand-in and nothing else of a hub in its environment."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     home = str(cache.with_name(f"{cache.name}-home"))
     hub = {"HF_HUB_CACHE": str(cache), "HF_HOME": home, "HF_ENDPOINT": endpoint}
     proxies = {"NO_PROXY": "*", "no_proxy": "*"}
-    return subprocess.run(
-        command,
-        env={**kept, **hub, **proxies, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = {**kept, **hub, **proxies, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    if not within:
+        return python(*words, env=env)
+    command = (*within, sys.executable, *words)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 class Hub:

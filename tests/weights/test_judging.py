@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub import Hub, run
+
+from tests.processes import python
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -44,9 +43,7 @@ def huge(config: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     sound = tmp_path_factory.mktemp("random") / "checkpoint"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "scripts/make_checkpoint.py", sound]
-    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, env=environment)
+    python("scripts/make_checkpoint.py", sound, check=True)
     files = repository(sound)
     missing = without(files, "thinker.model.norm.weight", "thinker.visual.merger.mlp.0.bias")
     single = {name: content for name, content in files.items() if name != INDEX and not name.endswith(".safetensors")}
@@ -75,9 +72,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 def ask(hub: Hub, cache: Path, name: str, *options: str) -> tuple[int, str, dict[str, int]]:
     """Exit status and stderr of the command line, and the bytes of safetensors files that were sent for it."""
-    command = [sys.executable, "-m", "omni.generate", "--model", name, "--device", "cpu", *options]
-    command += ["--max-new-tokens", "1", "What is it?"]
-    done = run(cache, hub.address, *command)
+    words = ["-m", "omni.generate", "--model", name, "--device", "cpu", *options]
+    done = run(cache, hub.address, *words, "--max-new-tokens", "1", "What is it?")
     sent = {file: count for (repo, file), count in hub.sent.items() if repo == name and file.endswith(".safetensors")}
     return done.returncode, done.stderr, sent
 
