@@ -295,26 +295,31 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def write_checkpoint(folder: Path, family_name: str = "qwen2.5", seed: int = 0) -> int:
+    """Writes a checkpoint with random weights; returns how many parameters it has."""
+    family = FAMILIES[family_name]
+    folder.mkdir(parents=True, exist_ok=True)
+    added = write_tokenizer(folder, family)
+    vocab_size = -(-(max(added.values()) + 1) // 64) * 64
+    config = family.config({role: added[token] for role, token in family.marks.items()}, vocab_size)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"eos_token_id": [added["<|im_end|>"]]})
+    torch.manual_seed(seed)
+    thinker = Thinker(read_config(folder))
+    for parameter in thinker.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    weights.save_sharded(public_tensors(thinker), folder, max_shard_bytes=4 << 20)
+    return sum(tensor.numel() for _, tensor in public_tensors(thinker))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a small checkpoint with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="qwen2.5")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    family = FAMILIES[options.family]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    added = write_tokenizer(options.folder, family)
-    vocab_size = -(-(max(added.values()) + 1) // 64) * 64
-    config = family.config({role: added[token] for role, token in family.marks.items()}, vocab_size)
-    write_json(options.folder / "config.json", config)
-    write_json(options.folder / "generation_config.json", {"eos_token_id": [added["<|im_end|>"]]})
-    torch.manual_seed(options.seed)
-    thinker = Thinker(read_config(options.folder))
-    for parameter in thinker.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.05)
-    weights.save_sharded(public_tensors(thinker), options.folder, max_shard_bytes=4 << 20)
-    count = sum(tensor.numel() for _, tensor in public_tensors(thinker))
+    count = write_checkpoint(options.folder, options.family, options.seed)
     print(f"{options.folder}: {count / 1e6:.1f} M parameters with RANDOM weights; its answers are noise.")
 
 

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +51,9 @@ from omni.processing.media import kind_of, read_audio, read_image, read_video
 from omni.processing.tokenizer import Tokenizer, TokenizerError
 from omni.processing.vocabulary import SPLIT_PATTERN
 
-SCRIPTS = Path(__file__).parents[1]
+sys.path.append(str(Path(__file__).parents[1]))
+from make_checkpoint import write_checkpoint
+
 MEMORY_BYTES = 4 * 2**30
 """What reading one input may take beside the program itself."""
 SECONDS = 60
@@ -187,14 +188,9 @@ def damaged(name: str, data: bytes) -> st.SearchStrategy[bytes]:
 # The targets.
 
 
-def make_checkpoint(folder: Path, family: str = "qwen2.5") -> None:
-    command = [sys.executable, SCRIPTS / "make_checkpoint.py", folder, "--family", family]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
 def make_shard(folder: Path) -> list[str]:
     """The last shard of a checkpoint, as if it were the whole."""
-    make_checkpoint(folder)
+    write_checkpoint(folder)
     (folder / weights.checkpoint.INDEX_FILE).unlink()
     *others, last = sorted(folder.glob("*.safetensors"))
     for shard in others:
@@ -223,7 +219,7 @@ def read_shard(folder: Path, name: str) -> None:
 
 
 def make_index(folder: Path) -> list[str]:
-    make_checkpoint(folder)
+    write_checkpoint(folder)
     return [weights.checkpoint.INDEX_FILE]
 
 
@@ -250,7 +246,7 @@ def make_configs(folder: Path) -> list[str]:
 
     names = []
     for family in ("qwen2.5", "qwen3"):
-        make_checkpoint(folder / family, family)
+        write_checkpoint(folder / family, family)
         settings = {"min_pixels": 3136, "max_pixels": 50176, "image_mean": [0.5, 0.5, 0.5], "size": {"longest_edge": 9}}
         (folder / family / "preprocessor_config.json").write_text(json.dumps(settings))
         Image.linear_gradient("L").resize((64, 48)).save(folder / family / "picture.png")
@@ -275,7 +271,7 @@ def read_model(folder: Path, name: str) -> None:
 
 def make_vocabularies(folder: Path) -> list[str]:
     """The same tokenizer in the three ways in which checkpoints keep it."""
-    make_checkpoint(folder / "split")
+    write_checkpoint(folder / "split")
     for file in [*folder.glob("split/*.safetensors*"), *folder.glob("split/*config.json")]:
         if file.name != "tokenizer_config.json":
             file.unlink()
@@ -347,10 +343,8 @@ def sound_tokenizer(folder: Path) -> Tokenizer:
 
 def make_media(folder: Path) -> list[str]:
     import av
-    from PIL import Image
-
-    sys.path.append(str(SCRIPTS))
     from make_clip import make_clip
+    from PIL import Image
 
     make_clip(folder / "clip.mp4", 1.0, 0)
     for name in ("clip.mkv", "clip.mov", "clip.ts"):
@@ -424,7 +418,7 @@ def make_rows(folder: Path) -> list[str]:
     import av
     from PIL import Image
 
-    make_checkpoint(folder / "model")
+    write_checkpoint(folder / "model")
     Image.linear_gradient("L").resize((64, 48)).save(folder / "a.png")
     Image.linear_gradient("L").resize((48, 64)).save(folder / "b.png")
     with av.open(str(folder / "a.wav"), "w") as file:
