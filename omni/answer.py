@@ -18,7 +18,7 @@ from omni.config import DTYPES, ConfigError, OmniConfig
 from omni.engine import Prefill
 from omni.generate import CLIP, QUESTION, TINY, settings_parser
 from omni.inputs import InputError, Inputs
-from omni.model import Generation, load
+from omni.model import Generation, Omni, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, fetched, kind_of
@@ -39,37 +39,18 @@ def answer(options: argparse.Namespace) -> None:
     with ExitStack() as files:
         options.media = [files.enter_context(fetched(source, urls=options.urls)) for source in options.media]
         conversation = messages(options)  # a file that is not there is known before gigabytes are read
-        model = load(
-            options.model,
-            device=_device(options.device),
-            dtype=DTYPES[options.dtype] if options.dtype else None,
-            revision=options.revision,
-            adapter=options.adapter,
-            compile=options.compile,
-            progress=sys.stderr.isatty(),
-        )
+        model = load_model(options)
         started = time.perf_counter()
-        inputs = model.prepare(
-            conversation,
-            use_audio_in_video=not options.no_audio,
-            fps=options.fps,
-            max_frames=options.max_frames,
-            max_pixels=options.max_pixels,
-            on_frame=_reading_bar() if sys.stderr.isatty() else None,
-        )
+        inputs = prepare(model, conversation, options)
         media_seconds = time.perf_counter() - started
     if options.model == "tiny" and not of_its_world(inputs):
-        print(f"omni-generate: {TINY}: what it says of anything else means nothing.", file=sys.stderr)
-    method = method_of(options, model.config)
+        print(NOT_ITS_WORLD, file=sys.stderr)
     prefills: list[Prefill] = []
     answer = model.stream(
         inputs,
         on_prefill=prefills.append,
-        on_thought=None if options.json else lambda piece: print(piece, end="", file=sys.stderr, flush=True),
-        max_new_tokens=options.max_new_tokens,
-        **sampling_of(options),
-        seats=method,
-        kv=options.kv,
+        on_thought=None if options.json else print_thought,
+        **answering(options, model.config),
     )
     generation = _print_stream(answer, quiet=options.json)
     if options.json:
@@ -80,12 +61,7 @@ def answer(options: argparse.Namespace) -> None:
         print(json.dumps(report, ensure_ascii=False))
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
-    if generation.thought_cut:
-        print(
-            f"omni-generate: the thought was cut off at {len(generation.tokens)} tokens, before any answer: "
-            "raise --max-new-tokens.",
-            file=sys.stderr,
-        )
+    warn_of_cut_thought(generation)
     print(figures(generation, media_seconds), file=sys.stderr)
     if options.explain:
         print(explain(inputs, prefills[0]), file=sys.stderr)
@@ -97,7 +73,61 @@ def answer(options: argparse.Namespace) -> None:
             sizes=vision_sizes(model.folder, model.config),
             question=options.question,
             answer=generation.text,
-            settings=f"{options.model}, retention {options.retention:g}, kv {options.kv}, fps {options.fps:g}",
+            settings=described(options),
+        )
+
+
+def load_model(options: argparse.Namespace) -> Omni:
+    return load(
+        options.model,
+        device=_device(options.device),
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        revision=options.revision,
+        adapter=options.adapter,
+        compile=options.compile,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def prepare(model: Omni, conversation: list[dict[str, Any]], options: argparse.Namespace) -> Inputs:
+    return model.prepare(
+        conversation,
+        use_audio_in_video=not options.no_audio,
+        fps=options.fps,
+        max_frames=options.max_frames,
+        max_pixels=options.max_pixels,
+        on_frame=_reading_bar() if sys.stderr.isatty() else None,
+    )
+
+
+def answering(options: argparse.Namespace, config: OmniConfig) -> dict[str, Any]:
+    """The options that make an answer of a request, as `Omni.stream` takes them."""
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        **sampling_of(options),
+        "seats": method_of(options, config),
+        "kv": options.kv,
+    }
+
+
+def described(options: argparse.Namespace) -> str:
+    """What a page of `omni.show` says of the command."""
+    return f"{options.model}, retention {options.retention:g}, kv {options.kv}, fps {options.fps:g}"
+
+
+NOT_ITS_WORLD = f"omni-generate: {TINY}: what it says of anything else means nothing."
+
+
+def print_thought(piece: str) -> None:
+    print(piece, end="", file=sys.stderr, flush=True)
+
+
+def warn_of_cut_thought(generation: Generation) -> None:
+    if generation.thought_cut:
+        print(
+            f"omni-generate: the thought was cut off at {len(generation.tokens)} tokens, before any answer: "
+            "raise --max-new-tokens.",
+            file=sys.stderr,
         )
 
 
@@ -140,16 +170,24 @@ def of_its_world(inputs: Inputs) -> bool:
 
 def messages(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The command line as a conversation in the chat format."""
-    content: list[dict[str, Any]] = []
-    for source in options.media:
-        kind = kind_of(source)
-        stretch = {} if kind == "image" else {f"{kind}_start": options.start, f"{kind}_end": options.end}
-        content.append({"type": kind, kind: source, **stretch})
-    if not (options.start is None and options.end is None) and all(part["type"] == "image" for part in content):
-        raise InputError("start and end are of clips and sounds, and there is none.")
+    content = [media_part(source, options) for source in options.media]
+    check_stretch(content, options)
     content.append({"type": "text", "text": options.question})
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     return [*system, {"role": "user", "content": content}]
+
+
+def media_part(source: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """A medium as a part of a message, with the stretch that the options name. Raises MediaError."""
+    kind = kind_of(source)
+    stretch = {} if kind == "image" else {f"{kind}_start": options.start, f"{kind}_end": options.end}
+    return {"type": kind, kind: source, **stretch}
+
+
+def check_stretch(media: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Raises InputError where --start or --end have nothing to cut."""
+    if not (options.start is None and options.end is None) and all(part["type"] == "image" for part in media):
+        raise InputError("start and end are of clips and sounds, and there is none.")
 
 
 def method_of(options: argparse.Namespace, config: OmniConfig) -> Method | None:

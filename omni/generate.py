@@ -1,5 +1,6 @@
 """python -m omni.generate [media ...] "question": the answer on stdout, thoughts, progress and figures on stderr.
 
+With --chat a conversation about them: `omni.chat`.
 Bare, it asks the checkpoint `tiny` about a clip, both of which are shipped, with every token and with fewer.
 """
 
@@ -88,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 INTERRUPTED = "\nomni-generate: interrupted.\n"
 """On a line of its own, after a bar or half an answer."""
+OUT_OF_MEMORY = (
+    "the device ran out of memory: lower --retention, --fps, --max-frames or --max-pixels, or take --dtype bfloat16."
+)
 
 
 def _run(arguments: list[str], imported: Callable[[], None]) -> int:
@@ -98,7 +102,10 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
         end = arguments.index("--") if "--" in arguments else len(arguments)
         options = argument_parser().parse_intermixed_args(arguments[:end])
         try:
-            options.media, options.question = split_words([*options.words, *arguments[end + 1 :]])
+            words = [*options.words, *arguments[end + 1 :]]
+            options.media, options.question = split_words(words, may_ask=options.chat)
+            if options.chat:
+                _refuse_in_chat(options)
         except UsageError as error:
             print(f"omni-generate: {error}", file=sys.stderr)
             return 2
@@ -110,22 +117,21 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
     import torch
 
     from omni.answer import ERRORS, answer, demo
+    from omni.chat import chat
 
     imported()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             warnings.filterwarnings("ignore", module=r"torch\.")  # what its compiler says of itself
+            if options is not None and options.chat:
+                return chat(options)
             demo() if options is None else answer(options)
     except ERRORS as error:
         print(f"omni-generate: {error}", file=sys.stderr)
         return 1
     except (torch.OutOfMemoryError, MemoryError):
-        print(
-            "omni-generate: the device ran out of memory: lower --retention, --fps, --max-frames or --max-pixels, "
-            "or take --dtype bfloat16.",
-            file=sys.stderr,
-        )
+        print(f"omni-generate: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of stdout went away (`| head`): nothing more to say, not even at interpreter exit.
@@ -134,15 +140,27 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
     return 0
 
 
-def split_words(words: list[str]) -> tuple[list[str], str]:
+def _refuse_in_chat(options: argparse.Namespace) -> None:
+    for name, why in (
+        ("json", "answers follow each other there"),
+        ("explain", "/show PATH there draws what was kept for the last answer"),
+        ("show", "/show PATH there draws what was kept for the last answer"),
+    ):
+        if getattr(options, name):
+            raise UsageError(f"--{name} does not go with --chat: {why}.")
+
+
+def split_words(words: list[str], *, may_ask: bool = False) -> tuple[list[str], str]:
     """Media and question of a command line, whichever comes first.
 
     What is there as a file, or looks like the name of one, is a medium. Of what is left the last is the question, and
     anything else a file that is missing. Raises UsageError where nothing is left, and for a single word that asks
-    nothing; beside media one may ("Transcribe").
+    nothing; beside media one may ("Transcribe"). may_ask: there need be no question, which then is "".
     """
     how = 'Ask like this: omni-generate clip.mp4 "What happens here?"'
     told = [index for index, word in enumerate(words) if not _names_a_file(word)]
+    if may_ask and not told:
+        return words, ""
     if not words:
         raise UsageError(f"there is no question. {how}")
     if not told:
@@ -169,7 +187,7 @@ def _names_a_file(word: str) -> bool:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="omni-generate",
-        usage='%(prog)s [options] [media ...] "question"',
+        usage='%(prog)s [options] [media ...] "question"\n       %(prog)s [options] --chat [media ...] ["question"]',
         description="Answer a question about clips, pictures and sounds. Without arguments: a demonstration.",
         parents=[model_parser(), settings_parser()],
     )
@@ -178,6 +196,12 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar='media ... "question"',
         help="clips, pictures or sounds, told apart by their content, and a question in quotation marks",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="hold a conversation: each line of the terminal, or of stdin, is a question about media and all that was "
+        "said before; /help there lists what else a line may be",
     )
     parser.add_argument("--urls", action="store_true", help="fetch media that are http:// or https:// addresses")
     parser.add_argument("--version", action="version", version=f"seats-omni {omni.__version__}")
@@ -210,10 +234,10 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
     parser.add_argument("--start", type=_not_negative, help="of clips and sounds, in seconds (default: 0)")
     parser.add_argument("--end", type=_positive(float), help="of clips and sounds, in seconds (default: their end)")
     parser.add_argument(
-        "--retention", type=_ratio, default=0.35, help="share of video and audio tokens to keep (default: %(default)s)"
+        "--retention", type=ratio, default=0.35, help="share of video and audio tokens to keep (default: %(default)s)"
     )
-    parser.add_argument("--video-ratio", type=_ratio, help="of video alone (default: what --retention implies)")
-    parser.add_argument("--audio-ratio", type=_ratio, help="of sound alone (default: what --retention implies)")
+    parser.add_argument("--video-ratio", type=ratio, help="of video alone (default: what --retention implies)")
+    parser.add_argument("--audio-ratio", type=ratio, help="of sound alone (default: what --retention implies)")
     parser.add_argument(
         "--method", choices=METHODS, default="seats", metavar="NAME", help=f"what to keep by: {', '.join(METHODS)}"
     )
@@ -231,7 +255,7 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
         default=0.0,
         help="0 is greedy (default); checkpoint takes its generation config's, with top-p and top-k",
     )
-    parser.add_argument("--top-p", type=_ratio, help="draw from the likeliest tokens that share this probability")
+    parser.add_argument("--top-p", type=ratio, help="draw from the likeliest tokens that share this probability")
     parser.add_argument("--top-k", type=_positive(int), help="draw from so many of the likeliest tokens")
     parser.add_argument("--seed", type=_seed, help="makes sampling repeatable")
     parser.add_argument("--system", help="system message (default: the chat template's)")
@@ -272,7 +296,7 @@ def _temperature(text: str) -> float | str:
     return text if text == "checkpoint" else _not_negative(text)
 
 
-def _ratio(text: str) -> float:
+def ratio(text: str) -> float:
     value = _number(float, text)
     if not 0 < value <= 1:
         meant = f", not {text}: {value / 100:g}?" if 2 <= value <= 100 else ""
