@@ -8,7 +8,7 @@ from typing import Any, cast
 from omni.config import OmniConfig
 from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout
-from omni.stages import Prompt, read_prompt
+from omni.request import Prompt, read_prompt
 from seats.config import preset_for
 from seats.method import Method
 

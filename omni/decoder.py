@@ -33,6 +33,25 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
+    def extend(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, index: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`prefill` of what comes after positions whose keys and values are there, (B, kv_heads, P, dim).
+
+        index: (B, S + P or less) where those of the whole lie, in order, in the given ones followed by those of x.
+        seen: (B, 1, S, whole) which of them each position of x attends to. Returns keys and values of the whole.
+        """
+        q, *own = self.project(x, rotary)
+        index = index[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
+        k, v = (torch.cat(both, dim=2).gather(2, index) for both in zip((keys, values), own, strict=True))
+        # Heads that share keys are rows of one product: no copy of the keys, and kernels that know no groups.
+        group = self.heads // self.kv_heads
+        q = rearrange(q, "b (kv group) s d -> b kv (group s) d", group=group)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=repeat(seen, "b 1 s n -> b 1 (group s) n", group=group)
+        )
+        return self.output(rearrange(mixed, "b kv (group s) d -> b s (kv group d)", group=group)), k, v
+
     def decode(
         self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +166,21 @@ class Layer(nn.Module):
     def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A whole sequence (B, S, hidden) → the same after this layer, and its keys and values."""
         mixed, keys, values = self.attention.prefill(self.attention_norm(x), rotary)
+        x = x + mixed
+        return self.mlp(x, norm=self.mlp_norm, residual=x), keys, values
+
+    @part
+    def extend(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        index: Tensor,
+        seen: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`prefill` of what comes after positions whose keys and values are there: `Attention.extend`."""
+        mixed, keys, values = self.attention.extend(self.attention_norm(x), rotary, keys, values, index, seen)
         x = x + mixed
         return self.mlp(x, norm=self.mlp_norm, residual=x), keys, values
 

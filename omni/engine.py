@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +18,22 @@ from omni import stages
 from omni.cache import Cache
 from omni.config import OmniConfig
 from omni.context import check_context
+from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
 from omni.layers import directly
+from omni.prefix import Asked, Beginning, Known, begun, find, gathered
 from omni.processing.positions import Layout, layout
+from omni.request import Prompt, Request, assign_slots, join, read_prompt, whole_prompt, with_media
+from omni.reuse import Kept
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
-from omni.thinker import Thinker
-from seats.counts import Counts
-from seats.method import Method
+from omni.stages import Prefix, Staged
+from omni.thinker import Thinker, collected
+from seats.counts import Counts, rung
+from seats.method import Method, Needs
 from seats.plan import StagePlan, make_plan, plan_without_selection
 
+R = TypeVar("R")
 KV = ("layerwise", "pruned")
 """What the cache keeps of a prefill: `Omni.prefill`."""
 
@@ -38,8 +45,9 @@ class Prefill:
     kept: the surviving original positions after each selection step, in order; empty where every token is kept.
     relevance: for each step after the first, float32 scores of the positions that it chose from, those of `kept`
     before it; None where it leaves text alone. config: the model's. method: what chose them, None where every token is
-    kept. cache and next_position are what decoding continues from. Seconds are
-    those of the whole batch.
+    kept. cache and next_position are what decoding continues from. macs, full_macs: multiply-accumulates of this
+    prefill and of one with every token, as if it had run from its first token on; reused_tokens: the prompt's that
+    did not run again, as they had before. Seconds are those of the whole batch.
     """
 
     logits: Tensor
@@ -53,6 +61,7 @@ class Prefill:
     segments: list[int]
     macs: int
     full_macs: int
+    reused_tokens: int
     encode_seconds: float
     prefill_seconds: float
 
@@ -62,17 +71,52 @@ class Prefill:
         return f"Prefill({counts} tokens{kept}, {self.prefill_seconds:.2f} s)"
 
 
-class Engine:
-    """compiled: the graphs, or None. eager_until_warm: what has no graph yet runs without, except inside `warming`."""
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder made of one medium: `Thinker.encode_medium`, for a method with these needs."""
 
-    def __init__(self, thinker: Thinker, *, compile: bool, eager_until_warm: bool) -> None:
+    needs: Needs | None
+    tokens: Tensor
+    signals: Signals | None
+
+    @property
+    def nbytes(self) -> int:
+        signals = [] if self.signals is None else [each for each in self.signals if each is not None]
+        return sum(each.nbytes for each in (self.tokens, *signals))
+
+
+class Engine:
+    """compiled: the graphs, or None. eager_until_warm: what has no graph yet runs without, except inside `warming`.
+
+    reuse: bytes that may be kept between requests: what encoders made of media (`Encoded`, by their digest), and what
+    became of the beginnings of prompts (`Beginning`).
+    """
+
+    def __init__(self, thinker: Thinker, *, compile: bool, eager_until_warm: bool, reuse: int) -> None:
         self.thinker = thinker
+        self.kept: Kept[Any] = Kept(reuse)
         self.compiled = Compiled(thinker, eager_until_warm=eager_until_warm) if compile else None
         self._lock = Lock()
 
     @property
     def device(self) -> torch.device:
         return self.thinker.embedding.weight.device
+
+    @property
+    def reuses(self) -> bool:
+        return self.kept.limit > 0
+
+    def attempt(self, work: Callable[[], R], again: Callable[[], R] | None = None) -> R:
+        """`work` while `running`. Where memory was too little, once more, or `again`, without what was kept."""
+        kept = len(self.kept) > 0
+        try:
+            with self.running():
+                return work()
+        except MemoryError:
+            if not kept:
+                raise
+        with self.running():
+            return (again or work)()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -96,11 +140,17 @@ class Engine:
         )
 
     def clear(self) -> None:
-        """Drops what is kept between requests: graphs, and the tables of frame sizes."""
+        """Drops what is kept between requests: graphs, the tables of frame sizes, media and beginnings of prompts."""
+        self.kept.clear()
         if self.compiled is not None:
             self.compiled.clear()
         self.thinker.vision.layouts.clear()
         torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """Drops media and beginnings of prompts."""
+        with self._lock:
+            self.kept.clear()
 
     @contextmanager
     def warming(self) -> Iterator[None]:
@@ -121,13 +171,16 @@ class Engine:
         if method is not None:
             method.check(config.decoder.num_layers)
         method = method if self._selects(places, method) else None
-        prompts = [self._prompt(inputs, place, method) for inputs, place in zip(requests, places, strict=True)]
-        # Machine code takes any length; a CUDA graph has one.
-        plan = self._plan(prompts, method, rounded=self.compiled is not None and self.compiled.on_gpu)
-        for inputs, place, prompt in zip(requests, places, prompts, strict=True):
+        asked = []
+        for inputs, place in zip(requests, places, strict=True):
+            prompt = self._prompt(inputs, place, method)
             check_context(inputs, place, prompt, config, method, new)
-        with self.running():
-            return self._prefill(requests, places, prompts, plan, new, pruned=kv == "pruned")
+            asked.append(Asked(inputs, place, prompt, inputs.media(), config))
+        self._plan([one.prompt for one in asked], method)  # what no plan fits is said before anything runs
+        if self.reuses:
+            for one in asked:
+                _ = one.digests  # computed while others use the device
+        return self.attempt(lambda: self._prefill(asked, method, new, pruned=kv == "pruned"))
 
     def _selects(self, places: list[Layout], method: Method | None) -> bool:
         """Whether there is something to select from. Raises ValueError where that differs between requests."""
@@ -144,62 +197,55 @@ class Engine:
         method = method if self._selects([place], method) else None
         return self._plan([self._prompt(inputs, place, method)], method, rounded=True)
 
-    def _prompt(self, inputs: Inputs, place: Layout, method: Method | None) -> stages.Prompt:
+    def _prompt(self, inputs: Inputs, place: Layout, method: Method | None) -> Prompt:
         if method is None:
-            return stages.whole_prompt(place.positions.shape[1])
-        return stages.read_prompt(place, inputs, self.thinker.config, method.window_grids)
+            return whole_prompt(place.positions.shape[1])
+        return read_prompt(place, inputs, self.thinker.config, method.window_grids)
 
-    def _plan(self, prompts: list[stages.Prompt], method: Method | None, *, rounded: bool) -> StagePlan:
+    @property
+    def _rounds(self) -> bool:
+        """Whether lengths are rounded: machine code takes any, a CUDA graph has one."""
+        return self.compiled is not None and self.compiled.on_gpu
+
+    def _plan(self, prompts: list[Prompt], method: Method | None, *, rounded: bool | None = None) -> StagePlan:
         num_layers = self.thinker.config.decoder.num_layers
         try:
             counts = reduce(Counts.joined, (prompt.counts(method) for prompt in prompts))
         except ValueError as error:
             raise InputError(f"token selection cannot run on this prompt: {error}") from None
-        counts = counts.rounded() if rounded else counts
+        counts = counts.rounded() if (self._rounds if rounded is None else rounded) else counts
         return plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
 
     def _prefill(
-        self,
-        requests: Sequence[Inputs],
-        places: list[Layout],
-        prompts: list[stages.Prompt],
-        plan: StagePlan,
-        new: int,
-        *,
-        pruned: bool,
+        self, asked: list[Asked], method: Method | None, new: int, *, pruned: bool
     ) -> tuple[list[Prefill], Cache]:
-        thinker, method = self.thinker, plan.method
-        call = directly if self.compiled is None else self.compiled.call
-        run = partial(stages.prefill, thinker) if self.compiled is None else self.compiled.prefill
-
         started = time.perf_counter()
-        needs = None if method is None else method.needs
-        encoded = [thinker.encode(inputs, needs, call=call) for inputs in requests]
-        slots = [  # while a GPU encodes
-            stages.assign_slots(plan, prompt, place, inputs.input_ids, self.device)
-            for inputs, place, prompt in zip(requests, places, prompts, strict=True)
-        ]
-        self._synchronize()
-        encode_seconds = time.perf_counter() - started
-        filled = []
-        for slot in slots:
-            features, signals = encoded.pop(0)  # of an hour of video: gigabytes, not held twice for longer
-            filled.append(stages.with_media(slot, features, signals))
-            del features, signals
-        request = stages.join(filled)
-        del filled
-        staged = run(plan, request, pruned=pruned)
-        del request
+        known, encode_seconds = self._known(asked, method)
+        if known:
+            if len({id(each.beginning) for each in known}) == 1:  # one row serves all
+                known = [min(known, key=lambda each: each.tokens)] * len(asked)
+            wanted = [each.is_outgrown_by(one) for each, one in zip(known, asked, strict=True)]
+            plan, staged, seconds = self._extend(asked, known, method, pruned=pruned, keep=any(wanted))
+        else:
+            wanted = [self._keeps([one], method) for one in asked]
+            plan, staged, seconds = self._run(asked, method, pruned=pruned, keep=any(wanted))
+        encode_seconds += seconds
         # The one read of what was selected, when all work is under way.
         kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
         relevance = [None if scores is None else scores.cpu() for scores in staged.relevance]
         cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
+        if staged.first is not None:
+            # In the cache's own memory where that was not pruned: answers write behind what is kept.
+            stored = staged.first if staged.first.keys else cache
+            for row, one in enumerate(asked):
+                if wanted[row]:
+                    self._keep(one, method, plan, staged.first, stored, row, kept[0][0][row, : kept[0][1][row]])
         self._synchronize()
         seconds = time.perf_counter() - started - encode_seconds
         ends = [segment.layers[1] for segment in plan.segments[:-1]]
-        decoder = thinker.config.decoder
+        decoder = self.thinker.config.decoder
         prefills = []
-        for row, place in enumerate(places):
+        for row, one in enumerate(asked):
             survivors = [where[row, : count[row]] for where, count in kept]
             segments = [len(some) for some in survivors]
             scored = [
@@ -212,19 +258,130 @@ class Engine:
                     logits=staged.logits[row],
                     kept=survivors if method is not None else [],
                     relevance=scored,
-                    cache=cache.row(row) if len(places) > 1 else cache,
-                    config=thinker.config,
+                    cache=cache.row(row) if len(asked) > 1 else cache,
+                    config=self.thinker.config,
                     method=method,
-                    next_position=place.next_position,
-                    tokens=place.counts,
+                    next_position=one.place.next_position,
+                    tokens=one.place.counts,
                     segments=segments,
                     macs=decoder.macs(segments[0], drops),
-                    full_macs=decoder.macs(place.positions.shape[1]),
+                    full_macs=decoder.macs(one.length),
+                    reused_tokens=known[row].tokens if known else 0,
                     encode_seconds=encode_seconds,
                     prefill_seconds=seconds,
                 )
             )
         return prefills, cache
+
+    def _known(self, asked: list[Asked], method: Method | None) -> tuple[list[Known], float]:
+        """What of each prompt has run before; nothing where they are to run as a whole. And seconds for encoders.
+
+        Where one of several is known, or two begin alike, the others' beginnings run one by one.
+        """
+        if not self.reuses:
+            return [], 0.0
+        found = [find(self.kept, one, method) for one in asked]
+        begin_alike = len({one.keys(method)[0] if one.media else id(one) for one in asked}) < len(asked)
+        if not any(found) and not begin_alike:
+            return [], 0.0
+        if not all(each or self._keeps([one], method) for each, one in zip(found, asked, strict=True)):
+            return [], 0.0
+        known, encode_seconds = [], 0.0
+        for before, one in zip(found, asked, strict=True):
+            each = before or find(self.kept, one, method)
+            if each is None:
+                plan, staged, seconds = self._run([one], method, pruned=False, keep=True)
+                encode_seconds += seconds
+                assert staged.first is not None
+                place, count = staged.kept[0]
+                entered = place[0, : int(count)].cpu()
+                beginning = self._keep(one, method, plan, staged.first, staged, 0, entered)
+                each = Known(beginning, beginning.common(one))
+            known.append(each)
+        return known, encode_seconds
+
+    def _keeps(self, asked: list[Asked], method: Method | None) -> bool:
+        """Whether there is something to keep of prompts, and room for it."""
+        plan = self._plan([one.prompt for one in asked], method)
+        layers, decoder = plan.segments[0].layers[1], self.thinker.config.decoder
+        numbers = 2 * layers * decoder.num_kv_heads * decoder.head_dim
+        numbers += decoder.hidden_size if len(plan.segments) > 1 else 0
+        nbytes = plan.segments[0].length * numbers * self.thinker.embedding.weight.element_size()
+        return nbytes <= self.kept.limit and self.reuses and all(one.media for one in asked)
+
+    def _keep(
+        self,
+        asked: Asked,
+        method: Method | None,
+        plan: StagePlan,
+        first: Prefix,
+        stored: Prefix | Staged | Cache,
+        row: int,
+        entered: Tensor,
+    ) -> Beginning:
+        layers = plan.segments[0].layers[1]
+        beginning = begun(asked, row, entered, first, stored.keys[:layers], stored.values[:layers])
+        self.kept.put(asked.keys(method)[0], beginning, beginning.nbytes)
+        return beginning
+
+    def _run(
+        self, asked: list[Asked], method: Method | None, *, pruned: bool, keep: bool
+    ) -> tuple[StagePlan, Staged, float]:
+        """Prompts from their first token on. And seconds for encoders."""
+        plan = self._plan([one.prompt for one in asked], method)
+        request, seconds = self._request(asked, plan, [one.prompt for one in asked])
+        return plan, self._staged(plan, request, pruned=pruned, keep=keep), seconds
+
+    def _extend(
+        self, asked: list[Asked], known: list[Known], method: Method | None, *, pruned: bool, keep: bool
+    ) -> tuple[StagePlan, Staged, float]:
+        """Prompts from the first token on that has not run before. And seconds for encoders."""
+        plan = self._plan([one.prompt for one in asked], method)
+        entered = rung(max(each.entered for each in known)) if self._rounds else max(each.entered for each in known)
+        rests = [whole_prompt(one.length, each.tokens) for one, each in zip(asked, known, strict=True)]
+        request, seconds = self._request(asked, self._plan(rests, None), rests)
+        return plan, self._staged(plan, gathered(known, entered), request, pruned=pruned, keep=keep), seconds
+
+    def _request(self, asked: list[Asked], plan: StagePlan, prompts: list[Prompt]) -> tuple[Request, float]:
+        """The tensors of prompts in the slots of a plan, their media encoded. And the seconds that took."""
+        started = time.perf_counter()
+        needs = None if plan.method is None else plan.method.needs
+        encoded = [collected(self._encoded(one, prompt, needs)) for one, prompt in zip(asked, prompts, strict=True)]
+        slots = [  # while a GPU encodes
+            assign_slots(plan, prompt, one.place, one.inputs.input_ids, self.device)
+            for one, prompt in zip(asked, prompts, strict=True)
+        ]
+        self._synchronize()
+        seconds = time.perf_counter() - started
+        filled = []
+        for slot in slots:
+            features, signals = encoded.pop(0)  # of an hour of video: gigabytes, not held twice for longer
+            filled.append(with_media(slot, features, signals))
+            del features, signals
+        return join(filled), seconds
+
+    def _encoded(
+        self, asked: Asked, prompt: Prompt, needs: Needs | None
+    ) -> Iterator[tuple[str, tuple[Tensor, Signals | None]]]:
+        """Of each medium in a prompt its kind and what its encoder makes of it, or made of it before."""
+        call = directly if self.compiled is None else self.compiled.call
+        for number, medium in enumerate(asked.media):
+            if asked.spans[number][0] < prompt.start:
+                continue
+            key = asked.digests[number] if self.reuses else None
+            found = self.kept.get(key) if self.reuses else None
+            if found is None or needs not in (None, found.needs):
+                found = Encoded(needs, *self.thinker.encode_medium(medium, needs, call=call))
+                if self.reuses:
+                    self.kept.put(key, found, found.nbytes)
+            yield medium.kind, (found.tokens, None if needs is None else found.signals)
+
+    def _staged(self, plan: StagePlan, *tensors: Any, pruned: bool, keep: bool) -> Staged:
+        """stages.prefill of a request, or stages.extend of a prefix and a request."""
+        if self.compiled is not None:
+            return self.compiled.prefill(plan, *tensors, pruned=pruned, keep=keep)
+        function: Callable[..., Staged] = stages.prefill if len(tensors) == 1 else stages.extend
+        return function(self.thinker, plan, *tensors, pruned=pruned, keep=keep)
 
     def decode(
         self, prefills: list[Prefill], cache: Cache, new: int, sampling: Sampling, generator: torch.Generator
@@ -241,15 +398,25 @@ class Engine:
             position = torch.tensor([float(prefill.next_position) for prefill in prefills], device=self.device)
             read = read_later(token)
         launch: Callable[[], None] | None = None
+        lengths, done = cache.lengths.clone(), 0
+
+        def run() -> Callable[[], list[int]]:
+            nonlocal launch
+            launch = launch or self._stepper(sampling, token, position, noise, cache)
+            if noise is not None:
+                noise.exponential_(generator=generator)
+            launch()
+            return read_later(token)
+
+        def run_again() -> Callable[[], list[int]]:
+            cache.lengths.copy_(lengths + done)  # the step may have come as far as writing
+            return run()
 
         def advance() -> Callable[[], list[int]]:
-            nonlocal launch
-            with self.running():
-                launch = launch or self._stepper(sampling, token, position, noise, cache)
-                if noise is not None:
-                    noise.exponential_(generator=generator)
-                launch()
-                return read_later(token)
+            nonlocal done
+            read = self.attempt(run, run_again)
+            done += 1
+            return read
 
         try:
             for left in reversed(range(new)):

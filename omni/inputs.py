@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omni.processing.frames import Pixels
+from omni.processing.frames import Pixels, digest_of
 
 FORMAT = "omni.Inputs"
 """In the metadata of a request's file."""
@@ -204,12 +204,50 @@ class Inputs:
             raise InputError(f"{path} holds no request: Inputs.save writes them.")
         return cls(**found, use_audio_in_video=heard == "True")
 
+    def media(self) -> list[Medium]:
+        """Its pictures, clips and sounds one by one, in this order and in memory of the request's."""
+        found = []
+        for kind, name, grids in (
+            ("image", "pixel_values", self.image_grid_thw),
+            ("video", "pixel_values_videos", self.video_grid_thw),
+        ):
+            if grids is None:
+                continue
+            held, start = self.held(name), 0
+            for number, rows in enumerate(grids.prod(dim=1).tolist()):
+                data = held.only(number) if isinstance(held, Pixels) else held[start : start + rows]
+                start += rows
+                found.append(Medium(kind, data, grids[number : number + 1]))
+        if self.input_features is not None:
+            for number, length in enumerate(self.mel_lengths.tolist()):
+                sound = self.input_features[number : number + 1, :, :length]
+                found.append(Medium("audio", sound, self.mel_lengths[number : number + 1]))
+        return found
+
     @property
     def mel_lengths(self) -> Tensor:
         """(sounds,) valid mel frames."""
         if self.feature_attention_mask is None:
             return torch.zeros(0, dtype=torch.long)
         return self.feature_attention_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One picture, clip or sound of a request. kind: "image", "video" or "audio".
+
+    data: patches, or the bytes of which they are made; of a sound (1, mel bins, frames), all of them real. size: of
+    pictures and clips (1, 3) grid_thw, of sounds (1,) frames.
+    """
+
+    kind: str
+    data: Tensor | Pixels
+    size: Tensor
+
+    def digest(self) -> bytes:
+        """What tells it from media that are others for an encoder, be it by a bit."""
+        content = self.data.digest(0) if isinstance(self.data, Pixels) else digest_of(self.data)
+        return content + repr((self.kind, self.size.tolist())).encode()
 
 
 def _counts(tensor: Tensor) -> bool:

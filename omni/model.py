@@ -24,6 +24,7 @@ from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import LazyTokenizer, TokenizerError
 from omni.processing.vocabulary import has_vocabulary
+from omni.reuse import REUSE_BYTES
 from omni.runtime.blank import blank_clip
 from omni.runtime.sampling import Sampling
 from omni.thinker import Thinker
@@ -59,13 +60,15 @@ class Stats:
     """Figures of one answer. Seconds are wall-clock; `prefill_seconds` ends with the first token.
 
     segments: tokens that runs of decoder layers saw, from the first layer to the last; one where every token is kept.
-    macs, full_macs: multiply-accumulates of this prefill, and of one with every token.
+    macs, full_macs: multiply-accumulates of this prefill, and of one with every token, both as if nothing was known.
+    reused_tokens: tokens of the prompt that did not run again, as an earlier request began alike (`load`'s reuse).
     """
 
     tokens: dict[str, int]
     segments: list[int]
     macs: int
     full_macs: int
+    reused_tokens: int
     cache_bytes: int
     encode_seconds: float
     prefill_seconds: float
@@ -133,13 +136,20 @@ class Omni:
     """One checkpoint in memory. Made by `omni.load`."""
 
     def __init__(
-        self, thinker: Thinker, folder: Path, *, compile: bool = False, eager_until_warm: bool = False
+        self,
+        thinker: Thinker,
+        folder: Path,
+        *,
+        compile: bool = False,
+        eager_until_warm: bool = False,
+        reuse: int = REUSE_BYTES,
     ) -> None:
         self.thinker = thinker
         self.config: OmniConfig = thinker.config
         self.folder = folder.absolute()  # whatever becomes of the working directory
         self.tokenizer = LazyTokenizer(self.folder)
-        self.engine = Engine(thinker, compile=compile, eager_until_warm=eager_until_warm)
+        self.engine = Engine(thinker, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse)
+        self.reuse = reuse
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +163,10 @@ class Omni:
     def processor(self) -> Processor:
         """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
         return Processor(self.folder, self.config, self.tokenizer())
+
+    def forget(self) -> None:
+        """Drops what is kept for later questions about the same media (`load`'s reuse)."""
+        self.engine.forget()
 
     def prepare(
         self,
@@ -336,6 +350,7 @@ class Omni:
                     segments=prefill.segments,
                     macs=prefill.macs,
                     full_macs=prefill.full_macs,
+                    reused_tokens=prefill.reused_tokens,
                     cache_bytes=prefill.cache.nbytes,
                     encode_seconds=prefill.encode_seconds,
                     prefill_seconds=first - started - prefill.encode_seconds,
@@ -403,6 +418,7 @@ def load(
     adapter: str | Path | None = None,
     compile: bool = False,
     eager_until_warm: bool = False,
+    reuse: int = REUSE_BYTES,
     progress: bool = False,
 ) -> Omni:
     """Loads a public checkpoint.
@@ -413,8 +429,14 @@ def load(
     where most processors have no bfloat16 product. progress: bars on stderr.
     compile: encoders, prefill and decoding steps run as graphs, compiled when a size is first met (`Omni.warmup` does
     it beforehand); with `eager_until_warm` a prompt whose prefill is not compiled yet runs without.
+    reuse: bytes for what the next question about the same media need not do again: on the device what encoders made of
+    them and what became of a prompt's beginning, and as many on the host for pictures and sounds as they are read. What
+    was not used for longest goes first, and all of it where a request needs the memory. 0 keeps nothing. The same
+    tokens are kept and the same answers given as by a model that knows nothing, within the rounding of float sums.
     Raises omni.config.ConfigError and weights.CheckpointError.
     """
+    if reuse < 0:
+        raise ValueError(f"reuse must be bytes, 0 or more, not {reuse}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     adapter_folder = None if adapter is None else weights.locate_adapter(adapter)
     folder = weights.locate(
@@ -444,7 +466,7 @@ def load(
         progress=progress,
     )
     thinker.eval().requires_grad_(False)
-    return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm)
+    return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse)
 
 
 class Uninitialised(torch.overrides.TorchFunctionMode):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -15,8 +16,8 @@ from omni.encoders.qwen2_5_audio import Qwen25AudioEncoder
 from omni.encoders.qwen2_5_vision import Qwen25VisionEncoder
 from omni.encoders.qwen3_audio import Qwen3AudioEncoder
 from omni.encoders.qwen3_vision import Qwen3VisionEncoder
-from omni.encoders.received import Signals
-from omni.inputs import Inputs
+from omni.encoders.received import Signals, joined
+from omni.inputs import Inputs, Medium
 from omni.layers import Call, Linear, RMSNorm, directly, float32_linear, part
 from omni.rope import multimodal_rotary
 from seats.method import Needs
@@ -44,21 +45,16 @@ class Thinker(nn.Module):
         Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them. And what a
         method `needs` of clips and sounds.
         """
-        features: dict[str, Tensor] = {}
-        signals: dict[str, Signals] = {}
-        if inputs.image_grid_thw is not None:
-            features["image"], _ = self.vision(inputs.held("pixel_values"), inputs.image_grid_thw, call=call)
-        if inputs.video_grid_thw is not None:
-            clips = inputs.held("pixel_values_videos")
-            features["video"], signal = self.vision(clips, inputs.video_grid_thw, needs, call=call)
-            if signal is not None:
-                signals["video"] = signal
-        if inputs.input_features is not None:
-            tokens, signal = self.audio(inputs.input_features, inputs.mel_lengths, needs, call=call)
-            features["audio"] = tokens.unsqueeze(0)
-            if signal is not None:
-                signals["audio"] = signal
-        return features, signals
+        return collected((medium.kind, self.encode_medium(medium, needs, call=call)) for medium in inputs.media())
+
+    def encode_medium(
+        self, medium: Medium, needs: Needs | None = None, *, call: Call = directly
+    ) -> tuple[Tensor, Signals | None]:
+        """(levels, n, hidden) tokens of one medium, and what a method `needs` of them. Others beside change nothing."""
+        if medium.kind == "audio":
+            tokens, signals = self.audio(medium.data, medium.size, needs, call=call)
+            return tokens.unsqueeze(0), signals
+        return self.vision(medium.data, medium.size, needs if medium.kind == "video" else None, call=call)
 
     def embed(self, ids: Tensor, source: Tensor, media: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings of ids, or in their place what the encoders made, (B, S, hidden).
@@ -101,3 +97,20 @@ class Thinker(nn.Module):
         """(B, hidden) of the last layer → (B, vocab) float32."""
         weight = self.embedding.weight if self.head is None else self.head.weight
         return float32_linear(self.norm(x), weight)
+
+
+def collected(
+    encoded: Iterable[tuple[str, tuple[Tensor, Signals | None]]],
+) -> tuple[dict[str, Tensor], dict[str, Signals]]:
+    """What `Thinker.encode` returns, of media one by one with their kind."""
+    features: dict[str, list[Tensor]] = {}
+    signals: dict[str, list[Signals | None]] = {}
+    for kind, (tokens, signal) in encoded:
+        features.setdefault(kind, []).append(tokens)
+        signals.setdefault(kind, []).append(signal)
+    known = {kind: joined(some) for kind, some in signals.items()}
+    return (
+        # One medium, which may be an hour long, is not copied.
+        {kind: some[0] if len(some) == 1 else torch.cat(some, dim=1) for kind, some in features.items()},
+        {kind: signal for kind, signal in known.items() if signal is not None},
+    )

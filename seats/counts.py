@@ -52,7 +52,7 @@ class Counts:
         Windows, which cost Stage I alone, have coarse rungs; tokens, which pass through the layers, fine ones.
         A modality that is not there stays away.
         """
-        tokens = _up(self.tokens, max(TOKEN_STEP, _octave(self.tokens) // TOKEN_STEPS))
+        tokens = rung(self.tokens)
         text = _up(self.text, max(TOKEN_STEP, min(TEXT_STEP, _octave(tokens) // TEXT_STEPS)))
         rounded = Counts(
             text=tokens if self.text == self.tokens else min(text, tokens),
@@ -65,6 +65,11 @@ class Counts:
             pairs=_doubled(self.pairs, LEAST_WINDOWS),
         )
         return replace(rounded, tokens=min(tokens, rounded.pool))
+
+
+def rung(tokens: int) -> int:
+    """The next rung of the ladder for tokens that pass through layers."""
+    return _up(tokens, max(TOKEN_STEP, _octave(tokens) // TOKEN_STEPS))
 
 
 def _up(count: int, step: int) -> int:

@@ -330,6 +330,10 @@ class Pixels:
         sizes = self.sizes
         return int(self.grid_thw.prod(dim=1).sum()), 3 * sizes.temporal_patch_size * sizes.patch_size**2
 
+    def only(self, index: int) -> Pixels:
+        """One of them."""
+        return replace(self, frames=(self.frames[index],))
+
     def grids(self, clip: int, first: int, count: int) -> Tensor:
         """(count * temporal_patch_size, 3, h, w) uint8, of the clip's temporal grids from `first` on.
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from omni import stages
 from omni.cache import Cache
 from omni.layers import compiling
+from omni.request import Request
 from omni.runtime.graphs import Graphs, Parts, capture, structure, warm_up
 from omni.runtime.sampling import Sampling, pick
-from omni.stages import Request, Staged
+from omni.stages import Prefix, Staged
 from omni.thinker import Thinker
 from seats.plan import StagePlan
 
@@ -66,11 +67,13 @@ class Compiled:
         key = (method.__qualname__, shapes(arguments))
         return self.encoders.run(key, run, *arguments, makes=self.makes)
 
-    def prefill(self, plan: StagePlan, request: Request, *, pruned: bool) -> Staged:
-        run = partial(self._with_parts, stages.prefill, self.thinker, plan, pruned=pruned)
+    def prefill(self, plan: StagePlan, *tensors: Prefix | Request, pruned: bool, keep: bool) -> Staged:
+        """`stages.prefill` of a request, or `stages.extend` of a prefix and a request."""
+        function = stages.prefill if len(tensors) == 1 else stages.extend
+        run = partial(self._with_parts, function, self.thinker, plan, pruned=pruned, keep=keep)
         if not self.on_gpu:
-            return run(request)
-        return self.prefills.run((plan, pruned, shapes(request)), run, request, makes=self.makes)
+            return run(*tensors)
+        return self.prefills.run((plan, pruned, keep, shapes(tensors)), run, *tensors, makes=self.makes)
 
     def stepper(
         self, sampling: Sampling, token: Tensor, position: Tensor, noise: Tensor | None, cache: Cache

@@ -240,12 +240,21 @@ def _stream(device: int) -> torch.cuda.Stream:
 
 def unpacked(values: tuple[Any, ...]) -> list[Any]:
     """Dataclasses as dictionaries of their fields, so that tensors inside are found."""
-    return [vars(value) if hasattr(value, "__dataclass_fields__") else value for value in values]
+    return [_fields(value) for value in values]
+
+
+def _fields(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _fields(field) for name, field in vars(value).items()}
+    return value
 
 
 def packed(like: tuple[Any, ...], values: list[Any]) -> list[Any]:
     """The inverse of `unpacked`."""
-    return [
-        type(model)(**value) if hasattr(model, "__dataclass_fields__") else value
-        for model, value in zip(like, values, strict=True)
-    ]
+    return [_made(model, value) for model, value in zip(like, values, strict=True)]
+
+
+def _made(model: Any, value: Any) -> Any:
+    if hasattr(model, "__dataclass_fields__"):
+        return type(model)(**{name: _made(field, value[name]) for name, field in vars(model).items()})
+    return value

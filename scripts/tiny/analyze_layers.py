@@ -22,7 +22,7 @@ from omni.decoder import Layer
 from omni.inputs import Inputs
 from omni.model import Omni
 from omni.processing.positions import layout
-from omni.stages import fill_pool, whole_prompt
+from omni.request import fill_pool, whole_prompt
 from seats.plan import plan_without_selection
 
 REMOVED = ("video", "audio", "both")

@@ -15,7 +15,7 @@ from omni.context import check_context
 from omni.inputs import InputError
 from omni.model import Omni
 from omni.processing.positions import layout
-from omni.stages import read_prompt, whole_prompt
+from omni.request import read_prompt, whole_prompt
 from seats import preset_for
 from seats.method import Method
 from seats.methods import NAMES, method_for

@@ -22,6 +22,7 @@ from omni import stages
 from omni.cache import CHUNK, LEAST_CAPACITY
 from omni.inputs import InputError
 from omni.processing.positions import layout
+from omni.request import Request, fill_pool, read_prompt, whole_prompt
 from omni.rope import multimodal_rotary, rotate
 from seats.config import SeatsConfig
 from seats.plan import StagePlan, make_plan, plan_without_selection
@@ -100,14 +101,14 @@ def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
 
 def prepared(
     model: omni.Omni, inputs: omni.Inputs, seats: SeatsConfig = SETTINGS, *, rounded: bool = False
-) -> tuple[StagePlan, stages.Request]:
+) -> tuple[StagePlan, Request]:
     """A request in the pool of a plan made for it, or of the next plan of the ladder."""
     places = layout(inputs, model.config)
-    prompt = stages.read_prompt(places, inputs, model.config, seats.window_grids)
+    prompt = read_prompt(places, inputs, model.config, seats.window_grids)
     counts = prompt.counts(seats)
     plan = make_plan(seats, model.config.decoder.num_layers, counts.rounded() if rounded else counts)
     features, received = model.thinker.encode(inputs, seats.needs)
-    return plan, stages.fill_pool(plan, prompt, places, inputs.input_ids, features, received, model.device)
+    return plan, fill_pool(plan, prompt, places, inputs.input_ids, features, received, model.device)
 
 
 def reference_logits(model: omni.Omni, inputs: omni.Inputs, kept: list[Tensor], new: list[int], kv: str) -> Tensor:
@@ -115,10 +116,10 @@ def reference_logits(model: omni.Omni, inputs: omni.Inputs, kept: list[Tensor], 
     thinker, decoder = model.thinker, model.config.decoder
     places = layout(inputs, model.config)
     length = inputs.input_ids.shape[1]
-    whole = stages.whole_prompt(length)
+    whole = whole_prompt(length)
     plan = plan_without_selection(LAYERS, whole.counts(None))
     features, _ = thinker.encode(inputs)
-    request = stages.fill_pool(plan, whole, places, inputs.input_ids, features, {}, model.device)
+    request = fill_pool(plan, whole, places, inputs.input_ids, features, {}, model.device)
     x, deepstack = thinker.embed(request.ids, request.source, request.media)
     x = torch.cat([x, thinker.embedding(torch.tensor([new], dtype=torch.long))], dim=1)
     after = places.next_position + torch.arange(len(new)).expand(3, -1)
@@ -227,10 +228,10 @@ def test_settings_that_cannot_work_are_refused_first(pair: Pair) -> None:
 def test_a_plan_too_small_is_refused(pair: Pair) -> None:
     inputs = make_request(pair, REQUESTS["several media"])
     places = layout(inputs, pair.model.config)
-    prompt = stages.read_prompt(places, inputs, pair.model.config, SETTINGS.window_grids)
+    prompt = read_prompt(places, inputs, pair.model.config, SETTINGS.window_grids)
     fewer = replace(prompt.counts(SETTINGS), audio_windows=1)
     with pytest.raises(ValueError, match=r"has \d+ of audio_windows and its plan holds 1"):
-        stages.fill_pool(
+        fill_pool(
             make_plan(SETTINGS, LAYERS, fewer), prompt, places, inputs.input_ids, {}, {}, pair.model.device
         )
 
@@ -241,7 +242,7 @@ def test_one_graph_for_all_clips_of_a_plan(pair: Pair) -> None:
     torch._dynamo.utils.counters.clear()
     thinker = pair.model.thinker
 
-    def run(plan: StagePlan, request: stages.Request) -> stages.Staged:
+    def run(plan: StagePlan, request: Request) -> stages.Staged:
         return stages.prefill(thinker, plan, request, pruned=True)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -266,7 +267,7 @@ def test_no_host_read(pair: Pair) -> None:
     plan, request = prepared(pair.model, inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fields = {name: value if value is None else mode.from_tensor(value) for name, value in vars(request).items()}
-        staged = stages.prefill(pair.model.thinker, plan, stages.Request(**fields), pruned=True)
+        staged = stages.prefill(pair.model.thinker, plan, Request(**fields), pruned=True)
     assert staged.logits.shape == (1, pair.model.config.decoder.vocab_size)
 
 
@@ -277,7 +278,7 @@ def test_batches_equal_one_by_one(pair: Pair) -> None:
     ]
     plan, _ = prepared(pair.model, make_request(pair, REQUESTS["clip with sound"]))
     with torch.inference_mode():
-        together = stages.prefill(pair.model.thinker, plan, stages.join(requests), pruned=True)
+        together = stages.prefill(pair.model.thinker, plan, request.join(requests), pruned=True)
         for row, request in enumerate(requests):
             alone = stages.prefill(pair.model.thinker, plan, request, pruned=True)
             for (place, count), (one_place, one_count) in zip(together.kept, alone.kept, strict=True):
