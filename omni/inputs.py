@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omni.processing.frames import Pixels, digest_of
+from omni.processing.frames import Pixels
+from omni.reuse import digest_of
 
 FORMAT = "omni.Inputs"
 """In the metadata of a request's file."""

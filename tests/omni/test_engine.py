@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Omni]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
-    def compiled(model: Omni, **options: bool) -> Omni:
-        return Omni(model.thinker, model.folder, compile=True, **options)
+    def compiled(model: Omni, **options: Any) -> Omni:
+        return Omni(model.thinker, model.folder, compile=True, **{"reuse": 0, **options})
 
     return compiled
 
@@ -139,7 +140,7 @@ def test_every_method_is_one_graph(pair: Pair, traced, name: str, monkeypatch: p
 def test_every_method_as_machine_code(pair: Pair, name: str) -> None:
     method = METHODS[name](video_ratio=0.5, audio_ratio=0.6)
     inputs = make_request(pair, REQUESTS["clip with sound"])
-    compiled = Omni(pair.model.thinker, pair.model.folder, compile=True)
+    compiled = Omni(pair.model.thinker, pair.model.folder, compile=True, reuse=0)
     same_prefill(compiled.prefill(inputs, seats=method), pair.model.prefill(inputs, seats=method))
 
 
@@ -277,7 +278,7 @@ def test_one_row_on_a_cpu_is_a_sum_of_products(pair: Pair, monkeypatch: pytest.M
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_graphs_answer_as_the_cpu_does(pair: Pair) -> None:
     """With machine code, on a GPU: three clips through one prefill, several threads, a step ahead of the host."""
-    model = Omni(copy.deepcopy(pair.model.thinker).cuda(), pair.model.folder, compile=True)
+    model = Omni(copy.deepcopy(pair.model.thinker).cuda(), pair.model.folder, compile=True, reuse=0)
     requests = [make_request(pair, REQUESTS["clip with sound"], seed=seed) for seed in range(3)]
     expected = [pair.model.generate(inputs, **MIXED).tokens for inputs in requests]
     for inputs in requests:

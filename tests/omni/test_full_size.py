@@ -18,8 +18,8 @@ from omni.engine import KV
 from omni.layers import directly
 from omni.model import tensor_names
 from omni.processing.positions import Layout
-from omni.rope import multimodal_rotary
 from omni.request import Prompt, _windows, fill_pool, whole_prompt
+from omni.rope import multimodal_rotary
 from omni.stages import prefill
 from omni.thinker import Thinker
 from seats.config import preset_for

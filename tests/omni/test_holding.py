@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, Pair, captures_without_a_gpu, make_request
 
 import omni
-from omni import stages
+from omni import engine, stages
 from omni.cache import Cache
 from omni.decoder import Layer
 from omni.encoders import vision
@@ -96,8 +96,8 @@ def test_eight_threads_at_a_new_model_answer_as_one_by_one(model: Omni, clip: Pa
 INTERRUPTED = {
     "video encoder": (VisionEncoder, "forward", 1),
     "audio encoder": (AudioEncoder, "forward", 1),
-    "slots": (stages, "assign_slots", 1),
-    "pool": (stages, "with_media", 1),
+    "slots": (engine, "assign_slots", 1),
+    "pool": (engine, "with_media", 1),
     "selection before the decoder": (stages, "select_before_decoder", 1),
     "a layer of the prefill": (Layer, "prefill", 3),
     "selection between layers": (stages, "choose", 2),
@@ -166,7 +166,7 @@ def test_an_interrupt_around_the_model_leaves_the_next_request_right(
 def test_graphs_that_made_room_are_made_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, two plans and room for one graph: captured, dropped and captured again, the answers stay."""
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
-    model = Omni(pair.model.thinker, pair.model.folder, compile=True)
+    model = Omni(pair.model.thinker, pair.model.folder, compile=True, reuse=0)
     captures_without_a_gpu(model, monkeypatch)
     requests = [make_request(pair, REQUEST), make_request(pair, [("text", 9), ("video", 2, 4, 4, 1.0), ("text", 90)])]
     options = options_of(pair.model)

@@ -231,9 +231,7 @@ def test_a_plan_too_small_is_refused(pair: Pair) -> None:
     prompt = read_prompt(places, inputs, pair.model.config, SETTINGS.window_grids)
     fewer = replace(prompt.counts(SETTINGS), audio_windows=1)
     with pytest.raises(ValueError, match=r"has \d+ of audio_windows and its plan holds 1"):
-        fill_pool(
-            make_plan(SETTINGS, LAYERS, fewer), prompt, places, inputs.input_ids, {}, {}, pair.model.device
-        )
+        fill_pool(make_plan(SETTINGS, LAYERS, fewer), prompt, places, inputs.input_ids, {}, {}, pair.model.device)
 
 
 def test_one_graph_for_all_clips_of_a_plan(pair: Pair) -> None:
