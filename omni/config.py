@@ -212,6 +212,14 @@ class AudioConfig:
     def chunk_frames(self) -> int:
         return 2 * self.n_window
 
+    @property
+    def alone_from(self) -> int:
+        """Mel frames of a prompt's longest sound from which on each is encoded as if alone.
+
+        In Qwen3-Omni sounds are padded to the longest, up to a chunk, and its convolutions see where they end.
+        """
+        return self.chunk_frames if self.conv_channels else 0
+
     def token_count(self, mel_frames: Frames) -> Frames:
         """Audio tokens of a sound of `mel_frames` valid frames.
 

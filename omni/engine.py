@@ -175,7 +175,7 @@ class Engine:
         for inputs, place in zip(requests, places, strict=True):
             prompt = self._prompt(inputs, place, method)
             check_context(inputs, place, prompt, config, method, new)
-            asked.append(Asked(inputs, place, prompt, inputs.media(), config))
+            asked.append(Asked(inputs, place, prompt, inputs.media(config.audio.alone_from), config))
         self._plan([one.prompt for one in asked], method)  # what no plan fits is said before anything runs
         if self.reuses:
             for one in asked:

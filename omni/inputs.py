@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -205,8 +206,12 @@ class Inputs:
             raise InputError(f"{path} holds no request: Inputs.save writes them.")
         return cls(**found, use_audio_in_video=heard == "True")
 
-    def media(self) -> list[Medium]:
-        """Its pictures, clips and sounds one by one, in this order and in memory of the request's."""
+    def media(self, alone_from: int = 0) -> list[Medium]:
+        """Its pictures, clips and sounds one by one, in this order and in memory of the request's.
+
+        alone_from: mel frames of the longest sound from which on sounds are encoded as if alone
+        (`AudioConfig.alone_from`).
+        """
         found = []
         for kind, name, grids in (
             ("image", "pixel_values", self.image_grid_thw),
@@ -220,9 +225,14 @@ class Inputs:
                 start += rows
                 found.append(Medium(kind, data, grids[number : number + 1]))
         if self.input_features is not None:
-            for number, length in enumerate(self.mel_lengths.tolist()):
+            lengths = self.mel_lengths
+            longest = int(lengths.max())
+            for number, length in enumerate(lengths.tolist()):
+                # Where all are short, Qwen3-Omni pads them to the longest, and its convolutions see where they end.
+                width = longest if longest < alone_from else length
                 sound = self.input_features[number : number + 1, :, :length]
-                found.append(Medium("audio", sound, self.mel_lengths[number : number + 1]))
+                sound = sound if width == length else F.pad(sound, (0, width - length))
+                found.append(Medium("audio", sound, lengths[number : number + 1]))
         return found
 
     @property
@@ -237,8 +247,8 @@ class Inputs:
 class Medium:
     """One picture, clip or sound of a request. kind: "image", "video" or "audio".
 
-    data: patches, or the bytes of which they are made; of a sound (1, mel bins, frames), all of them real. size: of
-    pictures and clips (1, 3) grid_thw, of sounds (1,) frames.
+    data: patches, or the bytes of which they are made; of a sound (1, mel bins, frames). size: of pictures and clips
+    (1, 3) grid_thw, of sounds (1,) frames that are real, the first.
     """
 
     kind: str

@@ -41,7 +41,8 @@ class AudioEncoder(nn.Module):
     ) -> tuple[Tensor, Signals | None]:
         """Encodes sounds, one after another.
 
-        mel: (n, bins, frames) log-mel, on any device. lengths: (n,) valid frames of each, all at the front.
+        mel: (n, bins, frames) log-mel, on any device, padded to the longest of a prompt where one depends on that
+        (`AudioConfig.alone_from`). lengths: (n,) valid frames of each, all at the front.
         Returns (Σ token_count, output_size) in the encoder's dtype, on its device; and what a method `needs` of them.
         """
         sounds = zip(mel, lengths.tolist(), strict=True)

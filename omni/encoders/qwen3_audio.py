@@ -48,12 +48,12 @@ class Qwen3AudioEncoder(AudioEncoder):
     def forward(
         self, mel: Tensor, lengths: Tensor, needs: Needs | None = None, *, call: Call = directly
     ) -> tuple[Tensor, Signals | None]:
-        longest = int(lengths.max())
-        if longest >= self.config.chunk_frames:
+        longest = mel.shape[2]
+        if longest >= self.config.alone_from:
             return super().forward(mel, lengths, needs, call=call)
         # Chunks are as long as the longest of them, and convolutions see where they end: where no sound fills a
         # chunk, padding to a whole one would change the last tokens.
-        mel = mel[..., :longest].to(self.norm.weight)
+        mel = mel.to(self.norm.weight)
         real = torch.arange(longest, device=mel.device) < lengths.to(mel.device)[:, None]
         x = self.convolve(torch.where(real.unsqueeze(1), mel, 0))  # whatever lies behind them, NaN too
         counts = self.config.token_count(lengths).to(mel.device)

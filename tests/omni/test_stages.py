@@ -22,7 +22,7 @@ from omni import stages
 from omni.cache import CHUNK, LEAST_CAPACITY
 from omni.inputs import InputError
 from omni.processing.positions import layout
-from omni.request import Request, fill_pool, read_prompt, whole_prompt
+from omni.request import Request, fill_pool, join, read_prompt, whole_prompt
 from omni.rope import multimodal_rotary, rotate
 from seats.config import SeatsConfig
 from seats.plan import StagePlan, make_plan, plan_without_selection
@@ -276,7 +276,7 @@ def test_batches_equal_one_by_one(pair: Pair) -> None:
     ]
     plan, _ = prepared(pair.model, make_request(pair, REQUESTS["clip with sound"]))
     with torch.inference_mode():
-        together = stages.prefill(pair.model.thinker, plan, request.join(requests), pruned=True)
+        together = stages.prefill(pair.model.thinker, plan, join(requests), pruned=True)
         for row, request in enumerate(requests):
             alone = stages.prefill(pair.model.thinker, plan, request, pruned=True)
             for (place, count), (one_place, one_count) in zip(together.kept, alone.kept, strict=True):
