@@ -214,9 +214,10 @@ class AudioConfig:
 
     @property
     def alone_from(self) -> int:
-        """Mel frames of a prompt's longest sound from which on each is encoded as if alone.
+        """Mel frames from which on a sound is encoded as if alone.
 
-        In Qwen3-Omni sounds are padded to the longest, up to a chunk, and its convolutions see where they end.
+        In Qwen3-Omni shorter ones are padded to the longest of a prompt, a chunk at most, and its convolutions see
+        where they end.
         """
         return self.chunk_frames if self.conv_channels else 0
 

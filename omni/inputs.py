@@ -209,8 +209,7 @@ class Inputs:
     def media(self, alone_from: int = 0) -> list[Medium]:
         """Its pictures, clips and sounds one by one, in this order and in memory of the request's.
 
-        alone_from: mel frames of the longest sound from which on sounds are encoded as if alone
-        (`AudioConfig.alone_from`).
+        alone_from: mel frames up to which sounds are padded to the longest (`AudioConfig.alone_from`).
         """
         found = []
         for kind, name, grids in (
@@ -228,8 +227,7 @@ class Inputs:
             lengths = self.mel_lengths
             longest = int(lengths.max())
             for number, length in enumerate(lengths.tolist()):
-                # Where all are short, Qwen3-Omni pads them to the longest, and its convolutions see where they end.
-                width = longest if longest < alone_from else length
+                width = max(length, min(longest, alone_from))
                 sound = self.input_features[number : number + 1, :, :length]
                 sound = sound if width == length else F.pad(sound, (0, width - length))
                 found.append(Medium("audio", sound, lengths[number : number + 1]))
