@@ -13,9 +13,9 @@ from omni.config import OmniConfig
 from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
 from omni.processing.positions import Layout
-from seats.counts import AUDIO_WINDOW, Counts, counts_of
+from seats.counts import AUDIO_WINDOW, Counts
 from seats.method import Method
-from seats.plan import StagePlan
+from seats.plan import StagePlan, counts_of
 from seats.selection import AUDIO, TEXT, VIDEO, count_windows
 
 

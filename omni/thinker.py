@@ -45,10 +45,8 @@ class Thinker(nn.Module):
         Each (levels, n, hidden): the tokens, and for pictures of Qwen3-Omni what deepstack adds to them. And what a
         method `needs` of clips and sounds.
         """
-        return collected(
-            (medium.kind, self.encode_medium(medium, needs, call=call))
-            for medium in inputs.media(self.config.audio.alone_from)
-        )
+        media = inputs.media(self.config.audio.alone_from)
+        return collected((medium.kind, self.encode_medium(medium, needs, call=call)) for medium in media)
 
     def encode_medium(
         self, medium: Medium, needs: Needs | None = None, *, call: Call = directly
