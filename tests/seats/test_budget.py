@@ -42,7 +42,7 @@ def split_by_hand(budget: int, for_video: int, video: int, audio: int) -> tuple[
     return keep_video, keep_audio
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(st.data())
 def test_water_filling_equals_the_loop(data: st.DataObject) -> None:
     """From any shares and any number to keep, padded with windows that are not there."""
@@ -71,7 +71,7 @@ def test_pouring_stops_at_the_caps(data: st.DataObject) -> None:
     assert ((levels <= filled) & (filled <= caps)).all()
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(video=st.integers(0, 12), audio=st.integers(0, 12), share=st.floats(0, 1, width=32), data=st.data())
 def test_split_equals_the_method_step_by_step(video: int, audio: int, share: float, data: st.DataObject) -> None:
     if not video + audio:
