@@ -38,6 +38,7 @@ def python(
         assert process.exitcode is not None
         out, err = (path.read_text() for path in said)
         if check and process.exitcode:
+            print(err)
             raise CalledProcessError(process.exitcode, words, out, err)
         return CompletedProcess(words, process.exitcode, out, err)
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omni.moe import Experts, grouped_product
+from tests.kernels import compiled_for_hopper, interpreted, needs_triton
 
 
 def make_experts(experts: int = 6, per_token: int = 2, hidden: int = 32, size: int = 24, **options: Any) -> Experts:
@@ -120,8 +116,8 @@ import torch
 from omni import moe_kernels
 from tests.omni.test_moe import loop_over
 
-tiles = [None, moe_kernels.TILES[0][1:], moe_kernels.TILES[-1][1:]]
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+swapped, plain = moe_kernels.TILES[0][1:], moe_kernels.TILES[-1][1:]
+for dtype, tolerance, tiles in ((torch.float32, 1e-5, (swapped, plain)), (torch.bfloat16, 2e-2, (None,))):
     for tokens, per_token, experts, hidden, size in ((1, 2, 6, 32, 24), (16, 3, 5, 40, 24), (40, 2, 6, 80, 72)):
         torch.manual_seed(tokens)
         x = torch.randn(tokens, hidden).to(dtype)
@@ -133,7 +129,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         shares, chosen = scores.softmax(-1).topk(per_token)
         arguments = (x, shares.to(dtype), chosen, gate_up, down)
         expected = loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
-        for pair in tiles if tokens > moe_kernels.FEW_TOKENS else tiles[:1]:
+        for pair in tiles if tokens > moe_kernels.FEW_TOKENS else (None,):
             got = moe_kernels.experts_on_device(*arguments, tiles=pair)
             torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3)):
@@ -146,37 +142,27 @@ for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3)):
         assert torch.equal(got[1], chosen.int())
 same = moe_kernels.choose_on_device(torch.tensor([[0.0] * 6, [float("nan")] * 6]), 3, True, torch.float32)[1]
 assert same.tolist() == [[0, 1, 2], [0, 1, 2]]
-print("same results")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_equal_a_loop_under_tritons_interpreter() -> None:
-    """Tiles swapped and not, sizes that fill none; in a process of its own, as Triton reads its mode once."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "same results\n", done.stderr
+    """Tiles swapped and not, sizes that fill none."""
+    interpreted(KERNELS)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
-    """For Hopper, at the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its
-    matrix units."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+    """At the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its matrix units."""
     from omni import moe_kernels
 
-    pointers = dict.fromkeys(("x", "inner", "parts", "shares", "residual", "out"), "*bf16")
-    pointers |= {"logits": "*bf16", "chosen": "*i32", "order": "*i32", "places": "*i32", "table": "*i32"}
+    types = dict.fromkeys(("x", "inner", "parts", "shares", "residual", "out"), "*bf16")
+    types |= {"logits": "*bf16", "chosen": "*i32", "order": "*i32", "places": "*i32", "table": "*i32"}
 
     def made(kernel: Any, values: dict[str, Any], **options: int) -> Any:
         if "COLUMNS" in values:
-            pointers["weights"] = f"tensordesc<bf16[1, {values['COLUMNS'] // 2}, 2, {values['DEPTH']}]>"
-        kinds = {name: "constexpr" if name in values else pointers.get(name, "i32") for name in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] == "*"}
-        code = compile(ASTSource(kernel, kinds, values, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+            types["weights"] = f"tensordesc<bf16[1, {values['COLUMNS'] // 2}, 2, {values['DEPTH']}]>"
+        code = compiled_for_hopper(kernel, types, values, ("*",), **options)
         assert code.metadata.shared <= 227 * 1024
         return code
 

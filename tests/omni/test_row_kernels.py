@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +10,7 @@ import torch.nn.functional as F
 
 from omni import layers, one_row
 from omni.layers import RMSNorm, SwiGLU
+from tests.kernels import compiled_for_hopper, interpreted, needs_triton
 
 KERNELS = """
 import torch
@@ -23,7 +19,7 @@ from omni import row_kernels
 from tests.omni.test_moe import loop_over
 
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-    for rows, columns in ((6, 40), (10, 1100)):
+    for rows, columns in ((3, 40), (5, 1100)):
         torch.manual_seed(rows)
         x, norm = torch.randn(columns).to(dtype), (1 + 0.1 * torch.randn(columns)).to(dtype)
         weight, added = columns**-0.5 * torch.randn(2 * rows, columns).to(dtype), torch.randn(2 * rows).to(dtype)
@@ -48,38 +44,25 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     got = row_kernels.experts_of_rows(x, shares.to(dtype), chosen, gate_up, down, residual)
     expected = residual.float() + loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
-print("same results")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_equal_products_under_tritons_interpreter() -> None:
-    """With and without what comes before and after; in a process of its own, as Triton reads its mode once."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "same results\n", done.stderr
+    """With and without what comes before and after."""
+    interpreted(KERNELS)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
-    """For Hopper: 16 bytes of the matrix at a time, and no register spilt."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+    """16 bytes of the matrix at a time, and no register spilt."""
     from omni import row_kernels
 
+    types = dict.fromkeys(("x", "norm", "weight", "weights", "added", "out", "inner", "shares"), "*bf16")
+    types |= {"chosen": "*i32", "residual": "*bf16", "eps": "fp32"}
+
     def check(kernel: Any, values: dict[str, Any], warps: int) -> None:
-        pointers = dict.fromkeys(("x", "norm", "weight", "weights", "added", "out", "inner", "shares"), "*bf16")
-        pointers |= {"chosen": "*i32", "residual": "*bf16", "eps": "fp32"}
-        kinds = {name: "constexpr" if name in values else pointers.get(name, "i32") for name in kernel.arg_names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, kind in enumerate(kinds.values())
-            if kind not in ("constexpr", "fp32")
-        }
-        options = {"num_warps": warps}
-        code = compile(ASTSource(kernel, kinds, values, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+        code = compiled_for_hopper(kernel, types, values, ("*", "i32"), num_warps=warps)
         loads = [line for line in code.asm["ptx"].splitlines() if "ld.global" in line and "evict_first" in line]
         assert loads
         assert all("v4.b32" in line for line in loads)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +16,7 @@ from torch import Tensor
 from seats import diversity, win_div_prune
 from seats.budget import keep_counts
 from seats.diversity import cosines_between, max_min_keep
-
-ROOT = Path(__file__).parents[2]
+from tests.kernels import compiled_for_hopper, interpreted, needs_triton
 
 
 def pick_by_loop(features: Tensor, attention: Tensor, count: int) -> list[int]:
@@ -155,30 +150,21 @@ for sizes, ratio in (([20, 20, 13, 1, 0], 0.3), ([33, 7], 0.9), ([16], 1.0)):
     keep = torch.zeros(windows, tokens, dtype=torch.bool)
     pick_on_device(*begun, sizes, counts, keep)
     assert torch.equal(keep, pick(*begun, sizes, counts)), (sizes, ratio)
-print("same picks")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernel_picks_the_same_under_tritons_interpreter() -> None:
-    """In a process of its own, since the interpreter is chosen when Triton is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "same picks\n", done.stderr
+    interpreted(KERNEL)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernel_compiles_for_a_gpu_that_is_not_there() -> None:
-    """For Hopper, at a window of two grids of 144 tokens: the interpreter does not check types."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+    """At a window of two grids of 144 tokens."""
     from seats.kernels import pick_kernel
 
-    arguments = {"cosines": "*fp32", "weights": "*fp32", "first": "*i64", "sizes": "*i64", "counts": "*i64"}
-    arguments |= {"keep": "*u8", "tokens": "i32", "BLOCK": "constexpr"}
-    made = compile(ASTSource(pick_kernel, arguments, {"BLOCK": 512}), target=GPUTarget("cuda", 90, 32))
-    assert made.asm["cubin"]
+    types = {"cosines": "*fp32", "weights": "*fp32", "first": "*i64", "sizes": "*i64", "counts": "*i64", "keep": "*u8"}
+    assert compiled_for_hopper(pick_kernel, types, {"BLOCK": 512}).asm["cubin"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from omni.encoders import received
 from omni.encoders.received import received_attention
+from tests.kernels import compiled_for_hopper, interpreted, needs_triton
 
 
 @pytest.mark.parametrize("scores", [1, 50, 2**20])
@@ -46,33 +41,24 @@ for windows, heads, positions, dim in ((2, 2, 9, 8), (1, 3, 130, 20), (3, 1, 64,
     q, k = torch.randn(2, windows, heads, positions, dim).unbind()
     valid = torch.arange(positions) < torch.tensor([positions, 5, 0][:windows])[:, None]
     torch.testing.assert_close(received_on_device(q, k, valid), received_attention(q, k, valid))
-print("same weights")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernel_weighs_the_same_under_tritons_interpreter() -> None:
-    """Blocks that are not full, windows of padding alone; in a process of its own, as Triton reads its mode once."""
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "same weights\n", done.stderr
+    """Blocks that are not full, windows of padding alone."""
+    interpreted(KERNEL)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 def test_kernels_compile_for_a_gpu_that_is_not_there(kind: str) -> None:
-    """For Hopper, at the vision encoder's head size: the interpreter does not check types, shapes and memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+    """At the vision encoder's head size."""
     from omni.encoders import kernels
 
-    inputs = {"q": f"*{kind}", "k": f"*{kind}", "valid": "*u8", "scales": "*fp32"}
-    sizes = {"positions": "i32", "dim": "i32", "factor": "fp32", "BLOCK": "constexpr", "DIM": "constexpr"}
-    for kernel, outputs in ((kernels.scale_kernel, {}), (kernels.received_kernel, {"received": "*fp32"})):
-        source = ASTSource(kernel, {**inputs, **outputs, **sizes}, {"BLOCK": 64, "DIM": 128})
-        made = compile(source, target=GPUTarget("cuda", 90, 32))
+    types = {"q": f"*{kind}", "k": f"*{kind}", "valid": "*u8", "scales": "*fp32", "factor": "fp32", "received": "*fp32"}
+    for kernel in (kernels.scale_kernel, kernels.received_kernel):
+        made = compiled_for_hopper(kernel, types, {"BLOCK": 64, "DIM": 128})
         assert made.asm["cubin"]
         assert made.metadata.shared <= 227 * 1024
 

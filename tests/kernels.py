@@ -1,0 +1,35 @@
+"""Triton's kernels without a GPU: compiled for one that is not there, and run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.processes import python
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def compiled_for_hopper(
+    kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], aligned: tuple[str, ...] = (), **options: int
+) -> Any:
+    """What Triton makes of a kernel: the interpreter checks no types, shapes and memory.
+
+    types: of arguments, "i32" of those that it lacks. values: of what is constant. aligned: types, or how they begin,
+    whose arguments are multiples of 16.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kinds = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
+    hints = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.startswith(aligned)}
+    return compile(ASTSource(kernel, kinds, dict(values), hints), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def interpreted(code: str) -> None:
+    """Runs `code` by the interpreter, in a process of its own, as Triton reads its mode once."""
+    python("-c", code, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
