@@ -162,11 +162,13 @@ class Omni:
     @cached_property
     def processor(self) -> Processor:
         """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
-        return Processor(self.folder, self.config, self.tokenizer())
+        return Processor(self.folder, self.config, self.tokenizer(), reuse=self.reuse)
 
     def forget(self) -> None:
         """Drops what is kept for later questions about the same media (`load`'s reuse)."""
         self.engine.forget()
+        if "processor" in vars(self):
+            self.processor.forget()
 
     def prepare(
         self,
@@ -256,7 +258,8 @@ class Omni:
         width: int = 336,
         text: int = 100,
     ) -> None:
-        """Makes the graphs for clips with sound of so many seconds and frames of height × width pixels.
+        """Makes the graphs for clips with sound of so many seconds and frames of height × width pixels, for a first
+        question and the next.
 
         text: tokens around the clip. Others of the same plan find the graphs ready.
         """
@@ -265,10 +268,15 @@ class Omni:
                 inputs = blank_clip(
                     self.config, length, height=height, width=width, fps=fps, max_frames=max_frames, text=text
                 )
-                steps = self._tokens([inputs], max_new_tokens=max_new_tokens, stop_token_ids=[], seats=seats, kv=kv)
-                for _ in zip(range(2), steps, strict=False):
-                    pass
-                steps.close()
+                # The same clip with other words after it.
+                after = (inputs.input_ids > 0).nonzero()[-1, 1] + 1
+                next_ids = inputs.input_ids.index_fill(1, torch.arange(int(after), inputs.input_ids.shape[1]), 1)
+                for asked in [inputs, replace(inputs, input_ids=next_ids)][: 2 if self.engine.reuses else 1]:
+                    steps = self._tokens([asked], max_new_tokens=max_new_tokens, stop_token_ids=[], seats=seats, kv=kv)
+                    for _ in zip(range(2), steps, strict=False):
+                        pass
+                    steps.close()
+            self.engine.forget()
 
     def stream(
         self,

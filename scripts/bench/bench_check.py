@@ -46,7 +46,7 @@ def _model(family: str, device: torch.device) -> dict[str, Any]:
         if not exactly:
             thinker = random_thinker(config, device, dtype)
             thinker.load_state_dict(exact.state_dict())
-        model, eager = omni.Omni(thinker, nowhere, compile=True), omni.Omni(exact, nowhere)
+        model, eager = omni.Omni(thinker, nowhere, compile=True, reuse=0), omni.Omni(exact, nowhere, reuse=0)
         worst, limit, same, alike = 0.0, 1e-4 if exactly else 5e-2, 1.0, 0
         for seed in range(REQUESTS):
             inputs = blank_clip(config, 3.0)

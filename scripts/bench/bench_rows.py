@@ -169,7 +169,7 @@ def selection_row(bench: Bench, clip: Clip) -> dict[str, Any]:
 
         whole = bench.measure({"whole": partial(side, bench.compiled, config)}, repeats=5)
         with without_layers():
-            model = omni.Omni(bench.thinker, Path(os.devnull), compile=bench.on_gpu)
+            model = omni.Omni(bench.thinker, Path(os.devnull), compile=bench.on_gpu, reuse=0)
             sides = {"selecting": partial(side, model, config), "not": partial(side, model, None)}
             measured = bench.measure(sides, repeats=5)
     selecting = max(0.0, measured.median("selecting") - measured.median("not"))
@@ -209,7 +209,7 @@ def agreement_row(bench: Bench, clip: Clip) -> dict[str, Any]:
             exact = their_logits()
         if bench.dtype != torch.float32:
             with in_float32(thinker, thinker.layers, "prefill"):
-                found["eager, in float32"] = our_logits(omni.Omni(thinker, Path(os.devnull)))
+                found["eager, in float32"] = our_logits(omni.Omni(thinker, Path(os.devnull), reuse=0))
     apart = {name: ((logits - exact).norm() / exact.norm()).item() for name, logits in found.items()}
     assert exact.isfinite().all() and exact.std() > 0.1, "logits too flat to tell a right model from a wrong one"
     row = {"rounds": 1, "seconds": {}, "tokens": inputs.input_ids.shape[1], "apart": apart}
@@ -421,6 +421,60 @@ def with_media(inputs: omni.Inputs, ids: Tensor, pixels: Pixels, mel: Tensor) ->
     )
 
 
+def second_question_row(bench: Bench, clip: Clip, retention: float) -> dict[str, Any]:
+    """From pixels and log-mel in memory to the first token: of a clip that is new, of one that was asked about before,
+    each time with other words, and of that where nothing is kept."""
+    blank, config = bench.inputs(clip), bench.preset(retention)
+    model = omni.Omni(bench.compiled.thinker, Path(os.devnull), compile=True)
+    after, asked = clip.text - clip.text // 4 - 1, 0
+    prefills: dict[str, list[float]] = {}
+    reused = 0
+
+    def ask(side: str, model: omni.Omni) -> float:
+        nonlocal asked
+        asked += 1
+        ids = blank.input_ids.clone()
+        ids[0, -after:] = torch.arange(after) * asked % 1000 + 8
+        inputs = with_media(blank, ids, blank.held("pixel_values_videos"), blank.input_features)
+        return bench.once(lambda: prefills.setdefault(side, []).append(prefilled(model, inputs)))
+
+    def prefilled(model: omni.Omni, inputs: omni.Inputs) -> float:
+        nonlocal reused
+        prefill = model.prefill(inputs, seats=config)
+        reused = max(reused, prefill.reused_tokens)
+        return prefill.prefill_seconds
+
+    def first() -> float:
+        model.forget()
+        return ask("first", model)
+
+    sides: dict[str, Seconds] = {
+        "first": first,
+        "second": lambda: ask("second", model),
+        "nothing kept": lambda: ask("nothing kept", bench.compiled),
+    }
+    measured = bench.measure(sides)  # in this order: the second is about what the first made known
+    row = measured.row({name: name for name in ("second", "first", "nothing kept")})
+    rounds = len(measured.times["first"])
+    prefill = {side: statistics.median(times[-rounds:]) for side, times in prefills.items()}
+    row |= {
+        "prefill_seconds": prefill,
+        "tokens": blank.input_ids.shape[1],
+        "reused_tokens": reused,
+        "kept_bytes": model.engine.kept.nbytes,
+    }
+    if retention == RETENTIONS[-1]:
+        row["targets"] = [
+            limit(
+                "of the first question's time to the first token",
+                measured.median("second") / measured.median("first"),
+                1 / 8,
+            ),
+            limit("of the first question's prefill", prefill["second"] / prefill["first"], 0.35),
+        ]
+    return row
+
+
 def throughput_row(
     bench: Bench, clip: Clip, questions: int, new: int, sizes: tuple[int, ...] = (1, 4, 8)
 ) -> dict[str, Any]:
@@ -584,6 +638,8 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
     media = importlib.util.find_spec("av") is not None
     if media:
         add(f"first token from a file of {label}", first_token_from_file_row, clip)
+    for retention in (few, 1.0):
+        add(f"second question after {label} at {retention:.0%}", second_question_row, clip, retention)
     add(f"throughput of {label} at 10%", throughput_row, clip, asked, answer)
     add(f"decode beside compiled after {decoded} at 10%", decode_row, after, few, new, compiled=True)
     add(f"prefill beside compiled of {label}", compiled_prefill_row, clip)

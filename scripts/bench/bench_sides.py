@@ -104,11 +104,11 @@ class Bench:
 
     @cached_property
     def compiled(self) -> omni.Omni:
-        return omni.Omni(as_loaded(self.thinker, compiled=True), Path(os.devnull), compile=True)
+        return omni.Omni(as_loaded(self.thinker, compiled=True), Path(os.devnull), compile=True, reuse=0)
 
     @cached_property
     def eager(self) -> omni.Omni:
-        return omni.Omni(as_loaded(self.thinker, compiled=False), Path(os.devnull))
+        return omni.Omni(as_loaded(self.thinker, compiled=False), Path(os.devnull), reuse=0)
 
     @cached_property
     def reference(self) -> Any:
@@ -244,14 +244,18 @@ def encoded(bench: Bench, inputs: omni.Inputs) -> Iterator[None]:
     """Inside, encoders give what they once made of `inputs`: rows of the prefill leave them out."""
     thinkers = {bench.compiled.thinker, bench.eager.thinker}  # one where both lie alike
     with torch.inference_mode():
-        made = {needs: bench.eager.thinker.encode(inputs, needs) for needs in (None, seats.SeatsConfig.needs)}
+        made = {
+            (medium.kind, needs): bench.eager.thinker.encode_medium(medium, needs)
+            for medium in inputs.media()
+            for needs in (None, seats.SeatsConfig.needs)
+        }
     for thinker in thinkers:
-        thinker.encode = lambda _, needs, *, call: made[needs]  # type: ignore[assignment]
+        thinker.encode_medium = lambda medium, needs, *, call: made[medium.kind, needs]  # type: ignore[assignment]
     try:
         yield
     finally:
         for thinker in thinkers:
-            del thinker.encode
+            del thinker.encode_medium
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from answers import is_right
@@ -39,7 +38,7 @@ from omni.inputs import Inputs
 from omni.model import Omni
 from seats import Method, SeatsConfig
 from seats.budget import keep_counts
-from seats.method import Kept, Media, Needs, Step
+from seats.method import Kept, Media, Step
 from seats.methods import NAMES
 from seats.selection import AUDIO, VIDEO, highest_of_each
 
@@ -146,41 +145,32 @@ def ask(
 ) -> Iterator[list[list[dict[str, Any]]]]:
     """For each clip, for each of its questions, what each setting made of it: an answer, or why there is none.
 
-    All questions about a clip go through together; how long a prefill takes is measured with the first alone.
+    All questions about a clip go through together, what they share once; how long a prefill takes is measured with the
+    first alone, by a model that keeps nothing.
     """
-    encoded: dict[Any, Any] = {}
-    encode = model.thinker.encode
-
-    def remembered(inputs: Inputs, needs: Needs | None = None, *, call: Callable[..., Any]) -> Any:
-        """Encoders once for a clip: only the words differ between its questions."""
-        key = (inputs.pixel_values_videos is None, inputs.input_features is None, needs)
-        if key not in encoded:
-            encoded[key] = encode(inputs, needs, call=call)
-        return encoded[key]
-
-    with patch.object(model.thinker, "encode", remembered):
-        for _, group in groupby(questions, key=lambda question: question["media"]):
-            asked = list(group)
-            encoded.clear()
-            prepared = {
-                EVERY: [model.prepare(messages(question, folder)) for question in asked],
-                NO_VIDEO: [model.prepare(messages(question, folder, "audio")) for question in asked],
-                NO_SOUND: [model.prepare(messages(question, folder), use_audio_in_video=False) for question in asked],
-            }
-            columns = []
-            for setting in wanted:
-                try:
-                    columns.append(answers(model, prepared.get(setting.method, prepared[EVERY]), asked, setting, new))
-                except ValueError as error:  # the method cannot run at that retention
-                    columns.append([{"error": str(error)}] * len(asked))
-            yield [list(row) for row in zip(*columns, strict=True)]
+    forgetful = Omni(model.thinker, model.folder, reuse=0)
+    for _, group in groupby(questions, key=lambda question: question["media"]):
+        asked = list(group)
+        prepared = {
+            EVERY: [model.prepare(messages(question, folder)) for question in asked],
+            NO_VIDEO: [model.prepare(messages(question, folder, "audio")) for question in asked],
+            NO_SOUND: [model.prepare(messages(question, folder), use_audio_in_video=False) for question in asked],
+        }
+        columns = []
+        for setting in wanted:
+            inputs = prepared.get(setting.method, prepared[EVERY])
+            try:
+                columns.append(answers(model, forgetful, inputs, asked, setting, new))
+            except ValueError as error:  # the method cannot run at that retention
+                columns.append([{"error": str(error)}] * len(asked))
+        yield [list(row) for row in zip(*columns, strict=True)]
 
 
 def answers(
-    model: Omni, inputs: list[Inputs], asked: list[dict[str, Any]], setting: Setting, new: int
+    model: Omni, forgetful: Omni, inputs: list[Inputs], asked: list[dict[str, Any]], setting: Setting, new: int
 ) -> list[dict[str, Any]]:
     method = method_of(setting, model)
-    alone = model.prefill(inputs[0], seats=method, kv=setting.kv)
+    alone = forgetful.prefill(inputs[0], seats=method, kv=setting.kv)
     found = model.generate(inputs, seats=method, kv=setting.kv, max_new_tokens=new)
     return [
         {
