@@ -2,11 +2,16 @@
 
     lmms-eval --model seats_omni --model_args pretrained=Qwen/Qwen2.5-Omni-7B,retention=0.1,max_frames=128 \
         --tasks worldsense --batch_size 4
+
+With protocol=paper as arXiv 2605.20035 was measured (`omni.protocol`). Each sample of lmms-eval's log (--log_samples)
+has, in token_counts, what its answer cost: `Costs`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +19,70 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 import omni
-from omni.config import DTYPES
+from omni.config import DTYPES, MAX_TOKENS
 from omni.inputs import InputError, Inputs
+from omni.model import Generation, Omni
 from omni.processing.media.addresses import scheme_of
+from omni.protocol import (
+    OURS,
+    PROTOCOLS,
+    most_frames,
+    pixel_bounds,
+    published_method,
+    published_reading,
+    system_message,
+)
 from seats.methods import method_for
+
+try:
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+except ImportError:  # a version that takes texts alone
+    GenerationResult = TokenCounts = object
+
+ON_ERROR = ("stop", "empty")
+log = logging.getLogger(__name__)
+
+
+class Costs(TokenCounts):
+    """What an answer cost, as a sample of lmms-eval's log has it in token_counts.
+
+    input_tokens, output_tokens: of the whole prompt and of the answer. kept_tokens: what runs of decoder layers saw,
+    from the first to the last. macs, full_macs, encode_seconds, prefill_seconds, decode_seconds: `omni.model.Stats`;
+    seconds are those of the batch. error: why there is no answer, and nothing else.
+    """
+
+    def __init__(self, generation: Generation | None, error: str = "") -> None:
+        self.costs: dict[str, Any] = {"error": error}
+        if generation is not None:
+            stats = generation.stats
+            self.costs = {
+                "input_tokens": sum(stats.tokens.values()),
+                "output_tokens": stats.new_tokens,
+                "kept_tokens": list(stats.segments),
+                "macs": stats.macs,
+                "full_macs": stats.full_macs,
+                "encode_seconds": stats.encode_seconds,
+                "prefill_seconds": stats.prefill_seconds,
+                "decode_seconds": stats.decode_seconds,
+            }
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.costs
+
+
+class Answer(str, GenerationResult):
+    """A text, in which lmms-eval's evaluator also finds what it cost."""
+
+    text: str
+    token_counts: Costs
+
+    def __new__(cls, text: str, costs: Costs) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.text, answer.token_counts = text, costs
+        return answer
+
+    def __init__(self, *_: Any) -> None:
+        """All is done: a text is made at once."""
 
 
 def manifest() -> ModelManifest:
@@ -31,8 +96,15 @@ class SeatsOmni(lmms):
     template's, or a file that has it. max_new_tokens: where a task says nothing. batch_size: requests together, of one
     plan each.
 
-    Several processes (`accelerate launch`) share the requests out, one replica of the model each. A request that fails
-    ends the run: a benchmark with holes is none.
+    protocol: "ours", where clips have their true times and their whole sound, and prompts keep to the model's context;
+    or "paper", as the paper's authors ask (`omni.protocol`): frames from a clip's first to its last, 1.0 or 2.0 s per
+    grid whatever is true, 300 s of sound at most, no limit of the context; and, unless other values are given, the
+    task's system message and max_frames, the paper's pixels, kv=pruned and on_error=empty. Rows that its tables do not
+    have are refused at once.
+    on_error: "stop", where a request that fails ends the run, since a benchmark with holes is none; or "empty", where
+    its answer is empty and a line in the log says why.
+
+    Several processes (`accelerate launch`) share the requests out, one replica of the model each.
     """
 
     is_simple = False
@@ -49,9 +121,11 @@ class SeatsOmni(lmms):
         retention: float = 0.35,
         video_ratio: float | None = None,
         audio_ratio: float | None = None,
-        kv: str = "layerwise",
+        protocol: str = "ours",
+        on_error: str | None = None,
+        kv: str | None = None,
         fps: float = 2.0,
-        max_frames: int = 768,
+        max_frames: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         total_pixels: int | None = None,
@@ -67,6 +141,10 @@ class SeatsOmni(lmms):
             raise InputError(f"seats_omni has no setting {', '.join(sorted(unknown))}.")
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        if protocol not in PROTOCOLS:
+            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}.")
+        if on_error not in (None, *ON_ERROR):
+            raise InputError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}.")
         from accelerate import Accelerator
 
         accelerator = Accelerator()
@@ -82,34 +160,66 @@ class SeatsOmni(lmms):
             dtype=DTYPES[dtype] if dtype else None,
             compile=bool(compile),
         )
+        self.published = protocol == "paper"
+        self.on_error = on_error or ("empty" if self.published else "stop")
+        self.kv = kv or ("pruned" if self.published else "layerwise")
         given = {"video_ratio": video_ratio, "audio_ratio": audio_ratio}
         everything = float(retention) == 1 and set(given.values()) <= {None, 1}
-        self.method = None if everything else method_for(method, self.model.config, float(retention), **given)
-        self.kv = kv
-        self.media: dict[str, Any] = {
-            "use_audio_in_video": bool(use_audio_in_video),
-            "fps": float(fps),
-            "max_frames": int(max_frames),
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
-            "total_pixels": total_pixels,
-        }
+        if everything:
+            self.method = None
+        elif self.published and set(given.values()) == {None}:
+            self.method = published_method(method, self.model.config, float(retention))
+        else:
+            self.method = method_for(method, self.model.config, float(retention), **given)
+        self.max_frames = None if max_frames is None else int(max_frames)
+        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
+        self.reading = OURS
+        if self.published:
+            self.reading = published_reading(self.model.config)
+            bounds = pixel_bounds(self.model.processor.sizes.factor)
+            pixels = {name: bounds[name] if value is None else value for name, value in pixels.items()}
+            lift_context_limit(self.model)
+        self.media: dict[str, Any] = {"use_audio_in_video": bool(use_audio_in_video), "fps": float(fps), **pixels}
         self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
         self.max_new_tokens, self.batch_size = int(max_new_tokens), int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         from tqdm import tqdm
 
-        answers: dict[int, str] = {}
+        self.answers: dict[int, Answer] = {}
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model responding") as bar:
             for numbers, inputs, options in self.batches(requests):
-                generations = self.model.generate(inputs, seats=self.method, kv=self.kv, **options)
-                for number, generation in zip(numbers, generations, strict=True):
-                    context, _, settings, *_ = requests[number].args
-                    answers[number] = cut(generation.text, ends_of(settings))
-                    self.cache_hook.add_partial("generate_until", (context, settings), answers[number])
-                bar.update(len(numbers))
-        return [answers[number] for number in range(len(requests))]
+                self.answer(requests, numbers, inputs, options)
+                bar.update(len(self.answers) - bar.n)
+        failed = [answer for answer in self.answers.values() if "error" in answer.token_counts.costs]
+        if failed:
+            log.warning("%d of %d answers failed and count as empty.", len(failed), len(requests))
+        return [self.answers[number] for number in range(len(requests))]
+
+    def answer(self, requests: list[Any], numbers: list[int], inputs: list[Inputs], options: dict[str, Any]) -> None:
+        """Notes the answers to some of the requests. Where a batch fails and the run goes on, one after another."""
+        try:
+            generations = self.model.generate(inputs, seats=self.method, kv=self.kv, **options)
+        except Exception as error:
+            if self.on_error == "stop":
+                raise
+            if len(inputs) == 1:
+                self.fail(numbers[0], error)
+                return
+            for number, each in zip(numbers, inputs, strict=True):
+                self.answer(requests, [number], [each], options)
+            return
+        for number, generation in zip(numbers, generations, strict=True):
+            context, _, settings, *_ = requests[number].args
+            text = cut(generation.text, ends_of(settings))
+            self.answers[number] = Answer(text, Costs(generation))
+            self.cache_hook.add_partial("generate_until", (context, settings), text)
+
+    def fail(self, number: int, error: Exception) -> None:
+        """An empty answer, which no cache keeps."""
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("request %d counts as an empty answer: %s", number, reason)
+        self.answers[number] = Answer("", Costs(None, reason))
 
     def batches(self, requests: list[Any]) -> Iterator[tuple[list[int], list[Inputs], dict[str, Any]]]:
         """Requests by number, prepared, whose plan and settings are the same, `batch_size` of them at most.
@@ -118,9 +228,15 @@ class SeatsOmni(lmms):
         """
         waiting: dict[Any, tuple[list[int], list[Inputs], dict[str, Any]]] = {}
         for number in self.by_media(requests):
-            inputs = self.prepare(self.messages(requests[number]))
             options = self.options(requests[number].args[2])
-            key = self.model.engine.plan(inputs, self.method), tuple(sorted(options.items()))
+            try:
+                inputs = self.prepare(self.messages(requests[number]), requests[number].args[4])
+                key = self.model.engine.plan(inputs, self.method), tuple(sorted(options.items()))
+            except Exception as error:
+                if self.on_error == "stop":
+                    raise
+                self.fail(number, error)
+                continue
             batch = waiting.setdefault(key, ([], [], options))
             batch[0].append(number)
             batch[1].append(inputs)
@@ -154,18 +270,22 @@ class SeatsOmni(lmms):
         messages: list[dict[str, Any]] = doc_to_messages(self.task_dict[task][split][doc_id])
         return messages
 
-    def prepare(self, messages: list[dict[str, Any]]) -> Inputs:
-        """lmms-eval's chat messages, whose media are under "url", → tensors."""
+    def prepare(self, messages: list[dict[str, Any]], task: str = "") -> Inputs:
+        """lmms-eval's chat messages, whose media are under "url", → tensors. task: lmms-eval's name of it."""
         ours = []
         for message in messages:
             content = message["content"]
             if not isinstance(content, str):
                 content = [part_of(part) for part in content]
             ours.append({"role": message["role"], "content": content})
-        if self.system_prompt is not None:
+        system = system_message(task) if self.published and self.system_prompt is None else self.system_prompt
+        if system is not None:
             ours = [message for message in ours if message["role"] != "system"]
-            ours.insert(0, {"role": "system", "content": self.system_prompt})
-        return self.model.prepare(ours, **self.media)
+            ours.insert(0, {"role": "system", "content": system})
+        frames = self.max_frames
+        if frames is None:
+            frames = most_frames(task, self.model.config) if self.published else 768
+        return self.model.processor.prepare(ours, max_frames=frames, reading=self.reading, **self.media)
 
     def options(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A task's settings as `Omni.generate` takes them."""
@@ -191,6 +311,12 @@ class SeatsOmni(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("seats_omni answers one question at a time.")
+
+
+def lift_context_limit(model: Omni) -> None:
+    """Prompts longer than the model was made for are run all the same, as the paper's are."""
+    decoder = replace(model.config.decoder, max_position_embeddings=MAX_TOKENS)
+    model.config = model.thinker.config = replace(model.config, decoder=decoder)
 
 
 LENGTHS = ("max_new_tokens", "max_gen_toks", "max_tokens")

@@ -25,6 +25,7 @@ from omni.processing.prompt import clip_block, expand
 from omni.processing.reader import Reader, bounded
 from omni.processing.settings import check_sound_settings
 from omni.processing.tokenizer import Tokenizer, TokenizerError
+from omni.protocol import OURS, Reading
 from omni.reuse import REUSE_BYTES
 
 TURN_END = "<|im_end|>"
@@ -75,6 +76,7 @@ class Processor:
         total_pixels: int | None = None,
         urls: bool = False,
         on_frame: Callable[[int, int], None] | None = None,
+        reading: Reading = OURS,
     ) -> Inputs:
         """A conversation with media → the tensors of one request, on the CPU.
 
@@ -85,13 +87,14 @@ class Processor:
         all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. urls: whether
         http:// and https:// addresses are fetched, into temporary files (`omni.processing.media.addresses`). on_frame:
         called with (frames done, frames in all) of each clip while it is decoded. Sound is read beside the pictures.
+        reading: how the measurements of a paper read clips, where they are to be repeated.
         What was read before, and has not changed since, is not read again (`omni.processing.reader`): requests may
         share their tensors, which are not to be written to.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
         plain, parts = read_parts(messages)
         ids = encode_chat(self.tokenizer, self.template, plain)  # before minutes go into decoding
-        options = {"fps": fps, "max_frames": max_frames, "use_audio_in_video": use_audio_in_video}
+        options = {"fps": fps, "max_frames": max_frames, "use_audio_in_video": use_audio_in_video, "reading": reading}
         sizes = bounded(self.sizes, min_pixels, max_pixels, total_pixels)
         with ExitStack() as stack:
             local = [replace(part, source=_local(part.source, urls, stack)) for part in parts]

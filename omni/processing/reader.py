@@ -57,8 +57,7 @@ class Reader:
         """For each part: (1, 3, h, w) uint8 of a picture, the Video of a clip, None of a sound; and the log-mel of its
         sound, None where it has none or is not to be heard. Sound is read beside the pictures."""
         known = [identity(part.source) if self.kept.limit else None for part in parts]
-        listen = options["use_audio_in_video"]
-        with Beside(lambda stopped: self._hear_all(parts, known, listen, stopped)) as hearing:
+        with Beside(lambda stopped: self._hear_all(parts, known, options, stopped)) as hearing:
             if any(is_file_object(part.source) for part in parts):  # it stands at one place at a time
                 hearing.wait()
             seen = [self._see(part, each, bounds, options, on_frame) for part, each in zip(parts, known, strict=True)]
@@ -83,7 +82,11 @@ class Reader:
         return found.value
 
     def _hear_all(
-        self, parts: Sequence[Part], known: Sequence[Identity | None], listen: bool, stopped: Callable[[], bool]
+        self,
+        parts: Sequence[Part],
+        known: Sequence[Identity | None],
+        options: dict[str, Any],
+        stopped: Callable[[], bool],
     ) -> list[Tensor | None]:
         """Spectrograms of a prompt's sounds, padded as the family's processor pads them."""
         bins = self.config.audio.num_mel_bins
@@ -106,12 +109,14 @@ class Reader:
             waveforms.pop(number)  # of hours of sound one is held as both
             return None if found is None else log_mel(found, bins, padded_to)
 
-        asked = [_asked_sound(part, listen) for part in parts]
+        asked = [_asked_sound(part, options) for part in parts]
         lengths = [
             self._once(part, known[number], asked[number], partial(samples, number)) if asked[number] else None
             for number, part in enumerate(parts)
         ]
-        padded_to = max(filter(None, lengths), default=0) if self.config.family == QWEN3 else None
+        padded_to = options["reading"].sound_samples
+        if self.config.family == QWEN3:
+            padded_to = max(filter(None, lengths), default=0)
         with noting():  # what is read again was warned of above
             return [
                 self._once(part, known[number], (asked[number], padded_to), partial(mel, number))
@@ -159,17 +164,20 @@ class _Sound(NamedTuple):
     track: int | None
 
 
-def _asked_sound(part: Part, listen: bool) -> _Sound | None:
+def _asked_sound(part: Part, options: dict[str, Any]) -> _Sound | None:
     """None where it has none or is not to be heard."""
     given = part.settings
-    if part.kind == "image" or (part.kind == "video" and not given.get("use_audio_in_video", listen)):
+    if part.kind == "image" or (
+        part.kind == "video" and not given.get("use_audio_in_video", options["use_audio_in_video"])
+    ):
         return None
     track = given.get("audio_track")
     if part.kind == "video" and _is_frames(part.source):  # they have no sound beside them
         if track is not None:
             raise InputError(f"{part.where}: audio_track is for files; frames have no sound.")
         return None
-    return _Sound(part.kind, given.get(f"{part.kind}_start", 0.0), given.get(f"{part.kind}_end"), track)
+    start, end = options["reading"].heard(given.get(f"{part.kind}_start", 0.0), given.get(f"{part.kind}_end"))
+    return _Sound(part.kind, start, end, track)
 
 
 def _hear(source: Any, asked: _Sound, stopped: Callable[[], bool]) -> Tensor | None:
@@ -214,6 +222,7 @@ def _asked_frames(part: Part, sizes: VisionSizes, options: dict[str, Any]) -> tu
         "nframes": given.get("nframes"),
         "start": given.get("video_start", 0.0),
         "end": given.get("video_end"),
+        "told_fps": options["reading"].told_fps,
     }
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import av
 import pytest
+import torch
 
 import omni
 from omni.inputs import InputError
+from omni.processing.frames import resize, target_size
+from omni.processing.prompt import clip_block
 from seats import preset_for
 
 
@@ -21,6 +26,14 @@ class CacheHook:
 
     def add_partial(self, kind: str, request: Any, answer: str) -> None:
         self.added.append((kind, request, answer))
+
+
+class TokenCounts:
+    """`lmms_eval.api.instance`: each sample of the log has what `to_dict` gives of its answer."""
+
+
+class GenerationResult:
+    """`lmms_eval.api.instance`: the evaluator takes `text` and `token_counts` of one, and any text as it is."""
 
 
 class StandIn:
@@ -50,6 +63,7 @@ def lmms(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
             "accelerate": {"Accelerator": lambda: SimpleNamespace(process_index=0, num_processes=1)},
             "lmms_eval": {},
             "lmms_eval.api": {},
+            "lmms_eval.api.instance": {"GenerationResult": GenerationResult, "TokenCounts": TokenCounts},
             "lmms_eval.api.model": {"lmms": StandIn},
             "lmms_eval.models": {},
             "lmms_eval.models.registry_v2": {"ModelManifest": SimpleNamespace},
@@ -201,3 +215,130 @@ def test_a_tasks_settings_are_obeyed_or_refused(lmms: ModuleType, checkpoint: Pa
         assert found == lmms.cut(whole, ends) and len(found) <= 3
     (found,) = ask(evaluated, [content], {"until": "not there", "max_gen_toks": 12})
     assert found == whole
+
+
+def question_about(clip: Path) -> list[dict[str, Any]]:
+    return [{"type": "video", "url": str(clip)}, {"type": "text", "text": "Which?\nA. one\nB. two"}]
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5", "qwen3"])
+def test_as_published(
+    lmms: ModuleType, write_checkpoint: Callable[[str], Path], clip: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """protocol=paper: frames, their size, seconds per grid, system message and ids are what its description says, by
+    independent means; and the answer is the library's on these tensors, of one token with the text alone in the cache.
+    """
+    source = name if name == "tiny" else str(write_checkpoint(name))
+    evaluated = lmms.SeatsOmni(pretrained=source, device="cpu", dtype="float32", protocol="paper", retention=0.35)
+    model = evaluated.model
+    assert (evaluated.kv, evaluated.on_error) == ("pruned", "empty")
+    side = model.processor.sizes.factor
+    told = 2.0 if name == "qwen3" else 1.0
+
+    with av.open(str(clip)) as file:
+        decoded = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
+    count = 8  # two a second for four seconds
+    picked = torch.linspace(0, len(decoded) - 1, count).round().long().tolist()
+    height, width = target_size(*decoded[0].shape[:2], factor=side, min_pixels=128 * side**2, max_pixels=144 * side**2)
+    assert 128 <= height * width // side**2 <= 144
+    frames = resize(torch.stack([decoded[number] for number in picked]).permute(0, 3, 1, 2), (height, width))
+
+    for task in ("worldsense_omni", "videomme"):
+        messages = [{"role": "user", "content": question_about(clip)}]
+        inputs = evaluated.prepare(messages, task)
+        assert torch.equal(inputs.pixel_values_videos.frames[0], frames)
+        patch = model.processor.sizes.patch_size
+        grid = [count // 2, height // patch, width // patch]
+        assert inputs.video_grid_thw.tolist() == [grid]
+        assert inputs.video_second_per_grid.tolist() == [told]
+        sounds = model.config.audio.token_count(inputs.input_features.shape[2])
+        tokenizer, tokens = model.tokenizer(), model.config.tokens
+        block = clip_block(grid, told, sounds, model.config)
+        ids = inputs.input_ids[0].tolist()
+        first = next(at for at in range(len(ids)) if ids[at : at + len(block)] == block)
+        begin, end = tokenizer.decode(ids[:first]), tokenizer.decode(ids[first + len(block) :])
+        system = (
+            "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory "
+            "and visual inputs, as well as generating text and speech. Please analyze the video carefully and select "
+            "the most appropriate answer from the given options."
+            if task == "worldsense_omni"
+            else ""
+        )
+        mark = tokenizer.decode(ids[first - 1 : first])
+        assert begin == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{mark}"
+        assert end.endswith("Which?\nA. one\nB. two<|im_end|>\n<|im_start|>assistant\n")
+        assert tokens.video in block
+
+    calls = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda inputs, **options: calls.append(options) or generate(inputs, **options)
+    )
+    (found,) = ask(evaluated, [question_about(clip)], {"max_new_tokens": 3})
+    inputs = evaluated.prepare([{"role": "user", "content": question_about(clip)}], "task")
+    expected = generate(inputs, seats=preset_for(model.config, 0.35), kv="pruned", max_new_tokens=3)
+    assert found == expected.text and calls == [{"seats": evaluated.method, "kv": "pruned", "max_new_tokens": 3}]
+    costs = found.token_counts.to_dict()
+    assert (costs["macs"], costs["full_macs"]) == (expected.stats.macs, expected.stats.full_macs)
+    assert costs["kept_tokens"] == expected.stats.segments and costs["output_tokens"] == len(expected.tokens)
+    assert costs["input_tokens"] == inputs.input_ids.shape[1]
+    assert min(costs[f"{step}_seconds"] for step in ("encode", "prefill", "decode")) >= 0
+
+
+def test_prompts_longer_than_the_context(lmms: ModuleType, checkpoint: Path) -> None:
+    """The paper's are run all the same; ours are refused."""
+    content = [{"type": "text", "text": "word " * 600}]
+    for protocol in ("paper", "ours"):
+        evaluated = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", retention=1, protocol=protocol)
+        if protocol == "ours":
+            decoder = replace(evaluated.model.config.decoder, max_position_embeddings=200)
+            evaluated.model.thinker.config = replace(evaluated.model.config, decoder=decoder)
+            with pytest.raises(InputError, match="together more than the model's 200"):
+                ask(evaluated, [content], {"max_new_tokens": 1})
+        else:
+            assert evaluated.model.thinker.config.decoder.max_position_embeddings > 10**6
+            ask(evaluated, [content], {"max_new_tokens": 1})
+
+
+def test_failures_stop_the_run_or_are_empty_answers(
+    lmms: ModuleType, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a batch in which one fails, the others have their answers."""
+    contents = [[{"type": "text", "text": text}] for text in ("one", "bad", "six")]
+    for on_error in ("stop", "empty"):
+        evaluated = lmms.SeatsOmni(
+            pretrained=str(checkpoint), device="cpu", retention=1, batch_size=3, on_error=on_error
+        )
+        model = evaluated.model
+        bad = evaluated.prepare([{"role": "user", "content": contents[1]}]).input_ids
+        generate = model.generate
+
+        def fails(inputs: Any, generate: Any = generate, bad: Any = bad, **options: Any) -> Any:
+            if any(torch.equal(each.input_ids, bad) for each in inputs):
+                raise MemoryError("too little")
+            return generate(inputs, **options)
+
+        monkeypatch.setattr(model, "generate", fails)
+        if on_error == "stop":
+            with pytest.raises(MemoryError):
+                ask(evaluated, contents, {"max_new_tokens": 2})
+            continue
+        found = ask(evaluated, contents, {"max_new_tokens": 2})
+        assert found[1] == "" and found[1].token_counts.to_dict() == {"error": "MemoryError: too little"}
+        for number in (0, 2):
+            inputs = evaluated.prepare([{"role": "user", "content": contents[number]}])
+            assert found[number] == generate(inputs, max_new_tokens=2).text
+        assert "1 of 3 answers failed and count as empty" in caplog.text
+        assert len(evaluated.cache_hook.added) == 2
+    # What cannot even be prepared.
+    (found,) = ask(evaluated, [[{"type": "video", "url": "nowhere.mp4"}]], {})
+    assert found == "" and "nowhere.mp4" in found.token_counts.to_dict()["error"]
+
+
+def test_rows_that_are_not_published_are_refused_at_once(lmms: ModuleType) -> None:
+    with pytest.raises(ValueError, match="omnizip is published at 35%, 25% alone, not at 10%"):
+        lmms.SeatsOmni(pretrained="tiny", device="cpu", protocol="paper", method="omnizip", retention=0.1)
+    with pytest.raises(InputError, match="protocol must be one of ours, paper, not 'theirs'"):
+        lmms.SeatsOmni(pretrained="tiny", device="cpu", protocol="theirs")
+    with pytest.raises(InputError, match="on_error must be one of stop, empty, not 'skip'"):
+        lmms.SeatsOmni(pretrained="tiny", device="cpu", on_error="skip")

@@ -7,6 +7,8 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from omni.processing.frames import MediaError, sample_indices, sampled_fps
 
 
@@ -14,6 +16,7 @@ from omni.processing.frames import MediaError, sample_indices, sampled_fps
 class Wish:
     """What is wanted of a clip: frames per second or, where it is given, their number; the stretch in seconds from the
     first frame, to the end where `end` is None. every: of frames that were picked before, all where the rest allows it.
+    told_fps: `omni.protocol.Reading`.
     """
 
     fps: float = 2.0
@@ -23,6 +26,7 @@ class Wish:
     start: float = 0.0
     end: float | None = None
     every: bool = False
+    told_fps: float | None = None
 
     def __post_init__(self) -> None:
         if self.nframes is not None and self.nframes < 2:
@@ -43,7 +47,7 @@ def past_end(name: str, start: float, duration: float, kind: str) -> str:
 
 class Sample(NamedTuple):
     """indices: of frames in the timeline, ascending, some of them twice. fps: the rate that the model is told
-    (`frames.sampled_fps`). duration: seconds of the stretch that they are taken from."""
+    (`frames.sampled_fps`, or what was wished). duration: seconds of the stretch that they are taken from."""
 
     indices: list[int]
     fps: float
@@ -69,6 +73,8 @@ class Timeline:
         if wish.start >= whole:
             raise MediaError(past_end(name, wish.start, whole, "video"))
         stop = whole if wish.end is None else min(wish.end, whole)
+        if wish.told_fps:
+            return self._from_end_to_end(wish, wish.told_fps, stop, rate or total / self.end)
         if rate:
             # A thousandth of a frame is rounding.
             first = min(math.floor(wish.start * rate + 1e-3), total - 1)
@@ -88,6 +94,15 @@ class Timeline:
         if wish.every and rate and len(set(picked)) == last - first:
             return Sample(picked, rate, duration)
         return Sample(picked, sampled_fps(len(picked), duration, wish.fps), duration)
+
+    def _from_end_to_end(self, wish: Wish, told_fps: float, stop: float, rate: float) -> Sample:
+        """As qwen-omni-utils takes them: by index, whether or not the rate varies; both ends of the stretch are in."""
+        first = min(math.ceil(wish.start * rate - 1e-3), len(self.times) - 1)
+        last = max(min(math.floor(stop * rate + 1e-3), len(self.times) - 1), first)
+        count = len(_picked(last - first + 1, rate, wish))
+        # In float32 and rounded to even, as there.
+        picked = torch.linspace(first, last, count).round().long().tolist()
+        return Sample(picked, told_fps, stop - wish.start)
 
     def _constant_rate(self) -> float | None:
         """The rate on whose grid every time is, to half a frame; None where there is none."""

@@ -64,13 +64,15 @@ def read_video(
     nframes: int | None = None,
     start: float = 0.0,
     end: float | None = None,
+    told_fps: float | None = None,
     size_for: SizeFor | None = None,
     on_frame: OnFrame | None = None,
 ) -> Video:
     """The frames that the family's rule takes from a clip (`frames.sample_indices`), upright, as RGB.
 
     nframes: how many, made even, instead of `fps`. start, end: the stretch of the clip in seconds from its first frame;
-    `end` may lie beyond the clip. A list of frames that is no faster than `fps` is taken whole.
+    `end` may lie beyond the clip. A list of frames that is no faster than `fps` is taken whole. told_fps:
+    `omni.protocol.Reading`.
     size_for: (number of frames, height, width) → the (height, width) that each frame is resized to as it
     comes (`VisionSizes.clip_size`): memory holds what is returned and the few frames in hand (`IN_HAND`), however long
     the clip. on_frame: called with (frames done, frames in all).
@@ -84,7 +86,7 @@ def read_video(
     A clip that is cut off or damaged gives what can be decoded, with a warning that says how much is missing:
     a wanted frame that is lost is replaced by the one before it. Raises MediaError where nothing is left.
     """
-    wish = Wish(fps, min_frames, max_frames, nframes, start, end)
+    wish = Wish(fps, min_frames, max_frames, nframes, start, end, told_fps=told_fps)
     if isinstance(source, (tuple, list)) or is_array(source):
         return _given(source, wish, size_for, on_frame)
     with open_animation(source) as animation:

@@ -1,0 +1,115 @@
+"""How the tables of arXiv 2605.20035 were measured, where that differs from how clips are read and asked about here.
+
+By the public code of its authors (github.com/xxayt/SEATS) with the versions that it pins, transformers 4.57.1 among
+them. What stays ours: statistics of Stage I are in float32, theirs in bfloat16, and frames are scaled by Pillow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from omni.config import QWEN3, OmniConfig
+from seats.method import Method
+from seats.methods import method_for
+
+PROTOCOLS = ("ours", "paper")
+
+PERSONA = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+INSTRUCTION = " Please analyze the video carefully and select the most appropriate answer from the given options."
+
+FRAME_TOKENS = (128, 144)
+"""Tokens' worth of pixels that a frame has at least and at most."""
+TOTAL_TOKENS = 24576
+"""Tokens' worth of pixels of a clip, two frames to a grid: more than 341 frames are made smaller for it."""
+
+PUBLISHED_RATIOS = {("omnizip", 0.35): None, ("omnizip", 0.25): (0.25, 0.25)}
+"""Of a method that the tables do not have at every retention: video_ratio and audio_ratio, None for those of SEATS."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """told_fps: where it is given, frames lie at even distances from a clip's first to its last, as qwen-omni-utils
+    takes them (`torch.linspace`, rounded), and the model is told this rate whatever the true one is. sound_seconds: of
+    a sound, no more is heard."""
+
+    told_fps: float | None = None
+    sound_seconds: int | None = None
+
+    @property
+    def sound_samples(self) -> int | None:
+        """At 16 kHz: what Qwen2.5-Omni's extractor pads a sound to."""
+        return None if self.sound_seconds is None else self.sound_seconds * 16_000
+
+    def heard(self, start: float, end: float | None) -> tuple[float, float | None]:
+        """The stretch of a sound that is heard of one from `start` to `end`."""
+        if self.sound_seconds is None:
+            return start, end
+        return start, min(math.inf if end is None else end, start + self.sound_seconds)
+
+
+OURS = Reading()
+"""Every `total / count`-th frame, as transformers takes them; true times; the whole sound."""
+
+
+def published_reading(config: OmniConfig) -> Reading:
+    """1.0 s per temporal grid with Qwen2.5-Omni, 2.0 s with Qwen3-Omni: the processors' defaults, whatever the clip.
+
+    Sound is cut at 300 s: the extractors' chunk, which the authors set for Qwen3-Omni, cuts in their version.
+    """
+    return Reading(told_fps=1.0 if config.family == QWEN3 else 2.0, sound_seconds=300)
+
+
+def system_message(task: str) -> str:
+    """What goes before a question of this task of lmms-eval."""
+    return PERSONA + INSTRUCTION if "worldsense" in task or "daily" in task else ""
+
+
+def most_frames(task: str, config: OmniConfig) -> int:
+    """Of a clip in a question of this task."""
+    if "worldsense" in task or "daily" in task:
+        return 128
+    if config.family == QWEN3:
+        return 196
+    return 256 if "omnivideobench" in task else 768
+
+
+def pixel_bounds(factor: int) -> dict[str, int]:
+    """min_pixels, max_pixels and total_pixels of `Omni.prepare`. factor: pixels along the side of a token."""
+    least, most = FRAME_TOKENS
+    return {
+        "min_pixels": least * factor**2,
+        "max_pixels": most * factor**2,
+        "total_pixels": TOTAL_TOKENS * factor**2,
+    }
+
+
+def published_method(name: str, config: OmniConfig, retention: float) -> Method | None:
+    """A row of the tables, None for every token. Raises ValueError where the tables have no such row, and why."""
+    if retention == 1:
+        return None
+    ratios = None
+    if any(name == method for method, _ in PUBLISHED_RATIOS):
+        if (name, retention) not in PUBLISHED_RATIOS:
+            at = ", ".join(f"{kept:.0%}" for method, kept in PUBLISHED_RATIOS if method == name)
+            raise ValueError(f"{name} is published at {at} alone, not at {retention:.0%}: it keeps more than is asked.")
+        ratios = PUBLISHED_RATIOS[name, retention]
+    video, audio = ratios or (None, None)
+    return method_for(name, config, retention, video_ratio=video, audio_ratio=audio)
+
+
+def require_row(name: str, config: OmniConfig, retention: float, frames: int) -> None:
+    """Raises ValueError where a row cannot be run: by the settings alone, or on a clip of so many frames and as much
+    sound, the longest of a task."""
+    method = published_method(name, config, retention)
+    if method is None:
+        return
+    grids = frames // 2
+    seconds = grids * (1 if config.family != QWEN3 else 2)
+    windows, rest = divmod(grids, method.window_grids)
+    video = [FRAME_TOKENS[1] * method.window_grids] * windows + [FRAME_TOKENS[1] * rest] * (rest > 0)
+    sound = min(seconds, 300) * (13 if config.family == QWEN3 else 25)
+    method.entering(video, [50] * (sound // 50) + [sound % 50] * (sound % 50 > 0))
