@@ -15,7 +15,7 @@ import torch
 
 import omni
 from omni.inputs import InputError
-from omni.processing.frames import resize, target_size
+from omni.processing.frames import patchify, resize, target_size
 from omni.processing.prompt import clip_block
 from seats import preset_for
 
@@ -246,7 +246,7 @@ def test_as_published(
     for task in ("worldsense_omni", "videomme"):
         messages = [{"role": "user", "content": question_about(clip)}]
         inputs = evaluated.prepare(messages, task)
-        assert torch.equal(inputs.pixel_values_videos.frames[0], frames)
+        assert torch.equal(inputs.pixel_values_videos, patchify(frames, model.processor.sizes, of_clip=True)[0])
         patch = model.processor.sizes.patch_size
         grid = [count // 2, height // patch, width // patch]
         assert inputs.video_grid_thw.tolist() == [grid]
@@ -256,7 +256,6 @@ def test_as_published(
         block = clip_block(grid, told, sounds, model.config)
         ids = inputs.input_ids[0].tolist()
         first = next(at for at in range(len(ids)) if ids[at : at + len(block)] == block)
-        begin, end = tokenizer.decode(ids[:first]), tokenizer.decode(ids[first + len(block) :])
         system = (
             "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory "
             "and visual inputs, as well as generating text and speech. Please analyze the video carefully and select "
@@ -264,9 +263,13 @@ def test_as_published(
             if task == "worldsense_omni"
             else ""
         )
-        mark = tokenizer.decode(ids[first - 1 : first])
-        assert begin == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{mark}"
-        assert end.endswith("Which?\nA. one\nB. two<|im_end|>\n<|im_start|>assistant\n")
+        opened, closed = (
+            ("<|vision_start|>", "<|vision_end|>") if name == "qwen3" else ("<|vision_bos|>", "<|vision_eos|>")
+        )
+        begin = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{opened}"
+        assert ids[:first] == tokenizer.encode(begin)
+        end = f"{closed}Which?\nA. one\nB. two<|im_end|>\n<|im_start|>assistant\n"
+        assert ids[first + len(block) :] == tokenizer.encode(end)
         assert tokens.video in block
 
     calls = []
