@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from omni.config import QWEN3, OmniConfig
+from omni.config import QWEN3
 from seats.method import Method
 from seats.methods import method_for
 
@@ -55,8 +56,10 @@ OURS = Reading()
 """Every `total / count`-th frame, as transformers takes them; true times; the whole sound."""
 
 
-def published_reading(config: OmniConfig) -> Reading:
-    """1.0 s per temporal grid with Qwen2.5-Omni, 2.0 s with Qwen3-Omni: the processors' defaults, whatever the clip.
+def published_reading(config: Any) -> Reading:
+    """config, here and below: has what `seats.preset_for` asks.
+
+    1.0 s per temporal grid with Qwen2.5-Omni, 2.0 s with Qwen3-Omni: the processors' defaults, whatever the clip.
 
     Sound is cut at 300 s: the extractors' chunk, which the authors set for Qwen3-Omni, cuts in their version.
     """
@@ -68,7 +71,7 @@ def system_message(task: str) -> str:
     return PERSONA + INSTRUCTION if "worldsense" in task or "daily" in task else ""
 
 
-def most_frames(task: str, config: OmniConfig) -> int:
+def most_frames(task: str, config: Any) -> int:
     """Of a clip in a question of this task."""
     if "worldsense" in task or "daily" in task:
         return 128
@@ -87,7 +90,7 @@ def pixel_bounds(factor: int) -> dict[str, int]:
     }
 
 
-def published_method(name: str, config: OmniConfig, retention: float) -> Method | None:
+def published_method(name: str, config: Any, retention: float) -> Method | None:
     """A row of the tables, None for every token. Raises ValueError where the tables have no such row, and why."""
     if retention == 1:
         return None
@@ -101,7 +104,7 @@ def published_method(name: str, config: OmniConfig, retention: float) -> Method 
     return method_for(name, config, retention, video_ratio=video, audio_ratio=audio)
 
 
-def require_row(name: str, config: OmniConfig, retention: float, frames: int) -> None:
+def require_row(name: str, config: Any, retention: float, frames: int) -> None:
     """Raises ValueError where a row cannot be run: by the settings alone, or on a clip of so many frames and as much
     sound, the longest of a task."""
     method = published_method(name, config, retention)

@@ -59,6 +59,20 @@ def clip(folder: str, *parts: str) -> list[str]:
     return [str(path)]
 
 
+# WorldSense (arXiv 2502.04326): prompt as the comparison of arXiv 2605.20035 asks it; the first letter counts.
+def world_sense_clip(row: dict[str, Any]) -> list[str]:
+    return clip("WorldSense", row["video_path"])
+
+
+def world_sense_prompt(row: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    listed = "\n".join(options(row["candidates"]))
+    return f"{row['question']}\nOptions:\n{listed}\nAnswer with the option's letter from the given choices directly."
+
+
+def world_sense_result(row: dict[str, Any], results: list[str]) -> dict[str, float]:
+    return {"accuracy": float(results[0].strip()[:1].upper() == row["answer"])}
+
+
 # Daily-Omni (arXiv 2505.17862): prompt of its test script.
 def daily_omni_clip(row: dict[str, Any]) -> list[str]:
     return clip("DailyOmni", "videos", row["video_id"], f"{row['video_id']}_video.mp4")

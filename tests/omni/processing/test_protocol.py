@@ -9,7 +9,6 @@ import pytest
 import torch
 from clips import number_of, tone, write_clip
 
-from omni.config import OmniConfig
 from omni.processing.media import read_video
 from omni.processing.media.timeline import Timeline, Wish
 from omni.protocol import OURS, Reading, most_frames, pixel_bounds, published_method, require_row, system_message
@@ -23,8 +22,8 @@ class Released:
         self.decoder = type("Decoder", (), {"num_layers": num_layers, "hidden_size": hidden_size})
 
 
-SEVEN: OmniConfig = Released("qwen2_5_omni", 28, 3584)  # type: ignore[assignment]
-THIRTY: OmniConfig = Released("qwen3_omni_moe", 48, 2048)  # type: ignore[assignment]
+SEVEN = Released("qwen2_5_omni", 28, 3584)
+THIRTY = Released("qwen3_omni_moe", 48, 2048)
 
 
 def linspace(total: int, count: int) -> list[int]:
