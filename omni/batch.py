@@ -6,6 +6,8 @@ Addresses on the network are fetched where the command line says so, never becau
 Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "thought_cut", "tokens",
 "stats"}, or {"id", "error"}; they come as they are ready. What is written already is not asked again: a run that was
 stopped goes on when started anew.
+Rows about the same media, wherever they stand, go through one process that reads media and one replica after another:
+what was read, encoded and prefilled for the first is there for the rest.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import json
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,12 +37,19 @@ from omni.config import DTYPES, OmniConfig, read_config
 from omni.generate import model_parser, settings_parser
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
+from omni.processing.frames import Pixels, VisionSizes
 from omni.processing.media import fetched
 from omni.processing.media.addresses import scheme_of
 from omni.processing.processor import Processor
 from weights.files import fits_utf8, parse_object
 
 COLUMNS = ("id", "media", "question")
+SHAPING = ("fps", "max_frames", "max_pixels", "start", "end", "no_audio")
+"""Settings by which media become tensors: rows that differ in one are not about the same."""
+MOST_TOGETHER = 16
+"""Rows about the same media that stay together. Where there are more, several processes share them out."""
+READ_BYTES = 2**30
+"""Of media that a process keeps while rows about them follow; the longest clip that a model sees takes 540 MB."""
 READERS = 2
 """Cores for reading the questions, which Ray does with tasks of its own."""
 NO_ID = "the row has no id, which must be text or a whole number."
@@ -71,6 +83,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, help="of the model (default: one to a GPU, or to four cores)")
     parser.add_argument("--cores", type=int, help="of each replica on a CPU (default: all, shared out)")
     parser.add_argument("--decoders", type=int, help="processes that read media (default: half of the cores)")
+    parser.set_defaults(repeats=True)  # whether there are media that several rows are about: `Source.repeats`
     parser.add_argument("--batch", type=int, default=8, help="questions asked together (default: %(default)s)")
     return parser
 
@@ -121,7 +134,10 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
 
     pool = start(ray, options)
     try:
-        rows = source.rows(ray.data).repartition(target_num_rows_per_block=options.batch)
+        groups = source.groups()
+        options.repeats = source.repeats()
+        some = options.batch if groups is None else max(1, round(options.batch * len(groups.ends) / len(groups.order)))
+        rows = source.rows(ray.data, groups).repartition(target_num_rows_per_block=some)
         prepared = rows.map_batches(
             Prepare,
             fn_constructor_args=(options, pool, ray.put(journal.ids)),
@@ -133,7 +149,7 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
         answered = prepared.map_batches(
             Answer,
             fn_constructor_args=(options, pool),
-            batch_size=2 * options.batch,
+            batch_size=2 * some,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=pool.replicas),
             num_cpus=pool.reserved,
@@ -194,13 +210,28 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
     return Pool(decoders, replicas, threads, reserved=1, device=device)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The rows of a file, those about the same media one after another, where the first of them stands.
+
+    order: their numbers. ends: for each group of `MOST_TOGETHER` rows at most, how far it goes in `order`.
+    """
+
+    order: np.ndarray[Any, np.dtype[np.int64]]
+    ends: np.ndarray[Any, np.dtype[np.int64]]
+
+
 class Source:
-    """The file of questions."""
+    """The file of questions. Of a row no more than some numbers is held."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.starts: list[int] = []
+        self.starts = array("q")
         """Of lines, not of Parquet: the first byte of each that can be read, once `scan` has been through them."""
+        self.about = array("q")
+        """What each row is about (`about`), of the same rows; of Parquet all."""
+        self.media = array("q")
+        """The same of each single medium, whichever row it is in."""
         if not path.is_file():
             raise InputError(f"{path} is not there.")
         self.is_parquet = kind_of(path) == ".parquet"
@@ -230,9 +261,12 @@ class Source:
                     names = set(file.schema_arrow.names)
                     if not set(COLUMNS) <= names:
                         raise InputError(f"{self.path} has no column {', '.join(sorted(set(COLUMNS) - names))}.")
-                    for batch in file.iter_batches(columns=["id"]):
-                        for found in batch["id"].to_pylist():
-                            yield found if is_id(found) else InputError(NO_ID)
+                    for batch in file.iter_batches(
+                        columns=[each for each in ("id", "media", *SHAPING) if each in names]
+                    ):
+                        for row in batch.to_pylist():
+                            self._note(row)
+                            yield row["id"] if is_id(row["id"]) else InputError(NO_ID)
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
@@ -241,24 +275,105 @@ class Source:
                 for line in lines:
                     if line.strip():
                         try:
-                            id = parse(line)["id"]
+                            row = parse(line)
                             self.starts.append(start)
-                            yield id
+                            self._note(row)
+                            yield row["id"]
                         except InputError as error:
                             yield error
                     start += len(line)
 
-    def rows(self, data: Any) -> Any:
-        """As a dataset of Ray, after `scan`: of Parquet the rows, of lines where each begins.
+    @contextmanager
+    def _as_parquet(self) -> Iterator[None]:
+        import pyarrow
+
+        try:
+            yield
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path} is no Parquet file: {error}") from None
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.about.append(about(row))
+        sources = sources_of(row.get("media"))
+        self.media.extend(about({**row, "media": source}) for source in sources)
+
+    def repeats(self) -> bool:
+        """Whether a medium is there twice, so that it is worth keeping, once `scan` has been through the rows."""
+        media = np.sort(numbers_of(self.media))
+        return bool((media[1:] == media[:-1]).any())
+
+    def groups(self) -> Groups | None:
+        """None where no two rows are about the same media, once `scan` has been through them."""
+        kinds = numbers_of(self.about)
+        _, first, kind = np.unique(kinds, return_index=True, return_inverse=True)
+        rows = np.arange(len(kinds))
+        place = np.where(kinds == NOTHING, rows, first[kind])  # of the first that is about the same
+        if bool((place == rows).all()):
+            return None
+        order = np.argsort(place, kind="stable")
+        begins = np.flatnonzero(np.diff(place[order], prepend=-1))
+        within = rows - np.repeat(begins, np.diff(begins, append=len(rows)))
+        return Groups(order, np.append(np.flatnonzero(within % MOST_TOGETHER == 0)[1:], len(rows)))
+
+    def rows(self, data: Any, groups: Groups | None) -> Any:
+        """As a dataset of Ray, after `scan`: of Parquet the rows, of lines where each begins; in groups a list of
+        either to each.
 
         Ray's own reader of text also cuts lines at what JSON allows in a text, such as U+2028, and stops at the first
         byte that is no UTF-8.
         """
-        if self.is_parquet:
-            return data.read_parquet(str(self.path))
         import pyarrow
 
-        return data.from_arrow(pyarrow.table({"start": self.starts}))
+        if groups is None:
+            if self.is_parquet:
+                return data.read_parquet(str(self.path))
+            return data.from_arrow(pyarrow.table({"start": numbers_of(self.starts)}))
+        if self.is_parquet:
+            name, found = "rows", self._known_columns(groups.order)
+        else:
+            name, found = "start", pyarrow.array(numbers_of(self.starts)[groups.order])
+        offsets = pyarrow.array(np.concatenate(([0], groups.ends)), pyarrow.int64())
+        return data.from_arrow(pyarrow.table({name: pyarrow.LargeListArray.from_arrays(offsets, found)}))
+
+    def _known_columns(self, order: Any) -> Any:
+        """The rows of a Parquet file in this order, without columns that are none of ours. It has no way to read a
+        single row: these texts are held, by Ray, which moves to disk what is too much."""
+        import pyarrow
+        import pyarrow.parquet
+
+        with self._as_parquet():
+            names = set(pyarrow.parquet.read_schema(self.path).names)
+            known = [*COLUMNS, *(name for name in vars(settings_parser().parse_args([])) if name in names)]
+            table = pyarrow.parquet.read_table(self.path, columns=known)
+            texts = pyarrow.schema(  # whose offsets may take more than 2 GiB
+                [
+                    each.with_type(pyarrow.large_string()) if each.type == pyarrow.string() else each
+                    for each in table.schema
+                ]
+            )
+            table = table.cast(texts).take(order)
+            return pyarrow.StructArray.from_arrays([each.combine_chunks() for each in table.columns], known)
+
+
+def sources_of(media: Any) -> list[Any]:
+    return [] if media is None else media if isinstance(media, list) else [media]
+
+
+NOTHING = 0
+"""What a row without media is `about`."""
+
+
+def about(row: dict[str, Any]) -> int:
+    """A number that two rows share if they name the same media and would have them read alike."""
+    sources = sources_of(row.get("media"))
+    if not sources:
+        return NOTHING
+    told = json.dumps([sources, [row.get(name) for name in SHAPING]], default=repr)
+    return int.from_bytes(blake2b(told.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def numbers_of(held: array[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.frombuffer(held, dtype=np.int64) if held else np.zeros(0, np.int64)
 
 
 def kind_of(path: Path) -> str:
@@ -404,30 +519,53 @@ class Prepare:
         self.folder = options.questions.parent
         checkpoint = weights.locate(options.model, revision=options.revision, shards=False)
         self.config = read_config(checkpoint)
-        self.processor = Processor(checkpoint, self.config)
+        self.processor = Processor(checkpoint, self.config, reuse=READ_BYTES if options.repeats else 0)
         self.dtype = pool.dtype(options, self.config)
 
     def __call__(self, table: Any) -> Any:
-        """A row → id and settings as JSON, tensors as safetensors; nothing for one that is answered or unreadable."""
-        (row,) = table.to_pylist()
-        if set(row) == {"start"}:
-            with self.options.questions.open("rb") as lines:
-                lines.seek(row["start"])
-                row = parse(lines.readline())
-        if row["id"] is None or row["id"] in self.done:
-            return {"row": [], "tensors": []}
-        try:
-            made = self.prepared(row)
-        except Exception as error:  # whatever a file can do, it is this row's alone
-            made = {"row": json.dumps({"id": row["id"], "error": reason(error)}), "tensors": b""}
-        return {name: [value] for name, value in made.items()}
+        """A row, or a group of them → packs: ids and settings as a list in JSON, tensors as safetensors. Nothing of one
+        that is answered or unreadable. A group is one pack, unless its files change meanwhile."""
+        packs: list[tuple[list[dict[str, Any]], list[Inputs]]] = []
+        for row in self.rows(*table.to_pylist()):
+            if row["id"] is None or row["id"] in self.done:
+                continue
+            inputs = None
+            try:
+                made, inputs = self.prepared(row)
+            except Exception as error:  # whatever a file can do, it is this row's alone
+                made = {"id": row["id"], "error": reason(error)}
+            first = next(iter(packs[-1][1]), None) if packs else None
+            shared = inputs if inputs is None or first is None else with_media_of(first, inputs)
+            if not packs or (shared is None and inputs is not None):
+                packs.append(([], []))
+                shared = inputs
+            packs[-1][0].append(made)
+            if shared is not None:
+                packs[-1][1].append(shared)
+        return {
+            "row": [json.dumps(told) for told, _ in packs],
+            "tensors": [pack(requests, self.dtype) if requests else b"" for _, requests in packs],
+        }
 
-    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+    def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `Source.rows` tells of a row or a group."""
+        if "rows" in row:
+            return list(row["rows"])
+        if set(row) != {"start"}:
+            return [row]
+        starts = row["start"] if isinstance(row["start"], list) else [row["start"]]
+        found = []
+        with self.options.questions.open("rb") as lines:
+            for start in starts:
+                lines.seek(start)
+                found.append(parse(lines.readline()))
+        return found
+
+    def prepared(self, row: dict[str, Any]) -> tuple[dict[str, Any], Inputs]:
         options = row_options(row, self.options)
         if not isinstance(row.get("question"), str):
             raise InputError("the row has no question.")
-        media = row.get("media")
-        sources = [] if media is None else media if isinstance(media, list) else [media]
+        sources = sources_of(row.get("media"))
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the row's media must be a path, a list of paths, or null.")
         options.question = row["question"]
@@ -445,24 +583,74 @@ class Prepare:
         seconds = time.perf_counter() - started
         settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
         settings |= {"start": None, "end": None}  # they are done with: rows that differ in them may run together
-        told = {"id": row["id"], "settings": settings, "media_seconds": seconds, "heard": inputs.use_audio_in_video}
-        return {"row": json.dumps(told), "tensors": packed(inputs, self.dtype)}
+        return {"id": row["id"], "settings": settings, "media_seconds": seconds}, inputs
 
 
-def packed(inputs: Inputs, dtype: torch.dtype) -> bytes:
-    """As safetensors, what the encoders see in their dtype already: half the size in bfloat16."""
+def media_in(inputs: Inputs) -> dict[str, Any]:
+    """What a request holds beside its ids: pictures and clips as bytes, `Pixels`."""
+    names = (field.name for field in fields(inputs) if field.name != "input_ids")
+    return {name: inputs.held(name) for name in names if inputs.held(name) is not None}
+
+
+def with_media_of(one: Inputs, other: Inputs) -> Inputs | None:
+    """`other` with the tensors of `one`, which are held once then, where they are the same; else None."""
+    mine, theirs = media_in(one), media_in(other)
+    if mine.keys() != theirs.keys() or not all(_same(mine[name], theirs[name]) for name in mine):
+        return None
+    return Inputs(other.input_ids, **mine)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Pixels) and isinstance(other, Pixels):
+        frames = one.frames, other.frames
+        return len(one.frames) == len(other.frames) and one.sizes == other.sizes and all(map(torch.equal, *frames))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return bool(one == other)
+
+
+def pack(requests: list[Inputs], dtype: torch.dtype) -> bytes:
+    """Requests with the same media as safetensors, the media once: of pictures and clips the bytes that patches are
+    made of, a quarter of them; sounds in the dtype that the encoders see."""
     from safetensors.torch import save
 
-    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    for name in ("pixel_values", "pixel_values_videos", "input_features"):
-        tensors[name] = None if tensors[name] is None else tensors[name].to(dtype)
-    return save({name: value.contiguous() for name, value in tensors.items() if isinstance(value, Tensor)})
+    tensors = {f"input_ids.{number}": inputs.input_ids for number, inputs in enumerate(requests)}
+    metadata = {}
+    for name, value in media_in(requests[0]).items():
+        if isinstance(value, Pixels):
+            metadata[name] = json.dumps({"sizes": asdict(value.sizes), "of_clip": value.of_clip})
+            tensors |= {f"{name}.{number}": frames for number, frames in enumerate(value.frames)}
+        elif isinstance(value, Tensor):
+            tensors[name] = value.to(dtype) if name == "input_features" else value
+        else:
+            metadata[name] = json.dumps(value)
+    return save({name: value.contiguous() for name, value in tensors.items()}, metadata)
 
 
-def unpacked(tensors: bytes, heard: bool) -> Inputs:
+def unpack(packed: bytes) -> list[Inputs]:
+    """What `pack` was given. The requests share their media."""
     from safetensors.torch import load
 
-    return Inputs(**load(tensors), use_audio_in_video=heard)
+    length = int.from_bytes(packed[:8], "little")
+    metadata = json.loads(packed[8 : 8 + length])["__metadata__"]
+    found = load(packed)
+    parts: dict[str, list[Tensor]] = {}
+    media: dict[str, Any] = {}
+    for name in sorted(found, key=lambda name: int(name.partition(".")[2] or 0)):
+        whole, dot, _ = name.partition(".")
+        if dot:
+            parts.setdefault(whole, []).append(found[name])
+        else:
+            media[whole] = found[name]
+    for name, told in metadata.items():
+        value = json.loads(told)
+        if name in parts:
+            sizes: dict[str, Any] = {
+                key: tuple(each) if isinstance(each, list) else each for key, each in value["sizes"].items()
+            }
+            value = Pixels(tuple(parts[name]), VisionSizes(**sizes), value["of_clip"])
+        media[name] = value
+    return [Inputs(ids, **media) for ids in parts["input_ids"]]
 
 
 def reason(error: Exception) -> str:
@@ -486,29 +674,36 @@ class Answer:
         )
 
     def __call__(self, table: Any) -> dict[str, Any]:
-        """Rows of `Prepare` → answers as lines of JSON. Those of one plan and the same settings run together."""
+        """Packs of `Prepare` → answers as lines of JSON. Rows of one plan and the same settings run together: first
+        those of each pack, then those that are alone in theirs."""
         lines: list[str] = []
-        groups: dict[Any, list[tuple[dict[str, Any], Inputs]]] = {}
-        for row, tensors in zip(table["row"].to_pylist(), table["tensors"].to_pylist(), strict=True):
-            told = json.loads(row)
-            if "error" in told:
-                lines.append(row)
-                continue
-            try:
-                inputs = unpacked(tensors, told["heard"])
-                settings = argparse.Namespace(**told["settings"])
-                plan = self.model.engine.plan(inputs, method_of(settings, self.model.config))
-            except Exception as error:
-                lines.append(json.dumps({"id": told["id"], "error": reason(error)}))
-                continue
-            # What is drawn at random depends on who is asked beside it.
-            alone = told["id"] if settings.temperature else None
-            key = plan, json.dumps(told["settings"]), alone
-            groups.setdefault(key, []).append((told, inputs))
+        alone: dict[Any, list[tuple[dict[str, Any], Inputs]]] = {}
+        for rows, tensors in zip(table["row"].to_pylist(), table["tensors"].to_pylist(), strict=True):
+            told = json.loads(rows)
+            lines += [json.dumps(one) for one in told if "error" in one]
+            told = [one for one in told if "error" not in one]
+            groups = alone if len(told) == 1 else {}
+            for one, inputs in zip(told, unpack(tensors) if told else [], strict=True):
+                try:
+                    settings = argparse.Namespace(**one["settings"])
+                    plan = self.model.engine.plan(inputs, method_of(settings, self.model.config))
+                except Exception as error:
+                    lines.append(json.dumps({"id": one["id"], "error": reason(error)}))
+                    continue
+                # What is drawn at random depends on who is asked beside it.
+                drawn = one["id"] if settings.temperature else None
+                key = plan, json.dumps(one["settings"]), drawn
+                groups.setdefault(key, []).append((one, inputs))
+            if groups is not alone:
+                lines += self.asked(groups)
+        return {"answer": lines + self.asked(alone)}
+
+    def asked(self, groups: dict[Any, list[tuple[dict[str, Any], Inputs]]]) -> list[str]:
+        found = []
         for group in groups.values():
             for start in range(0, len(group), self.most):
-                lines += self.answers(group[start : start + self.most])
-        return {"answer": lines}
+                found += self.answers(group[start : start + self.most])
+        return found
 
     def answers(self, group: list[tuple[dict[str, Any], Inputs]]) -> list[str]:
         settings = argparse.Namespace(**group[0][0]["settings"])

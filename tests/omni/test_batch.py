@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import omni
+from omni import batch as omni_batch
 from omni.answer import method_of
-from omni.batch import Answer, Journal, Pool, Prepare, Source, argument_parser, main, row_options, unpacked
+from omni.batch import Answer, Journal, Pool, Prepare, Source, argument_parser, main, pack, row_options, unpack
 from omni.inputs import InputError
+from omni.processing import reader
+from omni.processing.frames import Pixels
 from omni.processing.media import MediaError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -124,7 +129,7 @@ def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
     ids, unreadable = source.scan()
     assert ids == [0, 1] and [row["id"] for row in unreadable] == ["line 2"]
     found = [prepare(pyarrow.table({"start": [start]}))["row"] for start in source.starts]
-    assert [[json.loads(row)["id"] for row in one] for one in found] == [[0], [1]]
+    assert [[told["id"] for row in one for told in json.loads(row)] for one in found] == [[0], [1]]
 
 
 @pytest.mark.parametrize("damage", ["cut", "no UTF-8", "no Parquet"])
@@ -250,11 +255,10 @@ def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, che
         for start in (0, 1.5)
     ]
     settings = []
-    for row in made:
-        inputs = unpacked(row["tensors"], heard=True)
+    for told, inputs in made:
         assert inputs.video_grid_thw is not None and inputs.video_grid_thw[0, 0] == 2
         assert inputs.input_features is not None and inputs.input_features.shape[2] == 200
-        settings.append(json.loads(row["row"])["settings"])
+        settings.append(told["settings"])
     assert settings[0] == settings[1]
     with pytest.raises(MediaError, match=r"video_start is 60 s"):
         prepare.prepared({"id": 1, "media": str(clip), "question": "?", "start": 60})
@@ -264,10 +268,152 @@ def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, che
         prepare.prepared({"id": 1, "media": str(clip), "question": "?", "start": -1})
 
 
+class Tables:
+    """Instead of `ray.data`: what it would be given."""
+
+    from_arrow = staticmethod(lambda table: table)
+    read_parquet = staticmethod(lambda path: path)
+
+
+def as_parquet(questions: Path) -> Path:
+    """The same rows as a file of Parquet, with a column that is none of ours."""
+    from pyarrow import parquet
+
+    rows = [{**json.loads(line), "answer": "left alone"} for line in questions.read_text().splitlines()]
+    names = sorted({name for row in rows for name in row})
+    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    parquet.write_table(table, questions.with_suffix(".parquet"))
+    return questions.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_rows_about_the_same_media_become_groups(
+    tmp_path: Path, checkpoint: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they stand, where the first of them stands; those that would be read otherwise, and those without
+    media, are by themselves; no row is lost or there twice, and a group that is too long is several."""
+    monkeypatch.setattr(omni_batch, "MOST_TOGETHER", 3)
+    about = [["a"], ["b"], [], ["a", 1], ["b"], ["a"], [], ["c", "a"], ["a", 1], ["a"], ["a"], ["a"], ["c", "a"]]
+    rows = [
+        {"id": number, "media": [each for each in media if each != 1], "question": "?", "fps": media[1:] == [1] or None}
+        for number, media in enumerate(about)
+    ]
+    path = write(tmp_path / "q.jsonl", *rows)
+    path = as_parquet(path) if kind == ".parquet" else path
+    source = Source(path)
+    assert source.scan() == (list(range(len(rows))), [])
+    assert source.repeats()
+    groups = source.groups()
+    assert groups is not None
+    prepare = Prepare(options(checkpoint, path), ALONE, set())
+    table = source.rows(Tables, groups)
+    found = [prepare.rows(row) for row in table.to_pylist()]
+    assert [[row["id"] for row in some] for some in found] == [
+        [0, 5, 9], [10, 11], [1, 4], [2], [3, 8], [6], [7, 12]
+    ]  # fmt: skip
+    for row in (row for some in found for row in some):
+        expected = rows[row["id"]]
+        assert {name: row.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_without_repeats_nothing_changes(tmp_path: Path, kind: str) -> None:
+    """Rows go through as they come, and none of them is held."""
+    rows = [{"id": number, "media": [f"{number}.png"], "question": "?"} for number in range(4)]
+    path = write(tmp_path / "q.jsonl", *rows)
+    path = as_parquet(path) if kind == ".parquet" else path
+    source = Source(path)
+    source.scan()
+    assert source.groups() is None and not source.repeats()
+    found = source.rows(Tables, None)
+    if kind == ".parquet":
+        assert found == str(path)
+    else:
+        assert found.to_pylist() == [{"start": start} for start in source.starts]
+    # One medium of several is there twice: no group, but worth keeping.
+    source = Source(write(tmp_path / "p.jsonl", *({"id": n, "media": ["a.png", f"{n}.png"]} for n in range(2))))
+    source.scan()
+    assert source.groups() is None and source.repeats()
+
+
+def test_a_group_is_read_once_and_its_rows_fail_alone(
+    tmp_path: Path, checkpoint: Path, clip: Path, model: omni.Omni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One clip, of which one row is answered already and two cannot be: a pack that holds the clip once, as bytes, and
+    answers that are those of each row alone."""
+    texts: list[str | None] = ["What happens?", None, "What is seen when the tone stops?", "Why?", "Done?", "Who?"]
+    rows = [{"id": number, "media": str(clip), "question": text} for number, text in enumerate(texts)]
+    rows[3]["seed"] = -1
+    path = write(tmp_path / "q.jsonl", *rows)
+    given = options(checkpoint, path, "--fps", "1", "--max-frames", "4")
+    prepare, answer = Prepare(given, ALONE, {4}), Answer(given, ALONE)
+    source = Source(path)
+    source.scan()
+    calls: list[int] = []
+    read_video = reader.read_video
+    monkeypatch.setattr(reader, "read_video", lambda *a, **k: calls.append(1) or read_video(*a, **k))
+    made = prepare(source.rows(Tables, source.groups()))
+    assert len(calls) == 1
+    (told,), (tensors,) = map(list, (map(json.loads, made["row"]), made["tensors"]))
+    assert [one["id"] for one in told] == [0, 1, 2, 3, 5] and [one["id"] for one in told if "error" in one] == [1, 3]
+    requests = unpack(tensors)
+    held = requests[0].held("pixel_values_videos")
+    assert isinstance(held, Pixels) and all(each.held("pixel_values_videos") is held for each in requests)
+    assert len(tensors) < 1.1 * (held.frames[0].nbytes + requests[0].input_features.nbytes) + 20_000
+    together: list[int] = []
+    generate = answer.model.generate
+    monkeypatch.setattr(
+        answer.model, "generate", lambda inputs, **k: together.append(len(inputs)) or generate(inputs, **k)
+    )
+    found = {line["id"]: line for line in map(json.loads, answer(pyarrow.table(made))["answer"])}
+    assert found.keys() == {0, 1, 2, 3, 5} and sum(together) == 3
+    assert found[1]["error"] == "the row has no question." and "seed" in found[3]["error"]
+    for number in (0, 2, 5):
+        content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": texts[number]}]
+        inputs = model.prepare([{"role": "user", "content": content}], fps=1, max_frames=4)
+        alone = model.generate(inputs, seats=method_of(given, model.config), max_new_tokens=5)
+        assert found[number]["tokens"] == alone.tokens
+
+
+def test_a_file_that_changes_meanwhile_is_two(tmp_path: Path, checkpoint: Path) -> None:
+    """Protects: a question is answered about what was there when it was read; what is packed comes back."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (56, 56), "red").save(path)
+    rows = [{"id": number, "media": "a.png", "question": f"{number}?"} for number in range(3)]
+    questions = write(tmp_path / "q.jsonl", {"id": "gone", "media": "a.png", "question": 1}, *rows)
+    prepare = Prepare(options(checkpoint, questions), ALONE, set())
+    source, prepared = Source(questions), prepare.prepared
+    source.scan()
+
+    def changing(row: dict[str, Any]) -> Any:
+        if row["id"] == 2:
+            Image.new("RGB", (56, 56), "blue").save(path)
+            os.utime(path, (1, 1))
+        return prepared(row)
+
+    prepare.prepared = changing  # type: ignore[method-assign]
+    made = prepare(source.rows(Tables, source.groups()))
+    assert [[one["id"] for one in json.loads(row)] for row in made["row"]] == [["gone", 0, 1], [2]]
+    first, second = (unpack(tensors) for tensors in made["tensors"])
+    assert len(first) == 2 and len(second) == 1
+    colours = [each[0].held("pixel_values").frames[0][0, :, 0, 0].tolist() for each in (first, second)]
+    assert colours == [[255, 0, 0], [0, 0, 255]]
+    again = unpack(pack(first, torch.float32))
+    assert [torch.equal(one.input_ids, other.input_ids) for one, other in zip(first, again, strict=True)] == [True] * 2
+    assert again[0].held("pixel_values").sizes == first[0].held("pixel_values").sizes
+    assert again[0].use_audio_in_video is first[0].use_audio_in_video
+
+
 def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Every row once, also when the run goes on from what an earlier one wrote; then nothing is left to do."""
+    """Every row once, also when the run goes on from what an earlier one wrote, and where groups of them are about the
+    same; then nothing is left to do."""
     pytest.importorskip("ray")
-    rows = [{"id": number, "media": None, "question": f"Question {number}?"} for number in range(12)]
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (56, 56), "red" if name == "a.png" else "blue").save(tmp_path / name)
+    rows: list[dict[str, Any]] = [
+        {"id": number, "media": [None, "a.png", "b.png"][number % 3], "question": f"Question {number}?"}
+        for number in range(12)
+    ]
     questions = write(tmp_path / "q.jsonl", *rows, "{broken", {"id": "gone", "media": "gone.png", "question": "?"})
     answers = tmp_path / "a.jsonl"
     answers.write_text('{"id": 3, "text": "from before"}\n{"id": 4, "te')
