@@ -225,6 +225,11 @@ def model_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def methods() -> tuple[str, ...]:
+    """METHODS, and what a program that calls `main` registered before (`seats.register`)."""
+    return sys.modules["seats.methods"].names() if "seats.methods" in sys.modules else METHODS
+
+
 def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """How to answer a question, for command lines that take it."""
     parser = kind(add_help=False)
@@ -239,7 +244,7 @@ def settings_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParse
     parser.add_argument("--video-ratio", type=ratio, help="of video alone (default: what --retention implies)")
     parser.add_argument("--audio-ratio", type=ratio, help="of sound alone (default: what --retention implies)")
     parser.add_argument(
-        "--method", choices=METHODS, default="seats", metavar="NAME", help=f"what to keep by: {', '.join(METHODS)}"
+        "--method", choices=methods(), default="seats", metavar="NAME", help=f"what to keep by: {', '.join(methods())}"
     )
     parser.add_argument(
         "--kv",

@@ -4,7 +4,7 @@ from seats.config import SeatsConfig, preset, preset_for
 from seats.cost import prefill_macs
 from seats.diversity import win_div_prune
 from seats.method import Method
-from seats.methods import METHODS, method_for
+from seats.methods import METHODS, method_for, register
 from seats.schedule import keep_ratios
 from seats.selection import select_by_relevance
 
@@ -17,6 +17,7 @@ __all__ = [
     "prefill_macs",
     "preset",
     "preset_for",
+    "register",
     "select_by_relevance",
     "win_div_prune",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,30 @@ METHODS: dict[str, Callable[..., Method]] = {
 """Name → what makes the method, given video_ratio and audio_ratio. A new method is a file here and a line."""
 
 NAMES = ("seats", *METHODS)
+"""Of the methods that are here. `names` has those, too, that were registered since."""
+
+
+def names() -> tuple[str, ...]:
+    """Whatever `method_for` takes now."""
+    return ("seats", *METHODS)
+
+
+def register(name: str, make: Callable[..., Method]) -> None:
+    """Makes a method known by a name, from anywhere, until the program ends: docs/methods.md.
+
+    make: called with video_ratio and audio_ratio, returns the method. Raises ValueError for a name that is taken or is
+    no word of small letters, digits and hyphens, TypeError where `make` does not return a frozen dataclass that is
+    compared by its values: a method is a part of the key of graphs and of what is kept between questions.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"the name of a method is of small letters, digits and hyphens, not {name!r}.")
+    if name in names():
+        raise ValueError(f"there is a method {name!r} already: choose another name.")
+    method = make(video_ratio=0.5, audio_ratio=0.5)
+    parameters = getattr(method, "__dataclass_params__", None)
+    if parameters is None or not (parameters.frozen and parameters.eq):
+        raise TypeError(f"{type(method).__name__} must be a dataclass that is frozen and compared by its values.")
+    METHODS[name] = make
 
 
 def method_for(
@@ -44,11 +69,11 @@ def method_for(
 ) -> Method:
     """A method at an overall retention, with the ratios of video and of sound that SEATS has there, unless given.
 
-    name: one of NAMES. config, retention: `seats.preset_for`. Raises ValueError for another name, and where the method
-    or the preset cannot run so.
+    name: one of `names`. config, retention: `seats.preset_for`. Raises ValueError for another name, and where the
+    method or the preset cannot run so.
     """
-    if name not in NAMES:
-        raise ValueError(f"No method {name!r}; choose one of {', '.join(NAMES)}.")
+    if name not in names():
+        raise ValueError(f"No method {name!r}; choose one of {', '.join(names())}.")
     preset = preset_for(config, retention)
     preset = replace(
         preset,
