@@ -46,8 +46,8 @@ class OmniZip(BeforeDecoder):
     Of the two versions that the authors' code has had (github.com/KD-TAO/OmniZip) this is the later, `omnizip_core`,
     whose groups are the runs of the prompt, whose budget counts tokens and whose density peaks are weighed by density.
     The earlier, `omnizip_units`, has groups of four frames and 50 tokens of sound, counts groups, keeps incomplete ones
-    whole and takes the tokens least like their neighbours. The comparison of arXiv 2605.20035 publishes it at an overall
-    35 %, with the ratios of SEATS, and at 25 %, with 0.25 for both (`omni.protocol`); at less than that it saturates.
+    whole and takes the tokens least like their neighbours. arXiv 2605.20035 publishes it, for comparison, at 35 %, with
+    the ratios of SEATS, and at 25 %, with 0.25 for both (`omni.protocol`); at less than that it saturates.
 
     What differs: attention of sound is within the encoder's windows, where the authors' code for Qwen2.5-Omni takes
     the softmax over the whole clip. A grid belongs to the run of its first token; below half a frame per second
