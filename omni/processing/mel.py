@@ -23,7 +23,7 @@ def log_mel(waveform: Tensor, bins: int = 128, padded_to: int | None = None) -> 
 
     The values of the public extractor on the frames that its attention mask keeps: windows of 25 ms are
     centred on multiples of 10 ms, mirrored before the start, and the dynamic range is cut at 80 dB below the loudest
-    bin. Any length: nothing is truncated, and working memory beyond a padded copy of the sound is bounded.
+    bin. Any length: nothing is truncated, and working memory is bounded.
 
     padded_to: what the extractor pads a sound with zeros to. Qwen2.5-Omni's processor pads far (None). Qwen3-Omni's
     pads to the longest sound of the prompt, mirrors what comes after, and drops the frame that is not full: then the
@@ -33,32 +33,75 @@ def log_mel(waveform: Tensor, bins: int = 128, padded_to: int | None = None) -> 
         raise MediaError(
             f"a waveform must be (n,) floating point, n > 0, not {tuple(waveform.shape)} {waveform.dtype}."
         )
-    length, half = len(waveform), WINDOW // 2
-    # Windows reach past the end of the sound: the loudest bin is sought in all that touch it.
-    frames, touching = -(-length // HOP), (length + half - 1) // HOP + 1
-    if padded_to is not None:
-        frames, touching = (min(count, padded_to // HOP) for count in (frames, touching))
-        if frames == 0:
-            return torch.empty(bins, 0)
-    waveform = waveform.float()
-    start = F.pad(waveform[1 : half + 1], (0, max(0, half + 1 - length))).flip(0)
-    needed = (touching - 1) * HOP + half
-    heard = needed if padded_to is None else min(needed, padded_to)  # with zeros after the end; the rest is mirrored
-    sound = torch.zeros(half + needed)  # of an hour 230 MB: the one copy
-    sound[:half] = start
-    sound[half : half + min(heard, length)] = waveform[:heard]
-    end = sound[half + max(0, 2 * heard - 1 - needed) : half + heard - 1].flip(0)
-    sound[half + heard :][: len(end)] = end
-    windows = sound.unfold(0, WINDOW, HOP)
-    taper = torch.hann_window(WINDOW)
-    filters = mel_filters(bins)
-    mel = torch.empty(bins, touching)
-    for first in range(0, touching, BLOCK):
-        spectrum = torch.fft.rfft(windows[first : first + BLOCK] * taper).abs().square()
-        mel[:, first : first + BLOCK] = filters @ spectrum.T
-    mel.clamp_(min=1e-10).log10_()
-    loudest = mel.max()
-    return mel.clamp_(min=loudest - 8).add_(4).div_(4)[:, :frames]
+    mel = LogMel(bins)
+    mel.push(waveform)
+    return mel.finish(padded_to)
+
+
+class LogMel:
+    """`log_mel` of sound that comes piece by piece: of an hour, 184 MB of spectrum are held, and 5 of sound.
+
+    samples: how many came.
+    """
+
+    def __init__(self, bins: int = 128) -> None:
+        self.bins = bins
+        self.samples = 0
+        self.frames = 0
+        self.power = bytearray()  # (frames, bins) float32; grows in place
+        self.sound = torch.empty(0)  # from the beginning of the next frame's window on
+        self.pieces: list[Tensor] = []  # what follows
+
+    def push(self, waveform: Tensor) -> None:
+        for piece in waveform.float().split(BLOCK * HOP):
+            self.pieces.append(piece)
+            self.samples += len(piece)
+            # What is mirrored at the end stays.
+            if self.samples - self.frames * HOP > BLOCK * HOP + 2 * WINDOW:
+                self._join()
+                self._transform(BLOCK)
+
+    def finish(self, padded_to: int | None = None) -> Tensor:
+        """What `log_mel` returns of all that came, which is more than nothing; the last call."""
+        half = WINDOW // 2
+        # Windows reach past the end of the sound: the loudest bin is sought in all that touch it.
+        frames, touching = -(-self.samples // HOP), (self.samples + half - 1) // HOP + 1
+        if padded_to is not None:
+            frames, touching = (min(count, padded_to // HOP) for count in (frames, touching))
+            if frames == 0:
+                return torch.empty(self.bins, 0)
+        self._join()
+        # From here on a place is one in `sound`.
+        before = self.frames * HOP - half
+        needed = (touching - 1) * HOP + half - before
+        heard = needed if padded_to is None else min(needed, padded_to - before)  # with zeros after the end
+        sound = torch.zeros(needed)
+        sound[: min(heard, len(self.sound))] = self.sound[:heard]
+        end = sound[max(0, 2 * heard - 1 - needed) : heard - 1].flip(0)  # the rest is mirrored
+        sound[heard:][: len(end)] = end
+        self.sound = sound
+        while self.frames < touching:
+            self._transform(min(BLOCK, touching - self.frames))
+        mel = torch.frombuffer(self.power, dtype=torch.float32).view(touching, self.bins)
+        mel.clamp_(min=1e-10).log10_()
+        loudest = mel.max()
+        return mel.clamp_(min=loudest - 8).add_(4).div_(4).T[:, :frames]
+
+    def _join(self) -> None:
+        self.sound = torch.cat((self.sound, *self.pieces))
+        self.pieces.clear()
+        if self.frames == 0:
+            half = WINDOW // 2
+            start = F.pad(self.sound[1 : half + 1], (0, max(0, half + 1 - len(self.sound)))).flip(0)
+            self.sound = torch.cat((start, self.sound))
+
+    def _transform(self, frames: int) -> None:
+        """Takes the first frames of `sound`."""
+        windows = self.sound.unfold(0, WINDOW, HOP)[:frames]
+        spectrum = torch.fft.rfft(windows * torch.hann_window(WINDOW)).abs().square()
+        self.power += (mel_filters(self.bins) @ spectrum.T).T.contiguous().numpy().tobytes()
+        self.sound = self.sound[frames * HOP :].clone()
+        self.frames += frames
 
 
 @cache

@@ -52,6 +52,28 @@ def read_audio(
     stopped: asked now and then, whether nobody wants it any more.
     The rate is changed by soxr's "HQ" filter, after the channels are mixed, as librosa does for the public processors.
     """
+    sound = bytearray()  # float32; grows in place, where a list of hours of pieces would be there twice
+
+    def put(piece: Tensor) -> None:
+        nonlocal sound
+        sound += piece.numpy().tobytes()
+
+    samples = listen(source, put, sample_rate=sample_rate, start=start, end=end, track=track, stopped=stopped)
+    return None if samples is None else torch.frombuffer(sound, dtype=torch.float32)
+
+
+def listen(
+    source: Any,
+    put: Callable[[Tensor], None],
+    *,
+    sample_rate: int = 16_000,
+    start: float = 0.0,
+    end: float | None = None,
+    track: int | None = None,
+    stopped: Callable[[], bool] = bool,
+) -> int | None:
+    """`read_audio`, piece by piece: calls `put` with each and returns how many samples there were, None for a file
+    without sound."""
     require_stretch(start, end, "audio")
     if isinstance(source, tuple) or is_array(source):
         if track is not None:
@@ -60,7 +82,9 @@ def read_audio(
         waveform = _resample_array(as_array(array), rate, sample_rate)
         if start * sample_rate >= len(waveform):
             raise PastEndError(past_end("the sound", start, len(waveform) / sample_rate, "audio"))
-        return waveform[round(start * sample_rate) : None if end is None else max(1, round(end * sample_rate))]
+        waveform = waveform[round(start * sample_rate) : None if end is None else max(1, round(end * sample_rate))]
+        put(waveform)
+        return len(waveform)
     with open_container(source) as (container, name):
         stream = sound_track(container, name, track)
         if stream is None:
@@ -70,7 +94,7 @@ def read_audio(
         added = _shifts(container, stream, name) if may_leap(container) else NONE
     # Everything is measured from the first frame, or from the first sound.
     clock = clip_start(source)
-    mixer = _Mixer(sample_rate, name, start, end)
+    mixer = _Mixer(put, sample_rate, name, start, end)
     with open_container(source) as (container, name):
         decoder = Decoder(sound_track(container, name, track))
         for time, frame in decoder.straight(container, added):
@@ -79,16 +103,16 @@ def read_audio(
             mixer.add(frame, at=None if time is None or clock is None else time - clock)
             if mixer.full or stopped():
                 break
-        waveform = mixer.finish()
+        mixer.finish()
     if mixer.clock is None:
         raise MediaError(f"{name}: none of its sound could be decoded. The file is damaged.")
     if promised is not None and not mixer.full:
         warn_if_short(name, promised, mixer.clock, "sound")
-    if len(waveform) == 0:
+    if mixer.samples == 0:
         if start:
             raise PastEndError(past_end(name, start, mixer.clock, "audio"))
         raise MediaError(f"{name}: all of its sound comes before its first frame. Cut it anew, or give it as a sound.")
-    return _finite(waveform, name)
+    return mixer.samples
 
 
 def _promised(container: Any, stream: Any) -> float | None:
@@ -119,10 +143,18 @@ class _Mixer:
     """Decoded sound of any layout, format and rate → mono float32 at one rate, laid out by time, from `start` to `end`
     in seconds."""
 
-    def __init__(self, sample_rate: int, name: str, start: float = 0.0, end: float | None = None) -> None:
+    def __init__(
+        self,
+        put: Callable[[Tensor], None],
+        sample_rate: int,
+        name: str,
+        start: float = 0.0,
+        end: float | None = None,
+    ) -> None:
+        self.put = put
         self.sample_rate = sample_rate
         self.name = name
-        self.sound = bytearray()  # float32; grows in place, where a list of hours of pieces would be there twice
+        self.samples = 0
         self.clock: float | None = None
         self.silence = 0.0
         self.start = round(start * sample_rate)
@@ -134,7 +166,7 @@ class _Mixer:
 
     @property
     def full(self) -> bool:
-        return len(self.sound) >= 4 * self.most
+        return self.samples >= self.most
 
     def add(self, frame: Any, at: float | None) -> None:
         """at: seconds from the start at which the frame is heard; None for right after the one before."""
@@ -171,9 +203,8 @@ class _Mixer:
             mono = torch.from_numpy(part.to_ndarray()).view(-1, part.layout.nb_channels).mean(dim=1)
             self._put(self.resampler.push(mono))
 
-    def finish(self) -> Tensor:
+    def finish(self) -> None:
         self._flush()
-        return torch.frombuffer(self.sound, dtype=torch.float32) if self.sound else torch.empty(0)
 
     def _flush(self) -> None:
         if self.resampler is not None:
@@ -183,8 +214,11 @@ class _Mixer:
     def _put(self, piece: Tensor) -> None:
         cut = min(self.early, len(piece))
         self.early -= cut
-        room = self.most - len(self.sound) // 4
-        self.sound += piece[cut : None if room == math.inf else cut + int(room)].numpy().tobytes()
+        room = self.most - self.samples
+        piece = piece[cut : None if room == math.inf else cut + int(room)]
+        if len(piece):
+            self.samples += len(piece)
+            self.put(_finite(piece, self.name))
 
 
 class _Resampler:
