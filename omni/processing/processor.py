@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from omni.processing.media.addresses import data_of, scheme_of
 from omni.processing.media.files import named
 from omni.processing.parts import Part, read_parts
 from omni.processing.prompt import clip_block, expand
-from omni.processing.reader import Reader, bounded
+from omni.processing.reader import OnFrame, OnPixels, Reader, bounded
 from omni.processing.settings import check_sound_settings
 from omni.processing.tokenizer import Tokenizer, TokenizerError
 from omni.protocol import OURS, Reading
@@ -75,7 +75,8 @@ class Processor:
         max_pixels: int | None = None,
         total_pixels: int | None = None,
         urls: bool = False,
-        on_frame: Callable[[int, int], None] | None = None,
+        on_frame: OnFrame | None = None,
+        on_pixels: OnPixels | None = None,
         reading: Reading = OURS,
     ) -> Inputs:
         """A conversation with media → the tensors of one request, on the CPU.
@@ -86,8 +87,9 @@ class Processor:
         min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). total_pixels: of
         all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. urls: whether
         http:// and https:// addresses are fetched, into temporary files (`omni.processing.media.addresses`). on_frame:
-        called with (frames done, frames in all) of each clip while it is decoded. Sound is read beside the pictures.
-        reading: how the measurements of a paper read clips, where they are to be repeated.
+        called with (frames done, frames in all) of each clip while it is decoded. on_pixels: likewise, with the clip's
+        `Pixels` and how many of their frames are there; with others where a file turns out to need reading anew. Sound
+        is read beside the pictures. reading: how the measurements of a paper read clips, where they are to be repeated.
         What was read before, and has not changed since, is not read again (`omni.processing.reader`): requests may
         share their tensors, which are not to be written to.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
@@ -98,7 +100,7 @@ class Processor:
         sizes = bounded(self.sizes, min_pixels, max_pixels, total_pixels)
         with ExitStack() as stack:
             local = [replace(part, source=_local(part.source, urls, stack)) for part in parts]
-            return self._prepared(ids, local, sizes, options, on_frame)
+            return self._prepared(ids, local, sizes, options, on_frame, on_pixels)
 
     def _prepared(
         self,
@@ -106,7 +108,8 @@ class Processor:
         parts: list[Part],
         bounds: VisionSizes,
         options: dict[str, Any],
-        on_frame: Callable[[int, int], None] | None,
+        on_frame: OnFrame | None,
+        on_pixels: OnPixels | None,
     ) -> Inputs:
         tokens = self.config.tokens
         blocks: list[tuple[int, list[int]]] = []
@@ -116,7 +119,7 @@ class Processor:
         sounds: list[Tensor] = []
         listen = options["use_audio_in_video"]
         with_sound = {part.settings.get("use_audio_in_video", listen) for part in parts if part.kind == "video"}
-        seen, mels = self.reader.read(parts, bounds, options, on_frame)
+        seen, mels = self.reader.read(parts, bounds, options, on_frame, on_pixels)
         for part, found, mel in zip(parts, seen, mels, strict=True):
             if part.kind == "image":
                 images.append(found)

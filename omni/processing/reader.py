@@ -13,17 +13,18 @@ from torch import Tensor
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError
 from omni.processing.beside import Beside
-from omni.processing.frames import VisionSizes, resize, target_size
-from omni.processing.media import Video, read_audio, read_image, read_video
+from omni.processing.frames import Pixels, VisionSizes, resize, target_size
+from omni.processing.media import Video, read_image, read_video
 from omni.processing.media.files import is_array, is_file_object, noting, warn
 from omni.processing.media.identity import Identity, identity
-from omni.processing.media.sound import PastEndError
-from omni.processing.mel import log_mel
+from omni.processing.media.sound import PastEndError, listen
+from omni.processing.mel import LogMel
 from omni.processing.parts import Part
 from omni.reuse import Kept
 
 T = TypeVar("T")
 OnFrame = Callable[[int, int], None]
+OnPixels = Callable[[Pixels, int], None]
 
 
 class _Read(NamedTuple):
@@ -52,7 +53,12 @@ class Reader:
         self.kept: Kept[_Read] = Kept(limit)
 
     def read(
-        self, parts: Sequence[Part], bounds: VisionSizes, options: dict[str, Any], on_frame: OnFrame | None
+        self,
+        parts: Sequence[Part],
+        bounds: VisionSizes,
+        options: dict[str, Any],
+        on_frame: OnFrame | None = None,
+        on_pixels: OnPixels | None = None,
     ) -> tuple[list[Any], list[Tensor | None]]:
         """For each part: (1, 3, h, w) uint8 of a picture, the Video of a clip, None of a sound; and the log-mel of its
         sound, None where it has none or is not to be heard. Sound is read beside the pictures."""
@@ -60,7 +66,10 @@ class Reader:
         with Beside(lambda stopped: self._hear_all(parts, known, options, stopped)) as hearing:
             if any(is_file_object(part.source) for part in parts):  # it stands at one place at a time
                 hearing.wait()
-            seen = [self._see(part, each, bounds, options, on_frame) for part, each in zip(parts, known, strict=True)]
+            seen = [
+                self._see(part, each, bounds, options, on_frame, on_pixels)
+                for part, each in zip(parts, known, strict=True)
+            ]
             return seen, hearing.wait()
 
     def _once(self, part: Part, known: Identity | None, asked: Hashable, read: Callable[[], T]) -> T:
@@ -89,25 +98,25 @@ class Reader:
         stopped: Callable[[], bool],
     ) -> list[Tensor | None]:
         """Spectrograms of a prompt's sounds, padded as the family's processor pads them."""
-        bins = self.config.audio.num_mel_bins
-        waveforms: dict[int, Tensor | None] = {}
+        spectra: dict[int, LogMel | None] = {}
 
-        def waveform(number: int) -> Tensor | None:
-            if number not in waveforms:
-                sound = asked[number]
-                waveforms[number] = None if sound is None else _hear(parts[number].source, sound, stopped)
+        def spectrum(number: int) -> LogMel | None:
+            if number not in spectra:
+                sound, mel = asked[number], LogMel(self.config.audio.num_mel_bins)
+                assert sound is not None
+                spectra[number] = mel if _hear(parts[number].source, sound, mel.push, stopped) else None
                 if stopped():  # half a sound
                     raise _NobodyWaitsError
-            return waveforms[number]
+            return spectra[number]
 
         def samples(number: int) -> int | None:
-            found = waveform(number)
-            return None if found is None else len(found)
+            found = spectrum(number)
+            return None if found is None else found.samples
 
         def mel(number: int) -> Tensor | None:
-            found = waveform(number)
-            waveforms.pop(number)  # of hours of sound one is held as both
-            return None if found is None else log_mel(found, bins, padded_to)
+            found = spectrum(number)
+            del spectra[number]  # that is its last call
+            return None if found is None else found.finish(padded_to)
 
         asked = [_asked_sound(part, options) for part in parts]
         lengths = [
@@ -126,7 +135,13 @@ class Reader:
             ]
 
     def _see(
-        self, part: Part, known: Identity | None, bounds: VisionSizes, options: dict[str, Any], on_frame: OnFrame | None
+        self,
+        part: Part,
+        known: Identity | None,
+        bounds: VisionSizes,
+        options: dict[str, Any],
+        on_frame: OnFrame | None,
+        on_pixels: OnPixels | None,
     ) -> Any:
         if part.kind == "audio":
             return None
@@ -135,23 +150,25 @@ class Reader:
         if part.kind == "image":
             return self._once(part, known, ("image", sizes, size), lambda: _look(part.source, sizes, size))
         source, asked = _asked_frames(part, sizes, options)
-        called = False
+        shown: Tensor | None = None
 
-        def note_frame(done: int, count: int) -> None:
-            nonlocal called
-            called = True
+        def on_frames(frames: Tensor, done: int) -> None:
+            nonlocal shown
+            shown = frames
             if on_frame is not None:
-                on_frame(done, count)
+                on_frame(done, len(frames))
+            if on_pixels is not None:
+                on_pixels(Pixels((frames,), bounds, of_clip=True), done)
 
         size_for = sizes.clip_size if size is None else lambda *_: size
         video = self._once(
             part,
             known,
             ("video", sizes, size, *asked.items()),
-            lambda: read_video(source, **asked, size_for=size_for, on_frame=note_frame),
+            lambda: read_video(source, **asked, size_for=size_for, on_frames=on_frames),
         )
-        if not called:
-            note_frame(len(video.frames), len(video.frames))
+        if shown is None:
+            on_frames(video.frames, len(video.frames))
         return video
 
 
@@ -180,14 +197,14 @@ def _asked_sound(part: Part, options: dict[str, Any]) -> _Sound | None:
     return _Sound(part.kind, start, end, track)
 
 
-def _hear(source: Any, asked: _Sound, stopped: Callable[[], bool]) -> Tensor | None:
-    """The waveform of a medium, None where it has none."""
+def _hear(source: Any, asked: _Sound, put: Callable[[Tensor], None], stopped: Callable[[], bool]) -> bool:
+    """Calls `put` with the pieces of a medium's waveform; whether it has any."""
     try:
-        return read_audio(source, start=asked.start, end=asked.end, track=asked.track, stopped=stopped)
+        return listen(source, put, start=asked.start, end=asked.end, track=asked.track, stopped=stopped) is not None
     except PastEndError:
         if asked.kind == "audio":
             raise
-        return None  # of the sound; whether it is the clip's, its frames show
+        return False  # of the sound; whether it is the clip's, its frames show
 
 
 def _look(source: Any, sizes: VisionSizes, size: tuple[int, int] | None) -> Tensor:

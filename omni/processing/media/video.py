@@ -35,7 +35,7 @@ from omni.processing.media.timeline import Sample, Timeline, Wish
 from omni.processing.media.upright import upright
 
 SizeFor = Callable[[int, int, int], tuple[int, int]]
-OnFrame = Callable[[int, int], None]
+OnFrames = Callable[[Tensor, int], None]
 SAME = 1e-6
 """Seconds between two computations of one time."""
 
@@ -66,7 +66,7 @@ def read_video(
     end: float | None = None,
     told_fps: float | None = None,
     size_for: SizeFor | None = None,
-    on_frame: OnFrame | None = None,
+    on_frames: OnFrames | None = None,
 ) -> Video:
     """The frames that the family's rule takes from a clip (`frames.sample_indices`), upright, as RGB.
 
@@ -75,7 +75,8 @@ def read_video(
     `omni.protocol.Reading`.
     size_for: (number of frames, height, width) → the (height, width) that each frame is resized to as it
     comes (`VisionSizes.clip_size`): memory holds what is returned and the few frames in hand (`IN_HAND`), however long
-    the clip. on_frame: called with (frames done, frames in all).
+    the clip. on_frames: called each time with all frames of the clip and how many of them are there, the first ones;
+    with others where the file turns out to need reading anew.
 
     The file is read once without decoding, for the times of its frames. Where these can be trusted, only what leads
     from a keyframe to a wanted frame is read, and of that only the wanted and what others are made from is decoded
@@ -88,15 +89,15 @@ def read_video(
     """
     wish = Wish(fps, min_frames, max_frames, nframes, start, end, told_fps=told_fps)
     if isinstance(source, (tuple, list)) or is_array(source):
-        return _given(source, wish, size_for, on_frame)
+        return _given(source, wish, size_for, on_frames)
     with open_animation(source) as animation:
         if animation is not None:
             sample = animation.timeline().sample(wish, animation.name)
-            with _Frames(sample, size_for, on_frame) as frames:
+            with _Frames(sample, size_for, on_frames) as frames:
                 for picture in animation.frames(list(dict.fromkeys(sample.indices))):
                     frames.add(picture)
             return frames.video()
-    return _contained(source, wish, size_for, on_frame)
+    return _contained(source, wish, size_for, on_frames)
 
 
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -110,8 +111,8 @@ BYTES_PER_PIXEL = 12
 class _Frames:
     """The wanted frames as they come, each scaled, beside those that are still decoded, and put where it belongs."""
 
-    def __init__(self, sample: Sample, size_for: SizeFor | None, on_frame: OnFrame | None) -> None:
-        self.sample, self.size_for, self.on_frame = sample, size_for, on_frame
+    def __init__(self, sample: Sample, size_for: SizeFor | None, on_frames: OnFrames | None) -> None:
+        self.sample, self.size_for, self.on_frames = sample, size_for, on_frames
         # A wish for more frames than there are repeats them.
         self.repeats = deque(Counter(sample.indices).values())
         self.frames: Tensor | None = None
@@ -168,8 +169,8 @@ class _Frames:
         repeats, job = self.scaling.popleft()
         job.result()
         self.done += repeats
-        if self.on_frame is not None:
-            self.on_frame(self.done, len(self.sample.indices))
+        if self.on_frames is not None and self.frames is not None:
+            self.on_frames(self.frames, self.done)
 
     def are(self, times: Sequence[float], wanted: Sequence[float]) -> bool:
         """Whether they were taken at `times`, `wanted` being the different ones of theirs."""
@@ -336,7 +337,7 @@ def _end(times: Sequence[float], end: float) -> float:
     return times[-1] + max((times[-1] - times[0]) / max(len(times) - 1, 1), 1e-3)
 
 
-def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame | None) -> Video:
+def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frames: OnFrames | None) -> Video:
     """The frames of a container: sought where its stamps can be trusted, else read through, at most twice."""
     with open_container(source) as (container, name):
         scan = _scan(container, require_pictures(container, name), name)
@@ -346,7 +347,7 @@ def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFr
     while True:
         sample = scan.timeline(times, end).sample(wish, name)
         wanted = [times[index] for index in dict.fromkeys(sample.indices)]
-        with _Frames(sample, size_for, on_frame) as frames, open_container(source) as (container, name):
+        with _Frames(sample, size_for, on_frames) as frames, open_container(source) as (container, name):
             decoder = Decoder(require_pictures(container, name))
             if seek:
                 numbers = scan.numbers(wanted)
@@ -441,7 +442,7 @@ class _Through:
         return found, end if rest else _end(found, self.end)
 
 
-def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame | None) -> Video:
+def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frames: OnFrames | None) -> Video:
     """The frames of an array or a list."""
     if not isinstance(source, tuple) or len(source) != 2:
         kind = "a list of frames" if isinstance(source, list) else "an array of frames"
@@ -465,7 +466,7 @@ def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frame: OnFrame 
         raise MediaError("a clip without a single frame has nothing to sample.")
     timeline = Timeline([number / rate for number in range(total)], total / rate, (rate,))
     sample = timeline.sample(replace(wish, every=isinstance(given, list)), "the clip")
-    with _Frames(sample, size_for, on_frame) as frames:
+    with _Frames(sample, size_for, on_frames) as frames:
         for index in dict.fromkeys(sample.indices):
             frames.add(read_image(pictures[index]))
     return frames.video()

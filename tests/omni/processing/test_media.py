@@ -208,7 +208,7 @@ def test_frames_are_resized_as_they_come(tmp_path: Path) -> None:
 
     told: list[tuple[int, int]] = []
     path = write_clip(tmp_path / "a.mp4", 20, 10, rotation=90)
-    video = read_video(path, size_for=size_for, on_frame=lambda done, count: told.append((done, count)))
+    video = read_video(path, size_for=size_for, on_frames=lambda frames, done: told.append((done, len(frames))))
     assert asked == [(4, 96, 64)]
     assert video.frames.shape == (4, 3, 84, 56) and video.size == (96, 64)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]

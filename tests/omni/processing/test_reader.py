@@ -72,12 +72,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read = getattr(reader, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            found.append(name.removeprefix("read_"))
+            found.append({"listen": "audio"}.get(name, name.removeprefix("read_")))
             return read(*arguments, **options)
 
         return call
 
-    for name in ("read_video", "read_audio", "read_image"):
+    for name in ("read_video", "listen", "read_image"):
         monkeypatch.setattr(reader, name, counted(name))
     return found
 

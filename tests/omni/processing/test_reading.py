@@ -14,6 +14,7 @@ import pytest
 import torch
 from clips import decode_all, write_clip
 from PIL import Image
+from torch import Tensor
 
 from omni.processing.frames import MediaError, sample_indices
 from omni.processing.media import read_video, video
@@ -196,11 +197,11 @@ def test_few_pictures_are_in_hand(
     done: list[tuple[int, int]] = []
     thread = threading.get_ident()
 
-    def on_frame(*counts: int) -> None:
+    def on_frames(frames: Tensor, count: int) -> None:
         assert threading.get_ident() == thread
-        done.append(counts)
+        done.append((count, len(frames)))
 
-    read_video(path, fps=10, size_for=lambda *_: (28, 28), on_frame=on_frame)
+    read_video(path, fps=10, size_for=lambda *_: (28, 28), on_frames=on_frames)
     assert max(slowly) == most
     assert done == [(number, 40) for number in range(1, 41)]
 
