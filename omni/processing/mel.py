@@ -62,7 +62,7 @@ class LogMel:
                 self._transform(BLOCK)
 
     def finish(self, padded_to: int | None = None) -> Tensor:
-        """What `log_mel` returns of all that came, which is more than nothing and at most `padded_to`; the last call."""
+        """What `log_mel` returns of all that came: more than nothing, at most `padded_to`. The last call."""
         half = WINDOW // 2
         # Windows reach past the end of the sound: the loudest bin is sought in all that touch it.
         frames, touching = -(-self.samples // HOP), (self.samples + half - 1) // HOP + 1

@@ -26,10 +26,11 @@ from omni.processing.media import identity as identities
 from omni.processing.parts import read_parts
 from omni.processing.processor import Processor
 from omni.processing.reader import Reader
+from omni.protocol import OURS
 from omni.reuse import REUSE_BYTES
 
 RATE = 16_000
-OPTIONS = {"fps": 2.0, "max_frames": 768, "use_audio_in_video": True}
+OPTIONS = {"fps": 2.0, "max_frames": 768, "use_audio_in_video": True, "reading": OURS}
 SIZES = VisionSizes(video_min_pixels=28**2, image_min_pixels=28**2)
 
 
