@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import omni
 from omni.model import Omni
+from omni.processing import chat, sandbox
 from omni.processing.prompt import clip_block
 from omni.runtime import compiled, graphs
 from omni.runtime.compiled import Compiled
@@ -97,6 +98,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     transformers = pytest.importorskip("transformers")
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
+    made: dict[str, tuple[Any, Path]] = {}
+
     def make(
         family: str = "qwen2_5",
         *,
@@ -107,6 +110,23 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         sound: dict[str, Any] | None = None,
         adjust: Callable[[Any], None] | None = None,
     ) -> Pair:
+        """The reference is made once for the same arguments, the model loaded anew."""
+        key = repr((family, seed, dtype, text, vision, sound, adjust))
+        if adjust is not None or key not in made:
+            made[key] = reference(family, seed, dtype, text, vision, sound, adjust)
+        whole, folder = made[key]
+        # What it answered before plays no part: tests of that (`test_prefix`) make models that keep something.
+        return Pair(whole.thinker, omni.load(folder, device="cpu", dtype=dtype, reuse=0))
+
+    def reference(
+        family: str,
+        seed: int,
+        dtype: torch.dtype,
+        text: dict[str, Any] | None,
+        vision: dict[str, Any] | None,
+        sound: dict[str, Any] | None,
+        adjust: Callable[[Any], None] | None,
+    ) -> tuple[Any, Path]:
         torch.manual_seed(seed)
         tied = (text or {}).get("tie_word_embeddings", False)
         later = family == "qwen3"
@@ -142,8 +162,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         whole = whole.to(dtype)
         folder = tmp_path_factory.mktemp("checkpoint")
         whole.save_pretrained(folder)
-        # What it answered before plays no part: tests of that (`test_prefix`) make models that keep something.
-        return Pair(whole.thinker, omni.load(folder, device="cpu", dtype=dtype, reuse=0))
+        return whole, folder
 
     return make
 
@@ -227,6 +246,20 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     python("scripts/make_clip.py", path, "--seconds", "4", check=True)
     return path
+
+
+@pytest.fixture(autouse=True)
+def templates_are_rendered_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each takes longer than most tests; what it is for is test_chat's, and of tests with processes."""
+    if request.path.name != "test_chat.py":
+        monkeypatch.setattr(chat, "render", rendered)
+
+
+def rendered(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    try:
+        return sandbox.render(template, list(messages), add_generation_prompt)
+    except Exception as error:
+        raise chat.ChatTemplateError(f"the chat template failed: {str(error).rstrip('.')}.") from error
 
 
 class Replayed:

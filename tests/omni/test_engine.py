@@ -6,7 +6,8 @@ import copy
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import omni
 from omni import layers, moe, stages
 from omni.layers import directly
 from omni.model import Omni
+from omni.runtime.graphs import renewed
 from seats.methods import METHODS
 
 MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
@@ -34,7 +36,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Omni]:
     """A compiled model whose parts are traced whole but not turned into machine code, which takes long
     (`pytest -m slow` does it)."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
     def compiled(model: Omni, **options: Any) -> Omni:
@@ -43,15 +44,27 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Omni]:
     return compiled
 
 
+@pytest.fixture(scope="module")
+def made(pair: Pair) -> Omni:
+    """A compiled model that keeps what one test traced for the next."""
+    return Omni(pair.model.thinker, pair.model.folder, compile=True, reuse=0)
+
+
 def same_prefill(one: omni.Prefill, other: omni.Prefill, tolerance: float = 1e-4) -> None:
     assert [kept.tolist() for kept in one.kept] == [kept.tolist() for kept in other.kept]
     torch.testing.assert_close(one.logits, other.logits, atol=tolerance, rtol=tolerance)
 
 
+@cache
+def compiled(folder: Path) -> Omni:
+    return Omni(load(folder).thinker, folder, compile=True, reuse=0)
+
+
 @golden
-@pytest.mark.parametrize("path", [path for path in CASES if path.stem == "case_001"], ids=lambda path: path.parent.name)
-def test_recorded_case_through_the_compiled_model(path, traced) -> None:
-    model = traced(load(path.parent))
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recorded_cases_through_the_compiled_model(path: Path) -> None:
+    model = compiled(path.parent)
     inputs, expected = read_request(path)
     seats = config_of(path)
     prefill = model.prefill(inputs, seats=seats)
@@ -90,15 +103,16 @@ def random_parts(draw: random.Random) -> list[tuple]:
     ]
 
 
-def test_random_requests_over_the_ladder(pair: Pair, traced) -> None:
+@pytest.mark.usefixtures("traced")
+def test_random_requests_over_the_ladder(pair: Pair, made: Omni) -> None:
     """Compiled and eager keep the same tokens; machine code is made once for clips of all lengths, without a break."""
-    model, draw = traced(pair.model), random.Random(0)
-    made = []
+    draw, graphs = random.Random(0), []
     for seed in range(8):
         inputs = make_request(pair, random_parts(draw), seed=seed)
-        same_prefill(model.prefill(inputs, seats=SETTINGS), pair.model.prefill(inputs, seats=SETTINGS))
-        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert made[-1] == made[3], "a later plan needs no other code"
+        same_prefill(made.prefill(inputs, seats=SETTINGS), pair.model.prefill(inputs, seats=SETTINGS))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[3], "a later plan needs no other code"
+    assert made.engine.compiled.parts.code
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -115,20 +129,25 @@ def test_a_hundred_random_requests_over_twenty_plans(pair: Pair, traced) -> None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 
-@pytest.mark.parametrize("pair", ["qwen3"], indirect=True)  # methods know no model
+@pytest.fixture(scope="module")
+def shallow(make_pair) -> Pair:
+    """Methods know no model: of the family that has more of them, as few layers as FastV needs."""
+    return make_pair("qwen3", text={"num_hidden_layers": 3, "mlp_only_layers": [0, 1, 2]})
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_one_graph(pair: Pair, traced, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_is_one_graph(shallow: Pair, traced, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole prefill traced at once, in a plan larger than needed, and in a batch: the same tokens kept as eagerly and
     alone; no break."""
-    model = traced(pair.model)
-    whole = torch.compile(stages.prefill, fullgraph=True, dynamic=False)
+    model = traced(shallow.model)
+    whole = torch.compile(renewed(stages.prefill), fullgraph=True, dynamic=False)
     side = captures_without_a_gpu(model, monkeypatch)
     monkeypatch.setattr(side, "prefill", partial(whole, model.thinker))
     monkeypatch.setattr(side, "call", directly)
-    method = METHODS[name](video_ratio=0.5, audio_ratio=0.6)
-    batch = [make_request(pair, REQUESTS["several media"], seed=seed) for seed in (0, 1)]
-    for one, together in zip(batch, pair.model.prefill(batch, seats=method), strict=True):
-        alone = pair.model.prefill(one, seats=method)
+    method = METHODS[name](video_ratio=0.7, audio_ratio=0.8)
+    batch = [make_request(shallow, REQUESTS["several media"], seed=seed) for seed in (0, 1)]
+    for one, together in zip(batch, shallow.model.prefill(batch, seats=method), strict=True):
+        alone = shallow.model.prefill(one, seats=method)
         same_prefill(alone, together)
         same_prefill(alone, model.prefill(one, seats=method))
         assert alone.segments[-1] < one.input_ids.shape[1]
@@ -144,16 +163,22 @@ def test_every_method_as_machine_code(pair: Pair, name: str) -> None:
     same_prefill(compiled.prefill(inputs, seats=method), pair.model.prefill(inputs, seats=method))
 
 
-def test_full_prefill_and_decoding_are_compiled_too(pair: Pair, traced) -> None:
-    model = traced(pair.model)
+@pytest.mark.usefixtures("traced")
+def test_full_prefill_and_decoding_are_compiled_too(pair: Pair, made: Omni) -> None:
     inputs = make_request(pair, REQUESTS["several media"])
-    same_prefill(model.prefill(inputs), pair.model.prefill(inputs))
+    same_prefill(made.prefill(inputs), pair.model.prefill(inputs))
     for options in ({}, {"temperature": 0.8, "seed": 3}):
         eager = pair.model.generate(inputs, max_new_tokens=9, stop_token_ids=[], **options)
-        assert model.generate(inputs, max_new_tokens=9, stop_token_ids=[], **options).tokens == eager.tokens
-    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    model.generate(make_request(pair, REQUESTS["several media"], seed=1), max_new_tokens=140, stop_token_ids=[])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made, "a larger cache needs no other code"
+        assert made.generate(inputs, max_new_tokens=9, stop_token_ids=[], **options).tokens == eager.tokens
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs, "steps are traced"
+    longer = made._tokens(
+        [make_request(pair, REQUESTS["several media"], seed=1)], max_new_tokens=140, stop_token_ids=[]
+    )
+    for _ in range(3):
+        next(longer)
+    longer.close()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "a larger cache needs no other code"
 
 
 @pytest.mark.parametrize("options", [MIXED, {**MIXED, "kv": "pruned"}, {**MIXED, "seats": None}])
@@ -224,9 +249,10 @@ def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(made), "warm for clips of any length"
 
 
-def test_a_plan_is_captured_once(pair: Pair, traced, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("traced")
+def test_a_plan_is_captured_once(pair: Pair, made: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with a stand-in for CUDA graphs: whatever the clips of a plan show, they share its graph."""
-    model, draw = traced(pair.model), random.Random(0)
+    model, draw = made, random.Random(0)
     compiled = captures_without_a_gpu(model, monkeypatch)
     sizes = [random_parts(draw) for _ in range(3)]
     plans = set()
