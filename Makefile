@@ -33,7 +33,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 test: check
-	@echo "Tests take about 8 minutes on 2 cores."
+	@echo "Tests take about 10 minutes on 2 cores."
 	$(BIN)/python -m pytest
 
 # CHECKPOINT=folder-or-hub-id asks another model than the shipped one about the shipped clip, QUESTION=... something else.
