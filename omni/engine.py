@@ -20,7 +20,7 @@ from omni.config import OmniConfig
 from omni.context import check_context
 from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
-from omni.layers import directly
+from omni.layers import Call, directly
 from omni.prefix import Asked, Beginning, Known, begun, find, gathered
 from omni.processing.positions import Layout, layout
 from omni.request import Prompt, Request, assign_slots, join, read_prompt, whole_prompt, with_media
@@ -105,6 +105,16 @@ class Engine:
     @property
     def reuses(self) -> bool:
         return self.kept.limit > 0
+
+    @property
+    def call(self) -> Call:
+        """Runs what sees tensors of static shape."""
+        return directly if self.compiled is None else self.compiled.call
+
+    def encoded(self, digest: bytes, needs: Needs | None) -> Encoded | None:
+        """What is kept of a medium for a method with these needs."""
+        found = self.kept.get(digest)
+        return found if found is not None and needs in (None, found.needs) else None
 
     def attempt(self, work: Callable[[], R], again: Callable[[], R] | None = None) -> R:
         """`work` while `running`. Where memory was too little, once more, or `again`, without what was kept."""
@@ -364,16 +374,14 @@ class Engine:
         self, asked: Asked, prompt: Prompt, needs: Needs | None
     ) -> Iterator[tuple[str, tuple[Tensor, Signals | None]]]:
         """Of each medium in a prompt its kind and what its encoder makes of it, or made of it before."""
-        call = directly if self.compiled is None else self.compiled.call
         for number, medium in enumerate(asked.media):
             if asked.spans[number][0] < prompt.start:
                 continue
-            key = asked.digests[number] if self.reuses else None
-            found = self.kept.get(key) if self.reuses else None
-            if found is None or needs not in (None, found.needs):
-                found = Encoded(needs, *self.thinker.encode_medium(medium, needs, call=call))
+            found = self.encoded(asked.digests[number], needs) if self.reuses else None
+            if found is None:
+                found = Encoded(needs, *self.thinker.encode_medium(medium, needs, call=self.call))
                 if self.reuses:
-                    self.kept.put(key, found, found.nbytes)
+                    self.kept.put(asked.digests[number], found, found.nbytes)
             yield medium.kind, (found.tokens, None if needs is None else found.signals)
 
     def _staged(self, plan: StagePlan, *tensors: Any, pruned: bool, keep: bool) -> Staged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import index
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import weights
 from omni import one_row
+from omni.ahead import Ahead, is_worthwhile
 from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
@@ -182,22 +183,29 @@ class Omni:
         total_pixels: int | None = None,
         urls: bool = False,
         on_frame: Callable[[int, int], None] | None = None,
+        encode: bool = False,
+        seats: Selection | None = None,
     ) -> Inputs:
         """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
 
-        What the options mean and what is raised: `omni.processing.processor.Processor.prepare`.
+        encode: whether clips are encoded while they are read, for an answer with these `seats` (`prefill`), which then
+        finds them encoded (`omni.ahead`). Not on a CPU, whose cores read, nor where `load`'s reuse is 0. What the other
+        options mean and what is raised: `omni.processing.processor.Processor.prepare`.
         """
-        return self.processor.prepare(
-            messages,
-            use_audio_in_video=use_audio_in_video,
-            fps=fps,
-            max_frames=max_frames,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            total_pixels=total_pixels,
-            urls=urls,
-            on_frame=on_frame,
-        )
+        method = self._method(seats)
+        with Ahead(self.engine, method) if encode and is_worthwhile(self.engine) else nullcontext() as ahead:
+            return self.processor.prepare(
+                messages,
+                use_audio_in_video=use_audio_in_video,
+                fps=fps,
+                max_frames=max_frames,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                total_pixels=total_pixels,
+                urls=urls,
+                on_frame=on_frame,
+                on_pixels=None if ahead is None else ahead.tell,
+            )
 
     @overload
     def prefill(self, inputs: Inputs, seats: Selection | None = None, kv: str = "layerwise") -> Prefill: ...

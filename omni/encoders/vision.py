@@ -77,12 +77,13 @@ class VisionEncoder(nn.Module):
         Returns (levels, ΣT·H·W / merge², out_hidden_size) in the encoder's dtype, on its device; and what a method
         `needs` of these tokens.
         """
-        tokens, signals = zip(*self._encode(patches, grid_thw.tolist(), needs, call), strict=True)
+        tokens, signals = zip(*self.walk(patches, grid_thw.tolist(), needs, call), strict=True)
         return torch.cat(tokens, dim=1), joined(signals)
 
-    def _encode(
+    def walk(
         self, patches: Tensor | Pixels, grids_thw: list[list[int]], needs: Needs | None, call: Call
     ) -> Iterator[tuple[Tensor, Signals | None]]:
+        """`forward`, batch by batch (`grid_batches` of each picture or clip): looks at the frames of one at a time."""
         device = self.patch_embedding.device
         if isinstance(patches, Pixels):
             mean, std = patches.normalisation(device)
