@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from omni.model import Generation, Omni, load
     from omni.show import Page, explain, show
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Generation", "Inputs", "Omni", "Page", "Prefill", "__version__", "explain", "load", "show"]
 

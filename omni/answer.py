@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from omni.arguments import CLIP, QUESTION, TINY, settings_parser
 from omni.config import DTYPES, ConfigError, OmniConfig
 from omni.engine import Prefill
-from omni.generate import CLIP, QUESTION, TINY, settings_parser
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, Omni, load
 from omni.processing.chat import ChatTemplateError

@@ -33,8 +33,8 @@ from torch import Tensor
 import omni
 import weights
 from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
+from omni.arguments import model_parser, settings_parser
 from omni.config import DTYPES, OmniConfig, read_config
-from omni.generate import model_parser, settings_parser
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.frames import Pixels, VisionSizes

@@ -42,8 +42,8 @@ from omni.answer import (
     sampling_of,
     warn_of_cut_thought,
 )
+from omni.arguments import OUT_OF_MEMORY, ratio
 from omni.engine import Prefill
-from omni.generate import OUT_OF_MEMORY, ratio
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, Omni
 from omni.processing.frames import vision_sizes

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import omni.generate
+import omni.arguments
 import seats
 from seats.methods import METHODS, names
 from seats.methods.random import Random
@@ -35,7 +35,7 @@ def test_the_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setitem(sys.modules, "example", type(sys)("example"))  # where a dataclass looks for its names
     exec(compile(example, "docs/methods.md", "exec"), found)
     assert "Generation(" in capsys.readouterr().out
-    assert "longest" in names() and "longest" in omni.generate.methods()
+    assert "longest" in names() and "longest" in omni.arguments.methods()
     method = seats.method_for("longest", found["model"].config, 0.35)
     prefill = found["model"].prefill(found["inputs"], seats=method)
     video, audio = (prefill.tokens[kind] for kind in ("video", "audio"))
@@ -48,7 +48,7 @@ def test_the_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str], monke
 
 def test_a_registered_method_is_asked_for_by_name() -> None:
     seats.register("mine", Random)
-    options = omni.generate.settings_parser().parse_args(["--method", "mine"])
+    options = omni.arguments.settings_parser().parse_args(["--method", "mine"])
     assert options.method == "mine" and seats.METHODS["mine"] is Random
     seats.METHODS["plain"] = Random
 

@@ -15,7 +15,8 @@ import pytest
 from conftest import ENVIRONMENT
 
 import omni
-from omni.generate import CLIP, main, split_words
+from omni.arguments import CLIP
+from omni.generate import main, split_words
 from seats import preset_for
 
 SMALL = {"fps": 1, "max_frames": 4}

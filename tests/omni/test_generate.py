@@ -23,6 +23,7 @@ from conftest import ENVIRONMENT
 from PIL import Image
 
 import omni
+import omni.arguments
 import omni.generate
 from omni import answer
 from omni.config import DTYPES
@@ -276,14 +277,14 @@ for name in seats.methods.NAMES:
 found = {"torch._dynamo", "torch._inductor", "triton", "sympy"} & sys.modules.keys()
 assert not found, found
 """
-    subprocess.run([sys.executable, "-c", code, omni.generate.CLIP], check=True, env=ENVIRONMENT)
+    subprocess.run([sys.executable, "-c", code, omni.arguments.CLIP], check=True, env=ENVIRONMENT)
 
 
 def test_the_parser_lists_what_there_is() -> None:
     """It cannot ask: that would import PyTorch."""
-    assert omni.generate.METHODS == NAMES
-    assert omni.generate.KV == KV
-    assert tuple(DTYPES) == omni.generate.DTYPES
+    assert omni.arguments.METHODS == NAMES
+    assert omni.arguments.KV == KV
+    assert tuple(DTYPES) == omni.arguments.DTYPES
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_every_method_says_what_it_kept(clip: Path, capsys: pytest.CaptureFixtur
         assert "times fewer multiply-accumulates" in err and "\nkept: " in err
         assert "(media " in err and "%|" not in err
         assert err.startswith("omni-generate: tiny knows its own small world alone")
-    assert main(["--model", "tiny", "--device", "cpu", str(omni.generate.CLIP), "Which sound came first?"]) == 0
+    assert main(["--model", "tiny", "--device", "cpu", str(omni.arguments.CLIP), "Which sound came first?"]) == 0
     out, err = capsys.readouterr()
     assert out == "a falling sweep\n"
     assert err.startswith("kept: ")

@@ -17,9 +17,9 @@ from conftest import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
 from safetensors.torch import save_file
 
 import omni
+from omni.arguments import settings_parser
 from omni.config import read_config
 from omni.engine import KV
-from omni.generate import settings_parser
 from omni.inputs import InputError
 from omni.processing.processor import Processor
 from omni.processing.tokenizer import TokenizerError

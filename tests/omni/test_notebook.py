@@ -16,7 +16,7 @@ pytest.importorskip("ipykernel", reason="no kernel for Jupyter here: pip install
 
 CELLS = [
     """import omni
-from omni.generate import CLIP, QUESTION
+from omni.arguments import CLIP, QUESTION
 model = omni.load("tiny", device="cpu")
 content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
 inputs = model.prepare([{"role": "user", "content": content}])

@@ -11,7 +11,8 @@ from conftest import as_batch
 
 import omni
 import weights
-from omni.generate import CLIP, QUESTION, main
+from omni.arguments import CLIP, QUESTION
+from omni.generate import main
 from seats import preset_for
 
 ROOT = Path(__file__).parents[2]

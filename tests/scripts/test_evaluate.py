@@ -9,7 +9,7 @@ import torch
 
 import omni
 import seats
-from omni.generate import CLIP, QUESTION
+from omni.arguments import CLIP, QUESTION
 from seats.method import Step
 from seats.selection import AUDIO, TEXT, VIDEO, select
 

@@ -1,0 +1,84 @@
+"""Which room imports which: one way, without circles, and nothing heavy where none is asked for."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("omni", "seats", "weights")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """What a module imports anywhere: inside functions and for the type checker alone, too."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in modules() else node.module)
+    return frozenset(found)
+
+
+def own(name: str) -> set[str]:
+    """Without a package's own front: `import omni` imports what it lists when that is asked for."""
+    return {each for each in imports(name) if each in modules() and each not in (name, *PACKAGES)}
+
+
+def test_nothing_imports_in_circles() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " imports ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in sorted(own(name)):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in modules():
+        visit(name, ())
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("seats", {"seats", "torch", "einops", "triton"}),  # triton: kernels, on a GPU
+        ("weights", {"weights", "torch", "safetensors", "huggingface_hub", "tqdm", "einops"}),
+    ],
+)
+def test_rooms_know_what_they_may(room: str, allowed: set[str]) -> None:
+    for name in modules():
+        if name.split(".")[0] == room:
+            tops = {each.split(".")[0] for each in imports(name)} - set(sys.stdlib_module_names)
+            assert tops <= allowed, name
+
+
+def test_nothing_imports_scripts_or_tests() -> None:
+    for name in modules():
+        assert not {each.split(".")[0] for each in imports(name)} & {"scripts", "tests", "conftest"}, name
+
+
+def test_processing_knows_no_model() -> None:
+    """Files become tensors without encoders, decoder or engine."""
+    for name in modules():
+        if name.startswith("omni.processing"):
+            rooms = {each for each in own(name) if each.startswith("omni.")}
+            others = {each for each in rooms if not each.startswith("omni.processing")}
+            assert others <= {"omni.config", "omni.inputs", "omni.protocol", "omni.reuse"}, name
