@@ -1,4 +1,4 @@
-"""The part of benchmarks/README.md about accuracy, and its figures, from the results of `evaluate.py` and
+"""benchmarks/pages/accuracy.md, and its figures, from the results of `evaluate.py` and
 `analyze_layers.py`."""
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from typing import Any
 
 from seats.methods import NAMES
 
-HEAD = """
-# Accuracy
+HEAD = """# Accuracy
 
-Rendered from `accuracy/`; do not edit. Accuracy with its 95 % interval, from clips drawn anew. Repeat with
+Rendered from `../accuracy/`; do not edit. Accuracy with its 95 % interval, from clips drawn anew. Repeat with
 
 ```sh
 .venv/bin/python scripts/tiny/world.py .world/test --split test --count 160
@@ -23,7 +22,7 @@ Rendered from `accuracy/`; do not edit. Accuracy with its 95 % interval, from cl
 """
 
 
-def accuracy_part(folder: Path) -> str:
+def accuracy_page(folder: Path) -> str:
     """Of every model evaluated; empty where there is none."""
     found = [json.loads(path.read_text()) for path in sorted((folder / "accuracy").glob("*.json"))]
     evaluated = [each for each in found if "rows" in each]
@@ -43,7 +42,7 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
         f"{result['questions']} questions about {result['clips']} clips; {result['machine']}, "
         f"torch {result['versions']['torch']}. Of four answers, 25 % is chance.",
         "",
-        f"![Accuracy against prefill time](figures/{name}-accuracy.svg)",
+        f"![Accuracy against prefill time](../figures/{name}-accuracy.svg)",
         "",
         "R is the retention asked for, of which video and sound keep their shares on average over all layers; every "
         "method gets the same two. A layer's cache keeps what that layer saw, and where a row says pruned, what the "
@@ -88,7 +87,7 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
     if layers is not None:
         lines += [
             "",
-            f"![Accuracy by the layer after which media are removed](figures/{name}-layers.svg)",
+            f"![Accuracy by the layer after which media are removed](../figures/{name}-layers.svg)",
             "",
             f"Video, sound or both removed after layer n, {layers['questions']} validation questions about "
             f"{layers['clips']} clips. Layers up to {layers['shallow']} are shallow, those from {layers['late']} on",

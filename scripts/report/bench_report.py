@@ -1,89 +1,76 @@
-"""benchmarks/README.md from the result files of `bench.py`: ratios first, then seconds, then where the time goes."""
+"""benchmarks/ from the result files of `bench.py`: targets of all machines first, then a page to each model on each
+machine, with ratios, seconds, and where the time goes."""
 
 from __future__ import annotations
 
 import json
-import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accuracy_report import accuracy_part
+from accuracy_report import accuracy_page
+from readme_report import slug, write_figures
 
 HEAD = """# Benchmarks
 
-Rendered by `scripts/bench/bench.py` from `results/`; do not edit. All sides of a row run in turns on one machine, in
-one process, with the same random weights in the same memory. A ratio is the median of those of the rounds, with the
-lowest and the highest; seconds are medians. `matrix rate` is a product of two large matrices of the same type, `copy
-rate` a large copy, bytes read and written: both run in turn with the row. Each row is of the newest run that measured
-it; under `Measured` is which commit that was (`+` and a digest: with changes beyond it).
+Rendered by `python scripts/bench/bench.py --render` from `results/` and `accuracy/`; do not edit.
+[docs/benchmarks.md](../docs/benchmarks.md) says what is measured and how to repeat it.
 
-Repeat with
+## Targets
 
-```sh
-.venv/bin/python scripts/bench/bench.py               # what was measured at this commit already is not measured again
-.venv/bin/python scripts/bench/bench.py --families qwen3 --dtypes bfloat16 --rows prefill --again
-.venv/bin/python scripts/bench/bench.py --minutes 5   # what is least known first, and stops in time
-```
 """
+PAGE_HEAD = """
+All sides of a row run in turns on one machine, in one process, with the same random weights in the same memory. A
+ratio is the median of those of the rounds, with the lowest and the highest; seconds are medians. `matrix rate` is a
+product of two large matrices of the same type, `copy rate` a large copy, bytes read and written: both run in turn
+with the row. Each row is of the newest run that measured it; under `Measured` is which commit that was (`+` and a
+digest: with changes beyond it).
+"""
+PAPER = "the paper's prompt"
 
 
 def write_readme(folder: Path) -> None:
-    """folder/README.md from all result files in it."""
+    """README.md and pages/ in a folder of results, and what the project's own README.md says of them."""
     results = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
-    (folder / "README.md").write_text(render(results) + accuracy_part(folder), encoding="utf-8")
-    page = folder.parent / "README.md"
-    if page.is_file() and BEGIN in (text := page.read_text(encoding="utf-8")):
-        before, _, rest = text.partition(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n{headline(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    pages = render(results, accuracy_page(folder))
+    (folder / "pages").mkdir(exist_ok=True)
+    for path in (folder / "pages").glob("*.md"):
+        if f"pages/{path.name}" not in pages:
+            path.unlink()
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if (folder.parent / "README.md").is_file():
+        write_figures(folder.parent, results)
 
 
-BEGIN, END = "<!-- scripts/bench/bench.py writes from here -->", "<!-- to here -->"
-RELEASED = {"qwen2.5 full bfloat16": "Qwen2.5-Omni-7B", "qwen3 full bfloat16": "Qwen3-Omni-30B-A3B"}
-PAPER = "the paper's prompt"
-PAPER_TIMES = 4.8
-"""How many times as fast the paper's prefill is at 10 %, of Qwen2.5-Omni-7B."""
-
-
-def headline(results: list[dict[str, Any]]) -> str:
-    """What README.md says of the released sizes: of each model what one commit measured on one GPU."""
-    sentences = []
-    for section, model in RELEASED.items():
-        found = [
-            (row["run"]["measured"], result["machine"], name, row, result["sections"][section]["rows"])
-            for result in results
-            for name, row in result["sections"].get(section, {"rows": {}})["rows"].items()
-            if name in (f"prefill of {PAPER} at 10%", "prefill of 64 s at 10%")
-        ]
-        if not found:
-            continue
-        _, machine, name, few, rows = max(found, key=lambda each: (each[0], each[2]))
-        clip = name.removeprefix("prefill of ").removesuffix(" at 10%")
-        run = few["run"]
-        texts = [
-            f"{model} on one {machine} (random weights, bfloat16, torch {run['versions']['torch']}, commit "
-            f"{run['commit']}), {clip if clip == PAPER else f'a clip of {clip}'}: the prefill at 10 % takes "
-            f"{1e3 * few['seconds']['compiled']:.0f} ms, {few['times_as_fast']['every token']['median']:.1f} times as "
-            "fast as with every token" + (f", where the paper reports {PAPER_TIMES}" if clip == PAPER else "")
-        ]
-        every = rows.get(f"prefill of {clip} at 100%")
-        if every and every["run"]["commit"] == run["commit"]:
-            texts.append(
-                f"with every token it takes {1e3 * every['seconds']['compiled']:.0f} ms, "
-                f"{every['of_matrix_rate']['median']:.0%} of the rate of a large matrix product"
-                + beside_transformers(every)
-            )
-        sentences.append("; ".join(texts) + ".")
-    return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
-
-
-def beside_transformers(row: dict[str, Any]) -> str:
-    theirs = row["times_as_fast"].get("transformers")
-    return f" and {theirs['median']:.2f} times as fast as transformers" if theirs else ""
-
-
-def render(results: list[dict[str, Any]]) -> str:
+def render(results: list[dict[str, Any]], accuracy: str = "") -> dict[str, str]:
+    """What is in each file, by its name under benchmarks/."""
     newest = sorted(results, key=lambda result: (result["device"] == "cuda", newest_run(result)), reverse=True)
-    return "".join([HEAD, *map(machine_part, newest)])
+    pages, targets, links = {}, [], []
+    for result in newest:
+        found = []
+        for name, section in result["sections"].items():
+            path = f"pages/{slug(result['machine'])}-{slug(name)}.md"
+            pages[path] = page(result, name, section)
+            for number, cells in enumerate(targets_met(section)):
+                targets.append(("" if number else f"{result['machine']}, [{name}]({path})", *cells))
+            found.append(f"[{name}]({path}), {len(section['rows'])} rows")
+        links.append(f"- {result['machine']}: {'; '.join(found)}")
+    heads = ("machine, model", "what", "met", "furthest from its target", "measured", "target", "missed by")
+    lines = [*table(heads, targets), "", "## Pages", "", *links]
+    if accuracy:
+        pages["pages/accuracy.md"] = accuracy
+        lines.append("- What token selection costs in accuracy: [accuracy](pages/accuracy.md)")
+    return {"README.md": HEAD + "\n".join(lines) + "\n", **pages}
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of Markdown, none for no rows; columns without a word in any row are left out."""
+    columns = [column for column in zip(heads, *rows, strict=True) if any(column[1:])]
+    if not columns:
+        return []
+    lines = [f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True)]
+    return [lines[0], "| --- " * len(columns) + "|", *lines[1:]]
 
 
 def newest_run(result: dict[str, Any]) -> str:
@@ -101,23 +88,27 @@ def other_tokens(found: dict[str, Any]) -> str:
     )
 
 
-def machine_part(result: dict[str, Any]) -> str:
-    lines = ["", f"## {result['machine']}", "", *result.get("notes", []), *checked_lines(result.get("checked"))]
-    lines += ["", "### Targets", "", *targets_table(result["sections"])]
-    for name, section in result["sections"].items():
-        lines += ["", f"### {name}", ""]
-        listed = section.get("all_rows", [])
-        if rows := dict(sorted(section["rows"].items(), key=lambda row: (*listed, row[0]).index(row[0]))):
-            for table in (ratio_table, prefill_table, seconds_table, profile_table):
-                lines += [*table(rows), ""]
-            for other in (agreement_table, throughput_table, plan_lines, start_lines, not_run_lines):
-                if found := other(rows):
-                    lines += [*found, ""]
-            lines += ["Measured:", "", *run_lines(rows)]
-        for row, failure in section.get("failed", {}).items():
-            lines += ["", f"{row} failed at {failure['run']['commit']}: {failure['error']}"]
-        if missing := [row for row in section.get("all_rows", ()) if row not in rows]:
-            lines += ["", f"Not measured: {'; '.join(missing)}."]
+def page(result: dict[str, Any], name: str, section: dict[str, Any]) -> str:
+    """One model on one machine."""
+    notes = [*result.get("notes", []), *checked_lines(result.get("checked"))]
+    lines = [f"# {name} on {result['machine']}", PAGE_HEAD, *notes]
+    listed = section.get("all_rows", [])
+    rows = dict(sorted(section["rows"].items(), key=lambda row: (*listed, row[0]).index(row[0])))
+    parts = {
+        "Targets": (targets_table,),
+        "Ratios": (ratio_table, prefill_table, cache_table, agreement_table, throughput_table),
+        "Seconds": (seconds_table, plan_lines, start_lines, not_run_lines),
+        "Where the time goes": (profile_table,),
+        "Measured": (run_lines,),
+    }
+    for title, tables in parts.items():
+        found = [line for each in tables if (part := each(rows)) for line in ("", *part)]
+        if found:
+            lines += ["", f"## {title}", *found]
+    for row, failure in section.get("failed", {}).items():
+        lines += ["", f"{row} failed at {failure['run']['commit']}: {failure['error']}"]
+    if missing := [row for row in listed if row not in rows]:
+        lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -155,24 +146,38 @@ def run_lines(rows: dict[str, Any]) -> list[str]:
     return [f"- {what}: {'; '.join(names)}" for what, names in sorted(runs.items(), reverse=True)]
 
 
-def targets_table(sections: dict[str, Any]) -> list[str]:
-    lines = ["| | row | what | measured | target | |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, section in sections.items():
-        for row_name, row in section["rows"].items():
-            for target in row.get("targets", []):
-                cells = (name, row_name, target["what"], *judged(target))
-                lines.append(f"| {' | '.join(cells)} |")
+def targets_met(section: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of each kind of target: how many rows meet it, and the one that is furthest from it."""
+    kinds: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
+    for name, row in section["rows"].items():
+        for target in row.get("targets", []):
+            kinds.setdefault(target["what"], []).append((missed(target), name, target))
+    lines = []
+    for what, found in kinds.items():
+        worst, name, target = max(found, key=lambda each: each[0])
+        met = sum(each <= 0 for each, _, _ in found)
+        measured, wanted, _ = judged(target)
+        lines.append((what, f"{met} of {len(found)}", name, measured, wanted, f"{worst:.0%}" if worst > 0 else ""))
     return lines
+
+
+def targets_table(rows: dict[str, Any]) -> list[str]:
+    found = [(name, each["what"], *judged(each)) for name, row in rows.items() for each in row.get("targets", [])]
+    return table(("row", "what", "measured", "target", ""), found)
+
+
+def missed(target: dict[str, Any]) -> float:
+    """By which share; 0 or less where it is met."""
+    if "at_least" in target:
+        return 1 - target["measured"] / target["at_least"]
+    return target["measured"] / target["at_most"] - 1
 
 
 def judged(target: dict[str, Any]) -> tuple[str, str, str]:
     """What was measured, the target, and the verdict."""
     measured = target["measured"]
-    if "at_least" in target:
-        wanted, missed = f"{target['at_least']:.2f}", 1 - measured / target["at_least"]
-    else:
-        wanted, missed = f"at most {target['at_most']:.3g}", measured / target["at_most"] - 1
-    verdict = "met" if missed <= 0 else f"missed by {missed:.0%}"
+    wanted = f"{target['at_least']:.2f}" if "at_least" in target else f"at most {target['at_most']:.3g}"
+    verdict = "met" if missed(target) <= 0 else f"missed by {missed(target):.0%}"
     return f"{measured:.2f}" if measured >= 0.01 else f"{measured:.1e}", wanted, verdict
 
 
@@ -193,57 +198,55 @@ SIDES = (
 
 def ratio_table(rows: dict[str, Any]) -> list[str]:
     """How many times as fast."""
-    sides = [side for side in SIDES if any(side in row.get("times_as_fast", {}) for row in rows.values())]
-    lines = [f"| times as fast as | {' | '.join(sides)} | rounds |", "| --- " * (len(sides) + 2) + "|"]
-    for name, row in rows.items():
-        if faster := row.get("times_as_fast"):
-            cells = [ratio(faster.get(side)) for side in sides]
-            lines.append(f"| {name} | {' | '.join(cells)} | {row['rounds']} |")
-    return lines
+    found = [
+        (name, *(ratio(faster.get(side)) for side in SIDES), str(row["rounds"]))
+        for name, row in rows.items()
+        if (faster := row.get("times_as_fast"))
+    ]
+    return table(("times as fast as", *SIDES, "rounds"), found)
 
 
 def prefill_table(rows: dict[str, Any]) -> list[str]:
-    lines = [
-        "| | tokens by segment | multiply-accumulates done, times fewer | by the paper's count | the paper's own "
-        "| GFLOP/s | of the matrix rate | selection | peak memory, GB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    heads = (
+        *("", "tokens by segment", "multiply-accumulates done, times fewer", "by the paper's count"),
+        *("the paper's own", "GFLOP/s", "of the matrix rate", "selection", "peak memory, GB"),
+    )
+    found = [
+        (
+            *(name, " > ".join(map(str, row["segments"])), f"{row['work_ratio']:.2f}", f"{row['macs_ratio']:.2f}"),
+            *(papers(row), f"{row['gflops']:.0f}", ratio(row["of_matrix_rate"])),
+            f"{row['selection_share']:.1%}" if "selection_share" in row else "",
+            f"{row['peak_gb']:.1f}" if "peak_gb" in row else "",
+        )
+        for name, row in rows.items()
+        if "segments" in row
     ]
-    for name, row in rows.items():
-        if "segments" in row:
-            share = f"{row['selection_share']:.1%}" if "selection_share" in row else ""
-            peak = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
-            cells = (
-                *(name, " > ".join(map(str, row["segments"])), f"{row['work_ratio']:.2f}", f"{row['macs_ratio']:.2f}"),
-                papers(row),
-                *(f"{row['gflops']:.0f}", ratio(row["of_matrix_rate"]), share, peak),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| | tokens cached | GB/s | of the copy rate | second token, ms |", "| --- | --- | --- | --- | --- |"]
-    for name, row in rows.items():
-        if "cached_tokens" in row:
-            rate, second = f"{row['gb_per_second']:.1f}", f"{1e3 * row['second_token_seconds']:.3g}"
-            lines.append(
-                f"| {name} | {row['cached_tokens']} | {rate} | {ratio(row['of_copy_rate'])} | {second} |",
-            )
-    return lines
+    return table(heads, found)
+
+
+def cache_table(rows: dict[str, Any]) -> list[str]:
+    found = [
+        (
+            *(name, str(row["cached_tokens"]), f"{row['gb_per_second']:.1f}", ratio(row["of_copy_rate"])),
+            f"{1e3 * row['second_token_seconds']:.3g}",
+        )
+        for name, row in rows.items()
+        if "cached_tokens" in row
+    ]
+    return table(("", "tokens cached", "GB/s", "of the copy rate", "second token, ms"), found)
 
 
 def seconds_table(rows: dict[str, Any]) -> list[str]:
-    sides = [side for side in SIDES if any(side in row["seconds"] for row in rows.values())]
-    lines = [
-        f"| seconds | {' | '.join(sides)} | first call | machine: matrix GFLOP/s, copy GB/s |",
-        "| --- " * (len(sides) + 3) + "|",
-    ]
+    found = []
     for name, row in rows.items():
         if "first_call_seconds" in row:
-            cells = [f"{row['seconds'][side]:.3g}" if side in row["seconds"] else "" for side in sides]
+            cells = {side: f"{row['seconds'][side]:.3g}" for side in SIDES if side in row["seconds"]}
             for side, reason in row.get("not_run", {}).items():
-                if side in sides:
-                    cells[sides.index(side)] = "out of memory" if reason == "out of memory" else "not run"
+                cells[side] = "out of memory" if reason == "out of memory" else "not run"
             before, after = row["ceilings"]["before"], row["ceilings"]["after"]
             rates = ", ".join(f"{before[key]:.0f} to {after[key]:.0f}" for key in before)
-            lines.append(f"| {name} | {' | '.join(cells)} | {row['first_call_seconds']:.3g} | {rates} |")
-    return lines
+            found.append((name, *(cells.get(side, "") for side in SIDES), f"{row['first_call_seconds']:.3g}", rates))
+    return table(("seconds", *SIDES, "first call", "machine: matrix GFLOP/s, copy GB/s"), found)
 
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "nvjet", "cutlass", "sm90_xmma")
@@ -252,10 +255,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolu
 
 def profile_table(rows: dict[str, Any]) -> list[str]:
     """With what would be left to gain: the ratio to transformers if all but PyTorch's matrix products took no time."""
-    lines = [
-        "| where the compiled side's time goes | | as fast as transformers, if all but matrix products took no time |",
-        "| --- | --- | --- |",
-    ]
+    found = []
     for name, row in rows.items():
         if profile := row.get("profile"):
             shares = ", ".join(f"`{key}` {share:.0%}" for key, share in profile.items() if share >= 0.01)
@@ -263,8 +263,10 @@ def profile_table(rows: dict[str, Any]) -> list[str]:
             theirs, limit = row["times_as_fast"].get("transformers"), ""
             if theirs and products and "cached_tokens" not in row:
                 limit = f"{theirs['median'] / products:.2f}"
-            lines.append(f"| {name} | {shares} | {limit} |")
-    return lines
+            found.append((name, shares, limit))
+    return table(
+        ("row", "of the compiled side", "as fast as transformers, if all but matrix products took no time"), found
+    )
 
 
 def papers(row: dict[str, Any]) -> str:
@@ -279,33 +281,27 @@ def papers(row: dict[str, Any]) -> str:
 
 
 def agreement_table(rows: dict[str, Any]) -> list[str]:
-    found = {name: row["apart"] for name, row in rows.items() if "apart" in row}
-    if not found:
-        return []
-    sides = list(dict.fromkeys(side for apart in found.values() for side in apart))
-    lines = [
-        f"| logits apart from transformers' in float32, of their norm | {' | '.join(sides)} |",
-        "| --- " * (len(sides) + 1) + "|",
+    apart = {name: row["apart"] for name, row in rows.items() if "apart" in row}
+    sides = list(dict.fromkeys(side for each in apart.values() for side in each))
+    found = [
+        (f"{name}, {rows[name]['tokens']:,} tokens", *(f"{each[side]:.1e}" if side in each else "" for side in sides))
+        for name, each in apart.items()
     ]
-    for name, apart in found.items():
-        cells = [f"{apart[side]:.1e}" if side in apart else "" for side in sides]
-        lines.append(f"| {name}, {rows[name]['tokens']:,} tokens | {' | '.join(cells)} |")
-    return lines
+    return table(("logits apart from transformers' in float32, of their norm", *sides), found)
 
 
 def throughput_table(rows: dict[str, Any]) -> list[str]:
-    found = {name: row for name, row in rows.items() if "questions" in row}
-    if not found:
-        return []
-    sides = list(next(iter(found.values()))["seconds"])
-    lines = [
-        f"| questions a second, encoders included | {' | '.join(sides)} | questions | new tokens of each |",
-        "| --- " * (len(sides) + 3) + "|",
+    asked = {name: row for name, row in rows.items() if "questions" in row}
+    sides = list(dict.fromkeys(side for row in asked.values() for side in row["seconds"]))
+    found = [
+        (
+            name,
+            *(f"{1 / row['seconds'][side]:.3g}" if side in row["seconds"] else "" for side in sides),
+            *(str(row["questions"]), str(row["new_tokens"])),
+        )
+        for name, row in asked.items()
     ]
-    for name, row in found.items():
-        cells = [f"{1 / row['seconds'][side]:.3g}" for side in sides]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['questions']} | {row['new_tokens']} |")
-    return lines
+    return table(("questions a second, encoders included", *sides, "questions", "new tokens of each"), found)
 
 
 def plan_lines(rows: dict[str, Any]) -> list[str]:

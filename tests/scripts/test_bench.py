@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,12 @@ def row(seconds: float) -> dict[str, Any]:
         "targets": [{"what": "times as fast as eager", "measured": 2.0, "at_least": 2.5}],
         "profile": {"aten::mm": 0.9},
     }
+
+
+def page_in(folder: Path) -> str:
+    """The page of the one model that was measured."""
+    (page,) = (folder / "pages").glob("*.md")
+    return page.read_text()
 
 
 RATES = {"matrix_gflops": 100.0, "copy_gb_per_second": 10.0}
@@ -92,13 +99,13 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, run: Callable[..., dict[
         run(rows)
     section = run(rows, "--render")
     assert list(section["rows"]) == ["vision"]
-    assert "Not measured: stops." in (tmp_path / "README.md").read_text()
+    assert "Not measured: stops." in page_in(tmp_path)
     measured.append("stopped")
     run(rows)
     run(rows)
     assert measured == ["vision", "stopped", "stops"]
-    page = (tmp_path / "README.md").read_text()
-    assert "| qwen3 small bfloat16 | vision | times as fast as eager | 2.00 | 2.50 | missed by 20% |" in page
+    page = page_in(tmp_path)
+    assert "| vision | times as fast as eager | 2.00 | 2.50 | missed by 20% |" in page
     assert "| vision | 2.00 (1.50 to 2.50) | 1 |" in page
     assert "Not measured" not in page
     assert "commit one" in page
@@ -115,7 +122,7 @@ def test_a_row_that_fails_is_named_and_the_others_are_measured(
     section = run({"fails": fails, "vision": lambda: row(0.5)})
     assert list(section["rows"]) == ["vision"]
     assert section["failed"]["fails"]["error"] == "ValueError: no such kernel"
-    assert "fails failed at one: ValueError: no such kernel" in (tmp_path / "README.md").read_text()
+    assert "fails failed at one: ValueError: no such kernel" in page_in(tmp_path)
     section = run({"fails": lambda: row(0.5), "vision": lambda: row(0.5)}, commit="two")
     assert section["failed"] == {}
     assert {row["run"]["commit"] for row in section["rows"].values()} == {"two"}
@@ -330,7 +337,8 @@ def test_machine_code_comes_from_the_archive(tmp_path: Path) -> None:
 
 
 def test_what_the_new_rows_found_is_on_the_page() -> None:
-    from bench_report import PAPER, headline, render
+    from bench_report import PAPER, render
+    from readme_report import headline
 
     few = measured_at("2026-01-02 10:00", "two", 0.04) | {
         "segments": [2268, 602],
@@ -355,7 +363,8 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
     rows["plans"]["targets"] = [{"what": "seconds of a plan never met", "measured": 1.5, "at_most": 2.0}]
     section = {"rows": rows, "all_rows": [*rows, "start"]}
     result = {"machine": "a GPU", "device": "cuda", "sections": {"qwen2.5 full bfloat16": section}}
-    page = render([result])
+    pages = render([result])
+    page = pages["pages/a-gpu-qwen2-5-full-bfloat16.md"]
     for text in (
         "| 9.32 | 9.1; 4.8 times as fast |",
         "| agreement, 1,452 tokens | 1.0e-02 | 2.0e-06 |",
@@ -365,21 +374,41 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
         "Not measured: start.",
     ):
         assert text in page
-    said = " ".join(headline([result]).split())
-    assert "the prefill at 10 % takes 40 ms, 8.0 times as fast as with every token, where the paper reports 4.8" in said
-    assert "80% of the rate of a large matrix product and 1.50 times as fast as transformers" in said
-    every["run"] = few["run"] | {"commit": "one"}
-    assert "80%" not in headline([result]), "what another commit measured"
+    assert "| --- | --- |\n\n" not in page, "a table without rows"
+    link = "[qwen2.5 full bfloat16](pages/a-gpu-qwen2-5-full-bfloat16.md)"
+    assert f"| a GPU, {link} |" in pages["README.md"]
+    assert "| seconds of a plan never met | 1 of 1 | plans | 1.50 | at most 2 |" in pages["README.md"]
+    said, other = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
+    assert "| prefill, 10 % kept | 40 ms, 8.0 × every token |  |  | 4.8 × every token | [a GPU](" in said
+    assert "| prefill, every token | 40 ms |  | 1.5 × |  | [a GPU]" in said
+    assert "| prefill, every token | not measured |" in other
+    rows["second question of 8 s"] = plain | {"seconds": {"compiled": 2.0}, "run": every["run"]}
+    result["sections"] = {"qwen2.5 0.5B float32": section}
+    said, _ = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
+    assert "| prefill, 10 % kept | not measured |" in said, "a small model's"
+    assert (
+        "clip | 2 s |  |  |  | [a GPU](benchmarks/results/a-gpu.json) (random model, qwen2.5 0.5B float32), 2026"
+        in said
+    )
 
 
-def test_the_readme_says_what_the_result_files_say() -> None:
-    """Both pages are what is rendered from the committed files."""
-    from bench_report import BEGIN, END, headline, render
+def test_the_documents_say_what_the_result_files_say() -> None:
+    """All pages of benchmarks/ and the figures in README.md are what is rendered from the committed files."""
+    from accuracy_report import accuracy_page
+    from bench_report import render
+    from readme_report import CODE, END, HEADLINE, code_lines, headline, read_results
 
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    assert (ROOT / "benchmarks" / "README.md").read_text().startswith(render(results))
+    results, folder = read_results(ROOT), ROOT / "benchmarks"
+    pages = render(results, accuracy_page(folder))
+    assert {f"pages/{path.name}" for path in (folder / "pages").iterdir()} | {"README.md"} == pages.keys()
+    for name, text in pages.items():
+        assert (folder / name).read_text() == text, f"benchmarks/{name}: python scripts/bench/bench.py --render"
     text = (ROOT / "README.md").read_text()
-    assert f"{BEGIN}\n{headline(results)}\n{END}" in text
+    assert f"{HEADLINE}\n{headline(results)}\n{END}" in text
+    said = text.partition(CODE)[2].partition(END)[0]
+    for package, lines in code_lines(ROOT).items():
+        number = int(re.search(rf"`{package}` ([\d,]+)", said)[1].replace(",", ""))
+        assert number == pytest.approx(lines, rel=0.05, abs=100), f"{package}: python scripts/report/readme_report.py"
 
 
 def test_reading_gives_what_the_plain_way_gives() -> None:
