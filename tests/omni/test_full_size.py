@@ -17,10 +17,12 @@ from omni.decoder import Layer
 from omni.engine import KV
 from omni.layers import directly
 from omni.model import tensor_names
+from omni.prefix import Beginning
 from omni.processing.positions import Layout
 from omni.request import Prompt, _windows, fill_pool, whole_prompt
+from omni.reuse import REUSE_BYTES
 from omni.rope import multimodal_rotary
-from omni.stages import prefill
+from omni.stages import Prefix, prefill
 from omni.thinker import Thinker
 from seats.config import preset_for
 from seats.counts import AUDIO_WINDOW
@@ -149,7 +151,7 @@ def test_prefill_runs_at_full_size(built) -> None:
 
 def test_cache_of_the_papers_clip(built, capsys: pytest.CaptureFixture[str]) -> None:
     """10,000 video, 1,667 audio and 100 text tokens in bfloat16: what a cache takes with every token, with what each
-    layer attended to, and with what the last one did. Prints the table."""
+    layer attended to, and with what the last one did; and what is kept for the next question. Prints the table."""
     config, _, _ = built
     with torch.device("meta"):
         thinker = Thinker(config).to(torch.bfloat16)
@@ -174,6 +176,9 @@ def test_cache_of_the_papers_clip(built, capsys: pytest.CaptureFixture[str]) -> 
         name: torch.empty(1, count, decoder.hidden_size, dtype=torch.bfloat16, device="meta")
         for name, count in (("video", video), ("audio", audio))
     }
+    levels = 1 + len(config.vision.deepstack_blocks)
+    kept = {"encoders": 2 * decoder.hidden_size * (levels * video + audio)}
+    kept["every token"] = sizes["every token"]
     for retention in (0.35, 0.10):
         method = preset_for(config, retention)
         plan = make_plan(method, decoder.num_layers, prompt.counts(method))
@@ -182,9 +187,19 @@ def test_cache_of_the_papers_clip(built, capsys: pytest.CaptureFixture[str]) -> 
         for kv in KV:
             staged = prefill(thinker, plan, request, pruned=kv == "pruned")
             sizes[f"{retention:.0%}, {kv}"] = sum(stored.nbytes for stored in (*staged.keys, *staged.values))
+        first = prefill(thinker, plan, request, pruned=False, keep=True)
+        layers = plan.segments[0].layers[1]
+        ids = torch.zeros(len(order), dtype=torch.long)
+        assert first.first is not None
+        prefix = Prefix(first.first.sequence, first.keys[:layers], first.values[:layers])
+        kept[f"{retention:.0%}"] = Beginning(ids, places.positions, ids, prefix).nbytes
     with capsys.disabled():
         shape = f"{decoder.num_layers} layers of {decoder.hidden_size}"
-        print(f"\n{shape}: " + "; ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()), end="")
+        for what, held in (("cache", sizes), ("kept", kept)):
+            listed = "; ".join(f"{name} {size / 1e6:.1f} MB" for name, size in held.items())
+            print(f"\n{shape}, {what}: {listed}", end="")
+    # What is kept by default holds the clip, be it with every token.
+    assert kept["encoders"] + kept["every token"] + kept["10%"] < REUSE_BYTES
     for retention, share in ((0.35, 0.4), (0.10, 0.15)):
         assert sizes[f"{retention:.0%}, layerwise"] < share * sizes["every token"]
         # A segment may hold a few slots more than it needs, and here it ends with none of video or sound.
