@@ -639,7 +639,7 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
     if media:
         add(f"first token from a file of {label}", first_token_from_file_row, clip)
     for retention in (few, 1.0):
-        add(f"second question after {label} at {retention:.0%}", second_question_row, clip, retention)
+        add(f"second question after {label} at {retention:.0%}", second_question_row, replace(clip, text=60), retention)
     add(f"throughput of {label} at 10%", throughput_row, clip, asked, answer)
     add(f"decode beside compiled after {decoded} at 10%", decode_row, after, few, new, compiled=True)
     add(f"prefill beside compiled of {label}", compiled_prefill_row, clip)
