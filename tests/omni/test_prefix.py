@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -342,3 +343,23 @@ def test_the_shipped_model_asked_twice() -> None:
         assert found.text == expected.text
         assert (found.stats.reused_tokens > 300) == known
         assert found.stats.segments == expected.stats.segments
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv", ["layerwise", "pruned"])
+def test_captured_on_a_gpu(pair: Pair, kv: str) -> None:
+    """Second questions through captured graphs, alone and together, while what is kept stays as it was."""
+    thinker = copy.deepcopy(pair.model.thinker).cuda()
+    model = Omni(thinker, pair.model.folder, compile=True)
+    alone = Omni(thinker, pair.model.folder, reuse=0)
+    clip = make_request(pair, REQUESTS["several media"])
+    options = {"seats": SETTINGS, "kv": kv, "max_new_tokens": 6, "stop_token_ids": []}
+    for seed in range(4):
+        inputs = ending(clip, seed, words=3 + seed)
+        found = model.prefill(inputs, SETTINGS, kv)
+        same(found, alone.prefill(inputs, SETTINGS, kv), 1e-3)
+        assert (found.reused_tokens > 0) == (seed > 0)
+        assert model.generate(inputs, **options).tokens == alone.generate(inputs, **options).tokens
+    requests = [ending(clip, seed, words=40 + 9 * seed) for seed in range(3)]
+    for found, inputs in zip(model.prefill(requests, SETTINGS, kv), requests, strict=True):
+        same(found, alone.prefill(inputs, SETTINGS, kv), 1e-3)

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch._dynamo  # reads the environment when it is first imported
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from omni.inputs import InputError
 from omni.layers import compiling, part
 from omni.runtime import graphs
-from omni.runtime.graphs import Graphs, Parts, structure
+from omni.runtime.graphs import Graphs, Parts, packed, structure, unpacked
+from omni.stages import Prefix, Sequence
 
 
 def scaled(factor: int, x: Tensor) -> Tensor:
@@ -194,3 +196,18 @@ def test_other_errors_of_a_graph_stay_what_they_are(compilations: list[dict[str,
 
     with pytest.raises(RuntimeError, match="No space left"):
         Parts().run(broken, torch.ones(1))
+
+
+def test_tensors_of_nested_dataclasses_are_found_and_put_back() -> None:
+    """What a graph has of its own: every tensor of a prefix, of its sequence too, and the same types around them."""
+    tensors = [torch.full((1, 2), float(number)) for number in range(9)]
+    sequence = Sequence(*tensors[:5], None, tensors[5])
+    given = (Prefix(sequence, tensors[6:7], tensors[7:8]), tensors[8])
+    leaves, spec = pytree.tree_flatten(unpacked(given))
+    assert [id(leaf) for leaf in leaves if leaf is not None] == [id(tensor) for tensor in tensors]
+    prefix, last = packed(
+        given, pytree.tree_unflatten([leaf if leaf is None else leaf.clone() for leaf in leaves], spec)
+    )
+    assert type(prefix) is Prefix and type(prefix.sequence) is Sequence and prefix.sequence.deepstack is None
+    assert prefix.keys[0] is not tensors[6] and torch.equal(prefix.keys[0], tensors[6])
+    assert torch.equal(prefix.sequence.count, tensors[5]) and torch.equal(last, tensors[8])
