@@ -41,6 +41,7 @@ from omni.processing.frames import Pixels, VisionSizes
 from omni.processing.media import fetched
 from omni.processing.media.addresses import scheme_of
 from omni.processing.processor import Processor
+from omni.reuse import REUSE_BYTES
 from weights.files import fits_utf8, parse_object
 
 COLUMNS = ("id", "media", "question")
@@ -671,6 +672,7 @@ class Answer:
             revision=options.revision,
             adapter=options.adapter,
             compile=options.compile,
+            reuse=REUSE_BYTES if options.repeats else 0,  # nothing is digested or held that nobody asks for again
         )
 
     def __call__(self, table: Any) -> dict[str, Any]:

@@ -286,10 +286,10 @@ def _expanded(path: str) -> str:
 def figures(generation: Generation, media_seconds: float) -> str:
     """A line of what an answer took; `omni.answer.figures` has more of it."""
     stats = generation.stats
-    reused = getattr(stats, "reused_tokens", 0)
     first = media_seconds + stats.encode_seconds + stats.prefill_seconds
     return (
-        f"[{' > '.join(map(str, stats.segments))} of {sum(stats.tokens.values())} tokens kept, {reused} reused; "
+        f"[{' > '.join(map(str, stats.segments))} of {sum(stats.tokens.values())} tokens kept, "
+        f"{stats.reused_tokens} reused; "
         f"first after {first:.2f} s; {stats.new_tokens} new, {stats.tokens_per_second:.1f} per second]"
     )
 

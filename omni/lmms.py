@@ -104,7 +104,9 @@ class SeatsOmni(lmms):
     on_error: "stop", where a request that fails ends the run, since a benchmark with holes is none; or "empty", where
     its answer is empty and a line in the log says why.
 
-    Several processes (`accelerate launch`) share the requests out, one replica of the model each.
+    Requests about the same files are asked one after another, so that they are read, encoded and prefilled once.
+    Several processes (`accelerate launch`) share the requests out one by one, a replica of the model each: of questions
+    about one clip each reads it for its own.
     """
 
     is_simple = False
@@ -258,7 +260,10 @@ class SeatsOmni(lmms):
         places = []
         for number, request in enumerate(requests):
             *_, task, split = request.args
-            media = None if (task, split) in unnamed else media_of(self.messages(request))
+            try:
+                media = None if (task, split) in unnamed else media_of(self.messages(request))
+            except Exception:  # a document that is damaged: said where it is asked
+                media = ()
             if media is None:
                 unnamed.add((task, split))
             places.append(first.setdefault(media, number) if media else number)
