@@ -15,7 +15,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def compiled_for_hopper(
-    kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], aligned: tuple[str, ...] = (), **options: int
+    kernel: Any, types: Mapping[str, str], values: Mapping[str, Any], aligned: tuple[str, ...] = (), **options: Any
 ) -> Any:
     """What Triton makes of a kernel: the interpreter checks no types, shapes and memory.
 

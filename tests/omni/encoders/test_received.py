@@ -58,7 +58,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(kind: str) -> None:
 
     types = {"q": f"*{kind}", "k": f"*{kind}", "valid": "*u8", "scales": "*fp32", "factor": "fp32", "received": "*fp32"}
     for kernel in (kernels.scale_kernel, kernels.received_kernel):
-        made = compiled_for_hopper(kernel, types, {"BLOCK": 64, "DIM": 128})
+        # The assembler's own optimisation takes longer than all the rest and changes no shared memory.
+        made = compiled_for_hopper(kernel, types, {"BLOCK": 64, "DIM": 128}, ptx_options="-O0")
         assert made.asm["cubin"]
         assert made.metadata.shared <= 227 * 1024
 
