@@ -131,10 +131,12 @@ def test_requests_about_one_clip_follow_each_other(
     def order(contents: list[list[dict[str, Any]]]) -> list[str]:
         seen: list[str] = []
         monkeypatch.setattr(
-            lmms.SeatsOmni, "prepare", lambda _, messages: seen.append(messages[0]["content"][-1]["text"])
+            lmms.SeatsOmni, "prepare", lambda _, messages, *__: seen.append(messages[0]["content"][-1]["text"])
+        )
+        monkeypatch.setattr(
+            lmms.SeatsOmni, "answer", lambda model, _, numbers, *__: [model.fail(each, None) for each in numbers]
         )
         monkeypatch.setattr(evaluated.model.engine, "plan", lambda *_: None)
-        monkeypatch.setattr(evaluated.model, "generate", lambda inputs, **_: [SimpleNamespace(text="")] * len(inputs))
         ask(evaluated, contents, settings)
         return seen
 
@@ -155,6 +157,10 @@ def test_requests_about_one_clip_follow_each_other(
     decoded = Documents([{"type": "audio", "url": sound}, {"type": "text", "text": text}] for text in texts)
     assert order(decoded) == texts
     assert looked == [0, *range(5)]
+    monkeypatch.undo()
+    evaluated.on_error = "empty"
+    del contents[1][0]["url"]
+    assert ask(evaluated, contents, settings) == [found[0], "", *found[2:]]  # damaged: that request's alone
 
 
 def test_every_token_system_prompt_and_silence(
