@@ -237,7 +237,7 @@ def test_a_layer_of_experts_at_full_size() -> None:
             parameter.uniform_(-0.05, 0.05)
         else:  # experts, 600 million numbers: one, times a factor of each
             one = torch.empty_like(parameter[:1]).uniform_(-0.05, 0.05)
-            torch.mul(one, torch.empty(len(parameter), 1, 1).uniform_(-1, 1).bfloat16(), out=parameter)
+            torch.mul(one, torch.empty(len(parameter), 1, 1).uniform_(0.5, 1.5).bfloat16(), out=parameter)
     x = torch.randn(1, 3, 2048).bfloat16()
     positions = torch.arange(3).expand(3, 1, -1)
     cos, sin = multimodal_rotary(positions, 128, 1e6, (24, 20, 20), interleaved=True)
