@@ -47,8 +47,9 @@ class Costs(TokenCounts):
     """What an answer cost, as a sample of lmms-eval's log has it in token_counts.
 
     input_tokens, output_tokens: of the whole prompt and of the answer. kept_tokens: what runs of decoder layers saw,
-    from the first to the last. macs, full_macs, encode_seconds, prefill_seconds, decode_seconds: `omni.model.Stats`;
-    seconds are those of the batch. error: why there is no answer, and nothing else.
+    from the first to the last. reused_tokens: of the prompt, which an earlier request had run already. macs, full_macs,
+    encode_seconds, prefill_seconds, decode_seconds: `omni.model.Stats`; seconds are those of the batch. error: why
+    there is no answer, and nothing else.
     """
 
     def __init__(self, generation: Generation | None, error: str = "") -> None:
@@ -59,6 +60,7 @@ class Costs(TokenCounts):
                 "input_tokens": sum(stats.tokens.values()),
                 "output_tokens": stats.new_tokens,
                 "kept_tokens": list(stats.segments),
+                "reused_tokens": stats.reused_tokens,
                 "macs": stats.macs,
                 "full_macs": stats.full_macs,
                 "encode_seconds": stats.encode_seconds,
