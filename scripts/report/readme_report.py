@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = {"Qwen2.5-Omni-7B": "qwen2.5", "Qwen3-Omni-30B-A3B": "qwen3"}
 """Released models, and how sections of their sizes and of small ones of the family begin."""
 RELEASED = " full bfloat16"
-PAPER_TIMES = {("Qwen2.5-Omni-7B", "prefill, 10 % kept"): "4.8 × every token"}
+PAPER_TIMES = {("Qwen2.5-Omni-7B", "prefill, 10 % kept"): "4.8× every token"}
 """Of arXiv 2605.20035, on a GPU and with a prompt of its own."""
 NOT_MEASURED = "not measured"
 
@@ -39,9 +39,9 @@ LINES = (
     Line("prefill, every token", ("prefill of 64 s at 100%", "prefill of the paper's prompt at 100%")),
     Line("prefill, 10 % kept", ("prefill of 64 s at 10%", "prefill of the paper's prompt at 10%")),
     Line("a token of the answer", ("decode after 64 s at 10%",)),
-    Line("first token, frames and sound in memory", ("first token of 64 s",)),
+    Line("first token, from memory", ("first token of 64 s",)),
     Line("first token, from a file", ("first token from a file of",), anywhere=True),
-    Line("second question about a clip", ("second question",), anywhere=True),
+    Line("second question", ("second question",), anywhere=True),
 )
 HEADLINE = "<!-- headline, by scripts/report/readme_report.py -->"
 CODE = "<!-- lines of code, by scripts/report/readme_report.py -->"
@@ -58,9 +58,9 @@ class Found(NamedTuple):
 
 def headline(results: list[dict[str, Any]]) -> str:
     """The table: one line for each model and what was measured of it."""
-    lines = ["| | here | transformers | | the paper | measured |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| | here | transformers | the paper | measured |", "| --- | --- | --- | --- | --- |"]
     for model, family in MODELS.items():
-        lines.append(f"| **{model}** | | | | | |")
+        lines.append(f"| **{model}** | | | | |")
         for line in LINES:
             found = [each for each in rows_of(results, family) if each.name.startswith(line.rows)]
             released = [each for each in found if each.section == family + RELEASED]
@@ -80,24 +80,23 @@ def rows_of(results: list[dict[str, Any]], family: str) -> Iterator[Found]:
 
 def cells(found: Found | None, paper: str) -> tuple[str, ...]:
     if found is None:
-        return NOT_MEASURED, "", "", paper, ""
+        return NOT_MEASURED, "", paper, ""
     seconds, faster = found.row["seconds"], found.row.get("times_as_fast", {})
     ours = next(seconds[side] for side in ("compiled", "second", "eager") if side in seconds)
     theirs, than = faster.get("transformers"), {"every token": "every token", "first": "the first"}
-    others = [f", {faster[side]['median']:.1f} × {name}" for side, name in than.items() if side in faster]
+    others = [f", {faster[side]['median']:.1f}× {name}" for side, name in than.items() if side in faster]
     said = time(ours) + "".join(others)
     size = "" if found.section.endswith(RELEASED) else f" (random model, {found.section})"
     return (
         said,
-        time(seconds["transformers"]) if "transformers" in seconds else "",
-        f"{theirs['median']:.2g} ×" if theirs else "",
+        f"{time(seconds['transformers'])}, {theirs['median']:.1f}×" if theirs and "transformers" in seconds else "",
         paper,
         f"[{found.machine}](benchmarks/results/{slug(found.machine)}.json){size}, {found.measured[:10]}",
     )
 
 
 def time(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def slug(name: str) -> str:
