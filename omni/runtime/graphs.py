@@ -148,7 +148,9 @@ def renewed(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     assert isinstance(function, FunctionType)
     code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 class Captured:
