@@ -244,6 +244,14 @@ class Omni:
     ) -> Generation | list[Generation]:
         """Answers a request, or several together. Needs no tokenizer where `stop_token_ids` are given.
 
+        max_new_tokens: of the answer, its stop token included (512 unless given).
+        temperature: 0.0, which is greedy, unless given; "checkpoint" takes its generation config's, with top_p and
+        top_k where these are not given. top_p: draws from the likeliest tokens that share this probability, top_k from
+        so many of the likeliest. seed: makes sampling repeatable on one device.
+        stop_token_ids: instead of the checkpoint's own and of <|im_end|>.
+        seats: token selection: a retention, a method's name, a method; None, as unless given, keeps every token.
+        kv: what decoding sees of video and sound, "layerwise" unless given or "pruned". Both as `prefill` takes them.
+        Several requests run together, in a plan that holds all of them; the answers are those of one by one.
         Errors: `stream` and `prefill`.
         """
         tokens = self._tokens(listed(inputs), **options)
@@ -296,7 +304,9 @@ class Omni:
     ) -> Generator[str, None, Generation]:
         """Yields the answer's text as it comes, in whole characters; the generator's value is the Generation.
 
+        options: max_new_tokens, temperature, top_p, top_k, seed, stop_token_ids, seats, kv, as `generate` takes them.
         on_thought: called with the pieces of a reasoning checkpoint's thought, which are not part of the text.
+        on_prefill: called once, before the first piece, with what the prefill kept.
         Raises InputError before any work where prompt and answer exceed the context, ValueError for options
         out of range.
         """
