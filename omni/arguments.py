@@ -30,6 +30,10 @@ METHODS = (
     "dycoke",
     "fastvid",
     "omnizip",
+    "evs",
+    "vidcom2",
+    "pyramiddrop",
+    "pyramiddrop-om",
 )
 """As in `omni.config`, `omni.engine` and `seats.methods`: what they list is behind PyTorch."""
 

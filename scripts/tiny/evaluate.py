@@ -107,7 +107,7 @@ ABLATIONS: dict[str, Callable[[SeatsConfig], SeatsConfig]] = {
 }
 
 
-BETWEEN_LAYERS = {"seats", "fastv", "fastv-om", *ABLATIONS} - {"stage I alone"}
+BETWEEN_LAYERS = {"seats", "fastv", "fastv-om", "pyramiddrop", "pyramiddrop-om", *ABLATIONS} - {"stage I alone"}
 """Where layers see different tokens, so that it matters what the cache keeps; of the rest both caches are one."""
 
 

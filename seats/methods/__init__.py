@@ -12,10 +12,13 @@ from seats.config import preset_for
 from seats.method import Method
 from seats.methods.divprune import DivPrune
 from seats.methods.dycoke import DyCoke
+from seats.methods.evs import EVS
 from seats.methods.fastv import FastV
 from seats.methods.fastvid import FastVID
 from seats.methods.omnizip import OmniZip
+from seats.methods.pyramiddrop import PyramidDrop
 from seats.methods.random import Random
+from seats.methods.vidcom2 import VidCom2
 from seats.methods.visionzip import VisionZip
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -29,6 +32,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "dycoke": DyCoke,
     "fastvid": FastVID,
     "omnizip": OmniZip,
+    "evs": EVS,
+    "vidcom2": VidCom2,
+    "pyramiddrop": partial(PyramidDrop, both=False),
+    "pyramiddrop-om": PyramidDrop,
 }
 """Name → what makes the method, given video_ratio and audio_ratio. A new method is a file here and a line."""
 

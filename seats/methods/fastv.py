@@ -18,22 +18,17 @@ from seats.selection import AUDIO, VIDEO, highest_of_each
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV:
-    """FastV (arXiv 2403.06764, section 4) for video and sound together, as in the comparison of arXiv 2605.20035.
+class ByRelevance:
+    """Methods that keep everything up to a layer, and from there on what the last token of text looks at.
 
-    video_ratio, audio_ratio: the shares that are kept on average over all layers, of which the first `layer` see every
-    token; so each must be above layer / layers. After layer `layer` the tokens stay that the last token of text looks
-    at most. both: of video and of sound apart; else sound stays whole, the whole budget is taken from video, and where
-    that does not suffice any tokens of sound go (`sound_intact`).
-
-    The paper's text averages the attention from all tokens, its code takes the last one's, as here; as in the
-    comparison it comes from layer `layer`'s projections of that layer's output, not of its input.
+    video_ratio, audio_ratio: the shares that are kept on average over all layers. both: after each step those of video
+    and of sound apart; else sound stays whole, the whole budget is taken from video, and where that does not suffice
+    any tokens of sound go (`sound_intact`).
     """
 
     video_ratio: float
     audio_ratio: float
     both: bool = True
-    layer: int = 2
 
     needs: ClassVar[Needs | None] = None
     window_grids: ClassVar[int] = 1
@@ -41,8 +36,6 @@ class FastV:
     def __post_init__(self) -> None:
         require_ratio("video_ratio", self.video_ratio)
         require_ratio("audio_ratio", self.audio_ratio)
-        if self.layer < 1:
-            raise ValueError(f"layer must be at least 1, not {self.layer}.")
 
     @property
     def keeps_everything(self) -> bool:
@@ -52,18 +45,7 @@ class FastV:
         self.steps(num_layers)
 
     def steps(self, num_layers: int) -> list[Step]:
-        if self.layer >= num_layers:
-            raise ValueError(f"layer {self.layer} must come before the last of the model's {num_layers} layers.")
-        least = self.layer / num_layers
-        ratios = []
-        for name, ratio in (("video", self.video_ratio), ("audio", self.audio_ratio)):
-            if ratio <= least:
-                raise ValueError(
-                    f"FastV cannot keep {ratio:.0%} of {name} on average: the first {self.layer} of {num_layers} "
-                    f"layers see every token, which is {least:.1%} alone; ask for more."
-                )
-            ratios.append((ratio * num_layers - self.layer) / (num_layers - self.layer))
-        return [Step(self.layer, *ratios)]
+        raise NotImplementedError
 
     def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
         return sum(video) + sum(audio), sum(audio)
@@ -88,3 +70,36 @@ class FastV:
             wanted = keep_counts(video, of_video), keep_counts(audio, of_audio)
             scores = torch.where(kind == AUDIO, noise(scores.shape[1], scores.device), scores)
         return highest_of_each(scores, kind, *wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(ByRelevance):
+    """FastV (arXiv 2403.06764, section 4) for video and sound together, as in the comparison of arXiv 2605.20035.
+
+    The first `layer` layers see every token; so each ratio must be above layer / layers. After layer `layer` the tokens
+    stay that the last token of text looks at most. video_ratio, audio_ratio, both: `ByRelevance`.
+
+    The paper's text averages the attention from all tokens, its code takes the last one's, as here; as in the
+    comparison it comes from layer `layer`'s projections of that layer's output, not of its input.
+    """
+
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1:
+            raise ValueError(f"layer must be at least 1, not {self.layer}.")
+
+    def steps(self, num_layers: int) -> list[Step]:
+        if self.layer >= num_layers:
+            raise ValueError(f"layer {self.layer} must come before the last of the model's {num_layers} layers.")
+        least = self.layer / num_layers
+        ratios = []
+        for name, ratio in (("video", self.video_ratio), ("audio", self.audio_ratio)):
+            if ratio <= least:
+                raise ValueError(
+                    f"FastV cannot keep {ratio:.0%} of {name} on average: the first {self.layer} of {num_layers} "
+                    f"layers see every token, which is {least:.1%} alone; ask for more."
+                )
+            ratios.append((ratio * num_layers - self.layer) / (num_layers - self.layer))
+        return [Step(self.layer, *ratios)]

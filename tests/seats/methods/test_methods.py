@@ -15,7 +15,7 @@ from seats.method import Kept, Media, Method
 from seats.methods import METHODS, NAMES, method_for
 from seats.plan import counts_of
 
-AT_ONCE = [name for name in METHODS if not name.startswith("fastv")]
+AT_ONCE = [name for name in METHODS if not name.startswith(("fastv-", "pyramiddrop")) and name != "fastv"]
 """Methods that select before the decoder."""
 
 WINDOWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3)
@@ -80,10 +80,10 @@ def test_no_more_is_kept_than_was_promised(
         try:
             promised, _ = method.entering(windows[row], sounds)
         except ValueError:
-            assert name == "dycoke"  # whose whole frames have no room in so short a prompt
+            assert name in ("dycoke", "evs")  # whose whole frames have no room in so short a prompt
             continue
         assert (name != "omnizip") <= kept <= promised  # OmniZip has no floor: of one token it keeps none
-        if name not in ("omnizip", "fastvid"):  # these learn from the data how many
+        if name not in ("omnizip", "fastvid", "vidcom2"):  # these learn from the data how many
             assert kept == promised
 
 
