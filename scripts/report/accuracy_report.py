@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import importlib
+import inspect
 import json
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from seats.methods import NAMES
+from seats.methods import METHODS, NAMES
 
 HEAD = """# Accuracy
 
@@ -20,6 +25,33 @@ Rendered from `../accuracy/`; do not edit. Accuracy with its 95 % interval, from
 .venv/bin/python scripts/tiny/analyze_layers.py .world/validation
 ```
 """
+
+
+SHARED = ("seats.budget", "seats.diversity", "seats.methods.ranking", "seats.schedule", "seats.selection")
+"""What methods are made from, beside their own files."""
+
+
+@cache
+def code_of(method: str) -> str:
+    """A name for what a method's code does now: another where its file changes, or one that it is made from, apart from
+    comments and docstrings. Of what is no method, every token and ablations, that of SEATS."""
+    made = METHODS.get(method)
+    kind = made.func if isinstance(made, partial) else made
+    classes = kind.__mro__ if isinstance(kind, type) else ()
+    modules = {each.__module__ for each in classes if each.__module__.startswith("seats.")} or {"seats.config"}
+    digest = hashlib.sha256()
+    for name in sorted({*modules, *SHARED}):
+        tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [line for line in body if not (isinstance(line, ast.Expr) and _is_text(line.value))]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def accuracy_page(folder: Path) -> str:
@@ -79,6 +111,9 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
     lines += ["", *filter(None, standings)] if any(standings) else []
     failed = [f"- {row['name']}: {row['error']}" for row in rows if "error" in row]
     lines += ["", "Not run:", "", *failed] if failed else []
+    # Results from before rows were named so say nothing of it.
+    stale = [row["name"] for row in able if "code" in row and row["code"] != code_of(row["method"])]
+    lines += ["", f"Measured before the code of their methods changed: {', '.join(stale)}."] if stale else []
     kinds = list(full["kinds"])
     lines += ["", f"| by kind | {' | '.join(kinds)} |", f"| --- |{' --- |' * len(kinds)}"]
     for row in able:

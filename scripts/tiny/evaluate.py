@@ -43,7 +43,7 @@ from seats.methods import NAMES
 from seats.selection import AUDIO, VIDEO, highest_of_each
 
 sys.path.append(str(Path(__file__).parents[1] / "report"))
-from accuracy_report import draw, share
+from accuracy_report import code_of, draw, share
 from bench_report import write_readme
 
 RETENTIONS = (0.35, 0.25, 0.15, 0.10)
@@ -193,12 +193,23 @@ def threads(workers: int) -> int:
     return max(1, torch.get_num_threads() // workers)
 
 
+def codes_of(wanted: Sequence[Setting]) -> dict[str, str]:
+    """What each setting's method does now, by a name (`accuracy_report.code_of`)."""
+    return {setting.name: code_of(setting.method) for setting in wanted}
+
+
 def read_partial(path: Path, wanted: Sequence[Setting]) -> dict[str, Answers]:
     """What an earlier run left, by clip."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines]
     if any(row["settings"] != [setting.name for setting in wanted] for row in rows):
         raise SystemExit(f"{path} has answers of other settings: remove it, or ask for the same.")
+    stale = {name for row in rows for name, code in codes_of(wanted).items() if row.get("code", {}).get(name) != code}
+    if stale:
+        raise SystemExit(
+            f"{path} has answers of methods whose code has changed since, {', '.join(sorted(stale))}: remove it and "
+            "ask again."
+        )
     return {row["media"]: row["answers"] for row in rows}
 
 
@@ -262,7 +273,7 @@ def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]
 
     for column, setting in enumerate(wanted):
         mine = [answer[column] for answer in answers]
-        row: dict[str, Any] = {**asdict(setting), "name": setting.name}
+        row: dict[str, Any] = {**asdict(setting), "name": setting.name, "code": code_of(setting.method)}
         rows.append(row)
         failed = next((answer["error"] for answer in mine if "error" in answer), None)
         if failed is not None:
@@ -349,7 +360,12 @@ def main() -> None:
         bar.update(len(questions) - sum(map(len, left)))
         for media, answers in asked_by(options, left, wanted):
             done[media] = answers
-            line = {"settings": [setting.name for setting in wanted], "media": media, "answers": answers}
+            line = {
+                "settings": [setting.name for setting in wanted],
+                "code": codes_of(wanted),
+                "media": media,
+                "answers": answers,
+            }
             written.write(json.dumps(line) + "\n")
             written.flush()
             bar.update(len(answers))

@@ -109,11 +109,15 @@ class OmniZip(BeforeDecoder):
             return None, sound
         return cut(video, self.removed_shares(video, audio, sound.keep), self.neighbours), sound
 
+    def worth(self, audio: Media) -> Tensor:
+        """By which tokens of sound are dominant: (B, W · n) float32."""
+        return audio.received.flatten(1)
+
     def sound_kept(self, audio: Media, video: Media | None) -> Kept:
         """Dominant tokens and anchors of sound; what the anchors become."""
         there, features = audio.there.flatten(1), audio.features.flatten(1, 2)
         counts = self.sound_counts(audio.sizes.sum(dim=-1))
-        dominant = highest(audio.received.flatten(1), there, counts[0])
+        dominant = highest(self.worth(audio), there, counts[0])
         if not self.anchors:
             return Kept(dominant.view(audio.received.shape))
 

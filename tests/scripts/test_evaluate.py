@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,24 @@ def test_every_setting_is_what_it_says() -> None:
     assert len(set(methods[3:])) == len(methods[3:]) - 6  # of the pruned cache, which is no method of its own
     with pytest.raises(ValueError, match="FastV cannot keep"):
         evaluate.method_of(evaluate.Setting("fastv", 0.1), model)
+
+
+def test_answers_of_code_that_has_changed_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Protects: rows of a method that was mended beside rows of what it was before."""
+    import evaluate
+    from accuracy_report import code_of
+
+    wanted = [evaluate.Setting("fastvid", 0.35), evaluate.Setting("dycoke", 0.35)]
+    line = {"settings": ["fastvid 35%", "dycoke 35%"], "media": "0.mp4", "answers": []}
+    path = tmp_path / "tiny.partial.jsonl"
+    path.write_text(json.dumps({**line, "code": evaluate.codes_of(wanted)}) + "\n")
+    assert evaluate.read_partial(path, wanted) == {"0.mp4": []}
+    for code, stale in (
+        ({"dycoke 35%": "older", "fastvid 35%": code_of("fastvid")}, "dycoke 35%"),
+        ({}, "dycoke 35%, f"),
+    ):
+        path.write_text(json.dumps({**line, "code": code}) + "\n")
+        with pytest.raises(SystemExit, match=f"whose code has changed since, {stale}"):
+            evaluate.read_partial(path, wanted)
+    assert len({code_of(name) for name in ("seats", "fastvid", "dycoke", "omnizip", "random", "fastv")}) == 6
+    assert code_of("fastv") == code_of("fastv-om")

@@ -82,8 +82,8 @@ def test_no_more_is_kept_than_was_promised(
         except ValueError:
             assert name in ("dycoke", "evs")  # whose whole frames have no room in so short a prompt
             continue
-        assert (name != "omnizip") <= kept <= promised  # OmniZip has no floor: of one token it keeps none
-        if name not in ("omnizip", "fastvid", "vidcom2"):  # these learn from the data how many
+        assert (name not in ("omnizip", "dash")) <= kept <= promised  # OmniZip has no floor: of one token it keeps none
+        if name not in ("omnizip", "dash", "fastvid", "vidcom2"):  # these learn from the data how many
             assert kept == promised
 
 
