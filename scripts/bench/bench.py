@@ -32,7 +32,7 @@ from bench_cache import archived
 from bench_check import check
 from bench_models import SIZES
 from bench_results import ROOT, Clock, Names, commit_of, least_known_first, load, merge, path_of, run_of, save
-from bench_rows import first_prefill, rows_of
+from bench_rows import first_prefill, measurable, rows_of
 from bench_sides import Bench, ceilings, first_line, machine
 
 from omni.config import DTYPES
@@ -155,6 +155,7 @@ def measure_model(
 ) -> None:
     """Measures the rows of one model, what is least known first, and writes each when it is done."""
     section["all_rows"] = [name for names in rows for name in names]
+    rows = {names: measure for names, measure in rows.items() if measurable(names)}
     where = f"{bench.family} {str(bench.dtype).removeprefix('torch.')}"
     for names in least_known_first(rows, section, commit, options.rows, again=options.again):
         expected = max(section["rows"].get(name, {}).get("took_seconds") or guess(name) for name in names)

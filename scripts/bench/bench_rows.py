@@ -587,8 +587,17 @@ def _media_rows(seconds: int, height: int, rounds: int) -> list[dict[str, Any]]:
     return [media_row(seconds, height, rounds)]
 
 
+OF_FILES = ("media", "first token from a file")
+
+
+def measurable(names: Names) -> bool:
+    """Whether this machine has what rows need. The report says of others that they are not measured."""
+    return not names[0].startswith(OF_FILES) or importlib.util.find_spec("av") is not None
+
+
 def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str, Any]]]]:
-    """Names of rows that are measured together → what measures them, the most wanted first."""
+    """Names of rows that are measured together → what measures them, the most wanted first. Those of files need PyAV
+    (`measurable`)."""
     few = RETENTIONS[-1]
     if bench.size == "full":
         clips = {"64 s": (Clip(64), RETENTIONS)}
@@ -635,9 +644,7 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
         add("vision, windows not full", vision_row, grids, 20)
     add("audio", audio_row, 64 if bench.on_gpu else 30)
     add(f"first token of {label}", first_token_row, clip)
-    media = importlib.util.find_spec("av") is not None
-    if media:
-        add(f"first token from a file of {label}", first_token_from_file_row, clip)
+    add(f"first token from a file of {label}", first_token_from_file_row, clip)
     # As long as clips are that people ask about, and a question of some thirty words.
     known = replace(clip, seconds=40 if bench.size == "0.5B" else clip.seconds, text=60)
     for retention in (few, 1.0):
@@ -655,7 +662,8 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
             add_prefills(label)
             if bench.on_gpu:
                 add(f"decode after {label}", decode_row, clips[label][0], 1.0, new)
-    if media and bench.family == "qwen2.5" and bench.dtype == (torch.bfloat16 if bench.on_gpu else torch.float32):
-        for seconds, height in ((64, 1080), (64, 720)) if bench.size != "small" else ((2, 144),):
+    if bench.family == "qwen2.5" and bench.dtype == (torch.bfloat16 if bench.on_gpu else torch.float32):
+        seconds, heights = (2, (144,)) if bench.size == "small" else (64 if bench.on_gpu else 16, (1080, 720))
+        for height in heights:
             rows[f"media, {seconds} s of {height}p",] = partial(_media_rows, seconds, height, bench.repeats)
     return rows

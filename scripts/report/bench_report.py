@@ -193,6 +193,7 @@ def ratio(found: dict[str, float] | None) -> str:
 SIDES = (
     *("compiled", "eager", "transformers", "transformers compiled", "every token"),
     *("one dense product", "reading the weights"),
+    *("ours", "decoding all, scaling in turn", "decord, torch's bicubic", "reading alone"),
 )
 
 

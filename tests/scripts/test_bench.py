@@ -268,8 +268,9 @@ def test_a_rival_that_does_not_run_is_named(bench_of: Callable[..., Any]) -> Non
 
 
 def test_full_size_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU as on a CPU; the paper's prompt has the tokens that its counts fit."""
-    from bench_rows import PAPERS_CLIP, rows_of
+    """On a GPU as on a CPU, rows of files also where nothing reads files: they are named as not measured. The paper's
+    prompt has the tokens that its counts fit."""
+    from bench_rows import PAPERS_CLIP, measurable, rows_of
     from bench_sides import Bench
 
     from omni.processing.positions import layout
@@ -280,6 +281,11 @@ def test_full_size_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch)
             names = [name for names in rows_of(bench, 3000) for name in names]
             assert len(names) == len(set(names)) > 10
             assert {"agreement", "plans", "vision", "audio"} < set(names)
+            with monkeypatch.context() as without:
+                without.setattr("importlib.util.find_spec", lambda _: None)
+                left = {name for name in names if not measurable((name,))}
+            assert any(name.startswith("first token from a file of ") for name in left)
+            assert left <= {name for name in names if "file" in name or name.startswith("media, ")}
     bench = Bench("qwen2.5", "full", torch.bfloat16, torch.device("meta"), 1)
     counts = layout(bench.inputs(PAPERS_CLIP), bench.config).counts
     assert (counts["video"], counts["audio"], counts["text"]) == (10200, 1700, 602)
