@@ -32,7 +32,7 @@ from bench_cache import archived
 from bench_check import check
 from bench_models import SIZES
 from bench_results import ROOT, Clock, Names, commit_of, least_known_first, load, merge, path_of, run_of, save
-from bench_rows import first_prefill, measurable, rows_of
+from bench_rows import first_prefill, measurable, rows_of, without_model
 from bench_sides import Bench, ceilings, first_line, machine
 
 from omni.config import DTYPES
@@ -78,7 +78,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if options.merge:
         merge_files(options.merge, folder, options.commit)
-    elif not options.render:
+    elif options.render:
+        name_rows(folder, options.tokens)
+    else:
         commit = options.commit or commit_of()
         if commit is None:
             parser.error("this is no git checkout: say with --commit what is measured.")
@@ -96,6 +98,17 @@ def merge_files(paths: list[Path], folder: Path, commit: str | None) -> None:
         taken = merge(result, other, commit)
         save(own, result)
         print(f"{path}: {len(taken)} rows into {own.name}: {'; '.join(taken)}")
+
+
+def name_rows(folder: Path, tokens: int) -> None:
+    """Puts into result files which rows there are by now, so that the report names those that are not measured."""
+    for path in folder.glob("*.json"):
+        result = json.loads(path.read_text())
+        for name, section in result["sections"].items():
+            family, size, dtype = name.split()
+            bench = Bench(family, size, DTYPES[dtype], torch.device(result["device"]), 1)
+            section["all_rows"] = [row for names in rows_of(bench, tokens) for row in names]
+        save(path, result)
 
 
 def measure_all(
@@ -159,7 +172,7 @@ def measure_model(
     where = f"{bench.family} {str(bench.dtype).removeprefix('torch.')}"
     for names in least_known_first(rows, section, commit, options.rows, again=options.again):
         expected = max(section["rows"].get(name, {}).get("took_seconds") or guess(name) for name in names)
-        setup = 0 if bench.is_made else section.get("setup_seconds", SETUP_SECONDS)
+        setup = 0 if bench.is_made or without_model(names) else section.get("setup_seconds", SETUP_SECONDS)
         if not clock.fits(expected + setup):
             print(f"{where}, {names[0]}: {expected + setup:.0f} s do not fit any more", flush=True)
             continue
@@ -184,7 +197,7 @@ def measure_rows(
 ) -> dict[str, Any]:
     """Measures rows, and puts them into the section with what goes with every row."""
     started = time.monotonic()
-    if not bench.is_made:
+    if not bench.is_made and not without_model(names):
         bench.make()
         section["setup_seconds"], started = time.monotonic() - started, time.monotonic()
     before = ceilings(bench)
@@ -192,8 +205,10 @@ def measure_rows(
     with_each = {
         "ceilings": {"before": before, "after": ceilings(bench)},
         "took_seconds": time.monotonic() - started,
-        "run": run_of(commit) | {"parameters": sum(parameter.numel() for parameter in bench.thinker.parameters())},
+        "run": run_of(commit),
     }
+    if not without_model(names):
+        with_each["run"] |= {"parameters": sum(parameter.numel() for parameter in bench.thinker.parameters())}
     for name, row in found.items():
         section["rows"][name] = row | with_each
         section.get("failed", {}).pop(name, None)

@@ -587,6 +587,11 @@ def _media_rows(seconds: int, height: int, rounds: int) -> list[dict[str, Any]]:
     return [media_row(seconds, height, rounds)]
 
 
+def without_model(names: Names) -> bool:
+    """Whether rows measure no model, so that none is made for them."""
+    return names[0].startswith("media")
+
+
 OF_FILES = ("media", "first token from a file")
 
 
