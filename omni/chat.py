@@ -301,10 +301,10 @@ def say(message: str) -> None:
 def _lines(first: str, terminal: bool) -> Iterator[str]:
     if first:
         yield first
+    # What is no UTF-8 reaches the tokenizer, which refuses it.
+    with suppress(AttributeError):
+        cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
     if not terminal:
-        # What is no UTF-8 reaches the tokenizer, which refuses it.
-        with suppress(AttributeError):
-            cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
         yield from (line.rstrip("\n") for line in sys.stdin or ())
         return
     read = _reader()

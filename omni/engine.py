@@ -97,6 +97,7 @@ class Engine:
         self.kept: Kept[Any] = Kept(reuse)
         self.compiled = Compiled(thinker, eager_until_warm=eager_until_warm) if compile else None
         self._lock = Lock()
+        self._is_short = False
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +105,7 @@ class Engine:
 
     @property
     def reuses(self) -> bool:
-        return self.kept.limit > 0
+        return self.kept.limit > 0 and not self._is_short
 
     @property
     def call(self) -> Call:
@@ -117,16 +118,20 @@ class Engine:
         return found if found is not None and needs in (None, found.needs) else None
 
     def attempt(self, work: Callable[[], R], again: Callable[[], R] | None = None) -> R:
-        """`work` while `running`. Where memory was too little, once more, or `again`, without what was kept."""
-        kept = len(self.kept) > 0
+        """`work` while `running`. Where memory was too little, once more, or `again`, and nothing is kept: not what
+        was, nor what this makes itself."""
         try:
             with self.running():
                 return work()
         except MemoryError:
-            if not kept:
+            if self.kept.limit == 0:
                 raise
         with self.running():
-            return (again or work)()
+            self._is_short = True
+            try:
+                return (again or work)()
+            finally:
+                self._is_short = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -256,7 +261,7 @@ class Engine:
         decoder = self.thinker.config.decoder
         prefills = []
         for row, one in enumerate(asked):
-            survivors = [where[row, : count[row]] for where, count in kept]
+            survivors = [where[row, : count[row]].clone() for where, count in kept]  # apart from what stays here
             segments = [len(some) for some in survivors]
             scored = [
                 None if scores is None else scores[row, : len(before)]

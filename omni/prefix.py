@@ -208,4 +208,5 @@ def begun(
         count=some.count[row : row + 1],
     )
     prefix = Prefix(sequence, [own(each) for each in keys], [own(each) for each in values])
-    return Beginning(asked.ids.cpu(), asked.place.positions, entered, prefix)
+    # Ids and places are copied: who asked may write to theirs.
+    return Beginning(asked.ids.cpu().clone(), asked.place.positions, entered.clone(), prefix)

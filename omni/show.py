@@ -10,6 +10,7 @@ import os
 import textwrap
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
@@ -223,9 +224,9 @@ def check_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in (".html", ".png"):
         raise InputError(f"{path}: what each stage kept is written as .html or .png.")
-    if path.is_dir():
+    if os.path.isdir(path):  # False for names that no file can have, of which writing says so
         raise InputError(f"{path} is a folder: give the name of a file in it.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
     if path.suffix.lower() == ".png":
         try:
@@ -661,10 +662,11 @@ def _write(path: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         part.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            part.unlink()
 
 
 def _spread(items: Sequence[T], most: int) -> Sequence[T]:

@@ -15,6 +15,7 @@ import pytest
 from conftest import ENVIRONMENT
 
 import omni
+from omni import chat
 from omni.arguments import CLIP
 from omni.generate import main, split_words
 from seats import preset_for
@@ -253,3 +254,11 @@ def test_an_interrupt_ends_a_conversation_by_pipe(checkpoint: Path) -> None:
         _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert err.decode().endswith("\nomni-generate: interrupted.\n") and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_in_another_encoding_are_lines(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was pasted as Latin-1 goes to the tokenizer, which refuses it in words, and the next line is read."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nWhy?\n"), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert list(chat._lines("", terminal)) == ["caf\udce9?", "Why?"]

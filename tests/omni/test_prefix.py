@@ -147,6 +147,22 @@ def test_what_differs_is_not_reused(pair: Pair, change: str) -> None:
     same(found, alone.prefill(inputs, method))
 
 
+@pytest.mark.parametrize("seats", [SETTINGS, None], ids=["selected", "every token"])
+def test_whoever_asks_may_write_to_what_is_theirs(pair: Pair, seats: Any) -> None:
+    """To ids, pixels and mel frames, also by way of NumPy, and to what came back: what is kept is apart from it."""
+    model, alone = fresh(pair.model), fresh(pair.model, reuse=0)
+    inputs = make_request(pair, REQUESTS["clip with sound"])
+    for name in ("input_ids", "pixel_values_videos", "input_features"):
+        first = model.prefill(inputs, seats)
+        for theirs in (first.logits, *first.kept):
+            theirs.numpy()[...] = 0
+        written = getattr(inputs, name).numpy()
+        written[..., -3] += 1
+        found = model.prefill(inputs, seats)
+        same(found, alone.prefill(inputs, seats))
+        assert (found.reused_tokens > 0) == (name == "input_ids")
+
+
 @pytest.mark.parametrize("kv", ["layerwise", "pruned"])
 @pytest.mark.parametrize("seats", [SETTINGS, None], ids=["selected", "every token"])
 def test_questions_of_one_call_share_their_beginning(pair: Pair, seats: Any, kv: str) -> None:
@@ -231,6 +247,23 @@ def test_what_is_kept_goes_before_a_request_fails(pair: Pair, monkeypatch: pytes
             found = model.generate(inputs, **options)
         assert found.tokens == alone.generate(inputs, **options).tokens
         assert found.stats.reused_tokens == (0 if owner is stages else found.stats.reused_tokens)
+
+
+def test_what_a_request_keeps_itself_goes_before_it_fails(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first question that has room beside nothing that is kept, not even for the next one."""
+    model, alone = fresh(pair.model), fresh(pair.model, reuse=0)
+    clip, prefill = make_request(pair, REQUESTS["clip with sound"]), stages.prefill
+
+    def tight(*arguments: Any, keep: bool, **named: Any) -> stages.Staged:
+        if keep or len(model.engine.kept):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return prefill(*arguments, keep=keep, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "prefill", tight)
+        same(model.prefill(clip, SETTINGS), alone.prefill(clip, SETTINGS))
+    model.prefill(clip, SETTINGS)
+    assert model.prefill(clip, SETTINGS).reused_tokens > 0
 
 
 def test_nothing_is_kept_where_nothing_may_be(pair: Pair) -> None:

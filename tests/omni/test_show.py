@@ -243,6 +243,8 @@ def test_what_cannot_be_written(pair: Pair, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "folder.html").mkdir()
     attempt(tmp_path / "folder.html", "is a folder")
     (tmp_path / "folder.html").rmdir()
+    attempt(tmp_path / f"{'long' * 80}.html", "cannot be written: File name too long")
+    attempt(tmp_path / "nothing\0.html", "cannot be written: embedded null byte")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         attempt(tmp_path / "kept.png", r"needs matplotlib \(pip install")
