@@ -166,7 +166,8 @@ class Omni:
         return Processor(self.folder, self.config, self.tokenizer(), reuse=self.reuse)
 
     def forget(self) -> None:
-        """Drops what is kept for later questions about the same media (`load`'s reuse)."""
+        """Drops what is kept for later questions about the same media (`load`'s reuse): needed after a change of the
+        thinker's weights, of which it does not know."""
         self.engine.forget()
         if "processor" in vars(self):
             self.processor.forget()
