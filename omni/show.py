@@ -224,10 +224,13 @@ def check_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in (".html", ".png"):
         raise InputError(f"{path}: what each stage kept is written as .html or .png.")
-    if os.path.isdir(path):  # False for names that no file can have, of which writing says so
-        raise InputError(f"{path} is a folder: give the name of a file in it.")
-    if not os.path.isdir(path.parent):
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: give the name of a file in it.")
+        if not path.parent.is_dir():
+            raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from None
     if path.suffix.lower() == ".png":
         try:
             import matplotlib  # noqa: F401
