@@ -26,7 +26,7 @@ def prefill_macs(
     Counted as in the paper: the products of attention and of the gated MLP, scores and weighted values over the whole
     square of the sequence (no saving for causality), and the head on every token that is left. Norms, rotary and the
     selections themselves are not. One thing differs: the paper's code takes hidden_size / num_heads for `head_dim`, 64
-    for Qwen3-Omni-30B-A3B, whose heads have 128. Ours is the true one, so that its TFLOPs for that model are lower.
+    for Qwen3-Omni-30B-A3B, whose heads have 128. Ours is the true one, so that our TFLOPs for that model are higher.
     """
     after = dict(drops)
     width = num_heads * (head_dim or hidden_size // num_heads)
