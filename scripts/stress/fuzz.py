@@ -442,7 +442,7 @@ def make_rows(folder: Path) -> list[str]:
 
 def read_rows(folder: Path, name: str) -> None:
     """Each row is prepared or refused by itself; what its answer is written as can be read again."""
-    from omni.batch import Journal, Source, parse
+    from omni.batch import Journal, Source, pack, parse
 
     if name == "answers.jsonl":
         Journal(folder / name).write([json.dumps({"id": "new"})])
@@ -458,8 +458,8 @@ def read_rows(folder: Path, name: str) -> None:
             row = parse(line)
             assert row["id"] in ids
             with RENDERED_HERE:
-                prepared = prepare.prepared(row)
-            assert json.loads(prepared["row"])["id"] == row["id"] and prepared["tensors"]
+                told, inputs = prepare.prepared(row)
+            assert json.loads(json.dumps(told))["id"] == row["id"] and pack([inputs], prepare.dtype)
         except ERRORS as error:
             refused.append(error)
     journal = folder / "journal.jsonl"

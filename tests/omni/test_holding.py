@@ -19,7 +19,7 @@ from omni.encoders import vision
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
 from omni.model import Omni
-from omni.processing import processor
+from omni.processing import processor, reader
 from omni.processing.reasoning import AnswerStream
 from omni.runtime import graphs
 from omni.thinker import Thinker
@@ -141,13 +141,14 @@ def test_an_interrupted_request_leaves_the_next_one_right(
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(processor, "encode_chat", 1), (processor, "resize", 1), (vision, "cut_patches", 1), (AnswerStream, "push", 2)],
+    [(processor, "encode_chat", 1), (reader, "resize", 1), (vision, "cut_patches", 1), (AnswerStream, "push", 2)],
     ids=["template", "picture", "patches", "text"],
 )
 def test_an_interrupt_around_the_model_leaves_the_next_request_right(
     model: Omni, owner: Any, name: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While media are prepared and while text is put together."""
+    model = Omni(model.thinker, model.folder, reuse=0)  # each time anew
     picture = torch.randint(0, 255, (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
 
