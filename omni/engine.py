@@ -242,7 +242,7 @@ class Engine:
             wanted = [each.is_outgrown_by(one) for each, one in zip(known, asked, strict=True)]
             plan, staged, seconds = self._extend(asked, known, method, pruned=pruned, keep=any(wanted))
         else:
-            wanted = [self._keeps([one], method) for one in asked]
+            wanted = [self._keeps(one, method) for one in asked]
             plan, staged, seconds = self._run(asked, method, pruned=pruned, keep=any(wanted))
         encode_seconds += seconds
         # The one read of what was selected, when all work is under way.
@@ -299,7 +299,7 @@ class Engine:
         begin_alike = len({one.keys(method)[0] if one.media else id(one) for one in asked}) < len(asked)
         if not any(found) and not begin_alike:
             return [], 0.0
-        if not all(each or self._keeps([one], method) for each, one in zip(found, asked, strict=True)):
+        if not all(each or self._keeps(one, method) for each, one in zip(found, asked, strict=True)):
             return [], 0.0
         known, encode_seconds = [], 0.0
         for before, one in zip(found, asked, strict=True):
@@ -315,14 +315,16 @@ class Engine:
             known.append(each)
         return known, encode_seconds
 
-    def _keeps(self, asked: list[Asked], method: Method | None) -> bool:
-        """Whether there is something to keep of prompts, and room for it."""
-        plan = self._plan([one.prompt for one in asked], method)
+    def _keeps(self, asked: Asked, method: Method | None) -> bool:
+        """Whether there is something to keep of a prompt, and room for it."""
+        if not self.reuses or not asked.media:
+            return False
+        plan = self._plan([asked.prompt], method)
         layers, decoder = plan.segments[0].layers[1], self.thinker.config.decoder
         numbers = 2 * layers * decoder.num_kv_heads * decoder.head_dim
         numbers += decoder.hidden_size if len(plan.segments) > 1 else 0
         nbytes = plan.segments[0].length * numbers * self.thinker.embedding.weight.element_size()
-        return nbytes <= self.kept.limit and self.reuses and all(one.media for one in asked)
+        return nbytes <= self.kept.limit
 
     def _keep(
         self,

@@ -354,12 +354,13 @@ def make_media(folder: Path) -> list[str]:
                 if packet.dts is not None:
                     packet.stream = streams[packet.stream]
                     file.mux(packet)
-    with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.avi"), "w") as file:
-        stream = file.add_stream("mpeg4", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for picture in source.decode(video=0):
-            file.mux(stream.encode(picture.reformat(64, 48)))
-        file.mux(stream.encode())
+    for name, codec in (("clip.avi", "mpeg4"), ("clip.webm", "libvpx")):
+        with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / name), "w") as file:
+            stream = file.add_stream(codec, rate=12)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for picture in source.decode(video=0):
+                file.mux(stream.encode(picture.reformat(64, 48)))
+            file.mux(stream.encode())
     with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.mpg"), "w", format="vob") as file:
         stream = file.add_stream("mpeg2video", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -367,12 +368,6 @@ def make_media(folder: Path) -> list[str]:
             picture = picture.reformat(64, 48, "yuv420p")
             picture.pts, picture.time_base = number, Fraction(1, 25)
             file.mux(stream.encode(picture))
-        file.mux(stream.encode())
-    with av.open(str(folder / "clip.mp4")) as source, av.open(str(folder / "clip.webm"), "w") as file:
-        stream = file.add_stream("libvpx", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for picture in source.decode(video=0):
-            file.mux(stream.encode(picture.reformat(64, 48)))
         file.mux(stream.encode())
     (folder / "joined.ts").write_bytes(2 * (folder / "clip.ts").read_bytes())
     sounds = {"a.wav": "pcm_s16le", "a.flac": "flac", "a.mp3": "libmp3lame", "a.opus": "libopus"}
