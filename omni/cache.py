@@ -14,13 +14,16 @@ LEAST_CAPACITY = 2 * CHUNK
 """One part alone is another shape to the compiler, which would need code for it."""
 
 
-@part
-def _append(stored_keys: Tensor, stored_values: Tensor, length: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Apart from the layer, whose code would copy the cache that it reads; and layer by layer, for which the compiler
-    needs a second: all at once are hundreds of sizes, and minutes."""
-    rows = torch.arange(len(length), device=length.device)
+def _append(
+    stored_keys: Tensor, stored_values: Tensor, rows: Tensor, length: Tensor, keys: Tensor, values: Tensor
+) -> None:
     stored_keys[rows, :, length] = keys[:, :, 0]
     stored_values[rows, :, length] = values[:, :, 0]
+
+
+_append_by_machine_code = part(_append)
+"""Apart from the layer, whose code would copy the cache that it reads; and layer by layer, for which the compiler needs
+a second: all at once are hundreds of sizes, and minutes."""
 
 
 class Cache:
@@ -48,10 +51,20 @@ class Cache:
                 padded.append(F.pad(layer, (0, 0, 0, capacity - layer.shape[2])))
         return cls(stored[0], stored[1], torch.stack(lengths))
 
+    def written(self) -> list[Tensor]:
+        """Per layer, (batch, capacity): which positions are there."""
+        sizes = [keys.shape[2] for keys in self.keys]
+        positions = torch.arange(max(sizes), device=self.lengths.device)
+        there = {size: positions[:size] < self.lengths[..., None] for size in set(sizes)}
+        return [there[size][layer] for layer, size in enumerate(sizes)]
+
     def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
         """Puts one position more into every layer, in place. Per layer: (batch, kv_heads, 1, head_dim)."""
+        rows = torch.arange(self.lengths.shape[1], device=self.lengths.device)
+        # A GPU launches half as many kernels; on a CPU calling machine code takes longer than what is done.
+        append = _append_by_machine_code if rows.is_cuda else _append
         for layer in zip(self.keys, self.values, self.lengths, keys, values, strict=True):
-            _append(*layer)
+            append(*layer[:2], rows, *layer[2:])
         self.lengths += 1
 
     def row(self, row: int) -> Cache:

@@ -53,12 +53,11 @@ class Attention(nn.Module):
         return self.output(rearrange(mixed, "b kv (group s) d -> b s (kv group d)", group=group)), k, v
 
     def decode(
-        self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
+        self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, (B, 1, hidden), after the first `lengths`, (B,), of a cache (`attend`) → x and what attention
-        of norm(x) adds to it; keys and values as `prefill`."""
+        """One position, (B, 1, hidden), after those in a cache (`attend`) → x and what attention of norm(x) adds to it;
+        keys and values as `prefill`."""
         q, k, v = self.project(x, rotary, norm)
-        written = torch.arange(keys.shape[2], device=x.device) < lengths[:, None]
         mixed = attend(rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads), k, v, keys, values, written)
         return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)"), residual=x), k, v
 
@@ -186,10 +185,10 @@ class Layer(nn.Module):
 
     @part
     def decode(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Tensor
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, (B, 1, hidden), after the first `lengths` of a cache → as `prefill`."""
-        x, key, value = self.attention.decode(x, self.attention_norm, rotary, keys, values, lengths)
+        """One position, (B, 1, hidden), after those in a cache → as `prefill`."""
+        x, key, value = self.attention.decode(x, self.attention_norm, rotary, keys, values, written)
         return self.mlp(x, norm=self.mlp_norm, residual=x), key, value
 
     def query_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor], asking: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class Thinker(nn.Module):
         x = self.embedding(tokens[:, None])
         rotary = self.rotary(positions.expand(3, -1).unsqueeze(-1))
         keys, values = [], []
-        for layer, *stored in zip(self.layers, cache.keys, cache.values, cache.lengths, strict=True):
+        for layer, *stored in zip(self.layers, cache.keys, cache.values, cache.written(), strict=True):
             x, key, value = cast(Layer, layer).decode(x, rotary, *stored)
             keys.append(key)
             values.append(value)

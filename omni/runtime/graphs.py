@@ -25,6 +25,10 @@ MOST_GRAPHS = 256
 """Graphs that stay; the least recently used goes. A realistic spread of clips needs fewer plans."""
 GRAPH_BYTES = 8 * 2**30
 """What inputs and outputs of captured graphs may take together; the graphs' own memory is one shared pool."""
+LOOKED_AT = torch.compiler.skip_guard_on_globals_unsafe
+"""Before every call the compiler would look whether functions and constants that the code uses are still the same, some
+hundred of them, for longer than a layer of a small model needs for a tenth of its work. They are: each `Parts` compiles
+anew. Arguments, modules among them, are looked at."""
 
 
 class Parts:
@@ -50,7 +54,7 @@ class Parts:
             return function(*arguments)
         own = renewed(function)
         try:
-            code = torch.compile(own, fullgraph=True, dynamic=True)
+            code = torch.compile(own, fullgraph=True, dynamic=True, options={"guard_filter_fn": LOOKED_AT})
             # The compiler's records lead from a code object to itself: neither it nor what was made of it would go.
             finalize(code, reset_code, own.__code__).atexit = False
             # Sizes that are equal in one call may differ in the next.
