@@ -96,7 +96,7 @@ def page(result: dict[str, Any], name: str, section: dict[str, Any]) -> str:
     rows = dict(sorted(section["rows"].items(), key=lambda row: (*listed, row[0]).index(row[0])))
     parts = {
         "Targets": (targets_table,),
-        "Ratios": (ratio_table, prefill_table, cache_table, agreement_table, throughput_table),
+        "Ratios": (ratio_table, prefill_table, cache_table, agreement_table, throughput_table, asked_again_table),
         "Seconds": (seconds_table, plan_lines, start_lines, not_run_lines),
         "Where the time goes": (profile_table,),
         "Measured": (run_lines,),
@@ -202,7 +202,7 @@ def ratio_table(rows: dict[str, Any]) -> list[str]:
     found = [
         (name, *(ratio(faster.get(side)) for side in SIDES), str(row["rounds"]))
         for name, row in rows.items()
-        if (faster := row.get("times_as_fast"))
+        if (faster := row.get("times_as_fast")) and not faster.keys().isdisjoint(SIDES)
     ]
     return table(("times as fast as", *SIDES, "rounds"), found)
 
@@ -303,6 +303,27 @@ def throughput_table(rows: dict[str, Any]) -> list[str]:
         for name, row in asked.items()
     ]
     return table(("questions a second, encoders included", *sides, "questions", "new tokens of each"), found)
+
+
+def asked_again_table(rows: dict[str, Any]) -> list[str]:
+    """Of questions about a clip that was asked about before: the time to the first token, and of it the prefill."""
+    sides = ("first", "second", "nothing kept")
+    found = []
+    for name, row in rows.items():
+        if "second" not in row["seconds"]:
+            continue
+        cells = [f"{row['seconds'][side]:.3g}" for side in sides]
+        cells += [ratio(row["times_as_fast"].get(side)) for side in ("first", "nothing kept")]
+        if "prefill_seconds" in row:
+            cells += [f"{row['prefill_seconds'][side]:.3g}" for side in sides[:2]]
+            cells += [f"{row['reused_tokens']} of {row['tokens']}", f"{row['kept_bytes'] / 1e6:.0f}"]
+        found.append((name, *cells, *[""] * (9 - len(cells))))
+    heads = (
+        *("seconds to the first token", "first question", "second", "nothing kept"),
+        *("second, times as fast as the first", "as with nothing kept", "prefill of the first", "of the second"),
+        *("tokens reused", "kept, MB"),
+    )
+    return table(heads, found)
 
 
 def plan_lines(rows: dict[str, Any]) -> list[str]:

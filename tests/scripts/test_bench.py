@@ -386,11 +386,15 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
     assert f"| a GPU, {link} |" in pages["README.md"]
     assert "| seconds of a plan never met | 1 of 1 | plans | 1.50 | at most 2 |" in pages["README.md"]
     said, other = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
-    assert "| prefill, 10 % kept | 40 ms, 8.0× every token |  | 4.8× every token | [a GPU](" in said
-    assert "| prefill, every token | 40 ms | 60 ms, 1.5× |  | [a GPU]" in said
+    line = "| prefill of the paper's prompt"
+    assert f"{line}, 10 % kept | 40 ms, 8.0× every token |  | 4.8× every token | [a GPU](" in said
+    assert f"{line}, every token | 40 ms | 60 ms, 1.5× |  | [a GPU]" in said
+    assert "| prefill, 10 % kept | not measured |" in said, "of another prompt"
+    assert line not in other
     assert "| prefill, every token | not measured |" in other
-    rows["second question of 8 s"] = plain | {"seconds": {"second": 2.0, "first": 18.0}}
+    rows["second question of 8 s"] = plain | {"seconds": {"second": 2.0, "first": 18.0, "nothing kept": 19.0}}
     rows["second question of 8 s"]["times_as_fast"] = {"first": {"median": 9.0, "lowest": 8.0, "highest": 9.5}}
+    assert "| second question of 8 s | 18 | 2 | 19 | 9.00 (8.00 to 9.50) |" in "".join(render([result]).values())
     result["sections"] = {"qwen2.5 0.5B float32": section}
     said, _ = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
     assert "| prefill, 10 % kept | not measured |" in said, "a small model's"
