@@ -87,10 +87,11 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
     able = [row for row in rows if "error" not in row]
     if {"divprune", "omnizip"} & {row["method"] for row in able}:
         lines[-2:-2] = [
-            "fastv, visionzip, divprune, dycoke and fastvid keep all sound and take the whole budget from video. Where "
-            "sound alone is more than the budget, some of it goes and hardly any video stays: so it is in the small "
-            "world, of which a second has 16 tokens of video and 25 of sound. How much omnizip keeps depends on the "
-            "data: its prefill has room for the most that it may keep, at low ratios twice as much as it does keep.",
+            "fastv, visionzip, divprune, dycoke, fastvid, evs, vidcom2 and pyramiddrop keep all sound and take the "
+            "whole budget from video. Where sound alone is more than the budget, some of it goes and hardly any video "
+            "stays: so it is in the small world, of which a second has 16 tokens of video and 25 of sound. How much "
+            "omnizip keeps depends on the data: its prefill has room for the most that it may keep, at low ratios "
+            "twice as much as it does keep.",
             "",
         ]
     for row in able:
@@ -100,7 +101,7 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
             f"{row['retention']:.0%}",
             *ratios,
             f"{row['full_macs'] / row['macs']:.1f}",
-            f"{1000 * row['prefill_seconds']:.0f}",
+            f"{1000 * row['prefill_seconds']:.0f}" if "prefill_seconds" in row else "",
             share(row["choice"]),
             f"{row['choice']['mean'] / full['choice']['mean']:.1%}",
             share(row.get("above_random"), sign="+"),
@@ -114,6 +115,13 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
     # Results from before rows were named so say nothing of it.
     stale = [row["name"] for row in able if "code" in row and row["code"] != code_of(row["method"])]
     lines += ["", f"Measured before the code of their methods changed: {', '.join(stale)}."] if stale else []
+    runs: dict[str, list[str]] = {}
+    for row in able:
+        if run := row.get("run"):
+            said = f"{run['date']}, {run['machine']}, torch {run['versions']['torch']}"
+            runs.setdefault(said, []).append(row["name"])
+    for said, names in runs.items():
+        lines += ["", f"Of another run, whose prefill times are not beside these ({said}): {', '.join(names)}."]
     kinds = list(full["kinds"])
     lines += ["", f"| by kind | {' | '.join(kinds)} |", f"| --- |{' --- |' * len(kinds)}"]
     for row in able:
@@ -179,7 +187,7 @@ def draw_accuracy(axes: Any, result: dict[str, Any]) -> None:
     full = able[0]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in able:
-        if row["method"] in NAMES:
+        if row["method"] in NAMES and "prefill_seconds" in row:
             lines.setdefault(row["method"], []).append(row)
     marks = iter("os^vD<>Pp*hX" * 2)
     for method, found in lines.items():

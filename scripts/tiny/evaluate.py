@@ -4,6 +4,7 @@
     python scripts/tiny/evaluate.py .world                         # the checkpoint tiny, SEATS
     python scripts/tiny/evaluate.py .world --methods all --workers 16        # on a machine with as many cores
     python scripts/tiny/evaluate.py clips/ --model Qwen/Qwen2.5-Omni-7B --retention 0.35 0.10
+    python scripts/tiny/evaluate.py .world --merge elsewhere/accuracy/tiny.json      # rows of another run's result
 
 The folder has clips and questions.jsonl: on each line {"media", "prompt", "answer", "options", "kind"}, `options` empty
 where the answer is free and else four, which the prompt letters A to D. An answer counts where its first letter is that
@@ -259,18 +260,20 @@ def estimate(groups: list[list[float]]) -> dict[str, Any]:
     return {"mean": sum(map(sum, groups)) / total, "low": low, "high": high, "questions": total}
 
 
+def accuracy(
+    questions: list[dict[str, Any]], values: Callable[[int], float], chosen: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any] | None:
+    """The mean of values(number) over the chosen questions, with its interval; None where none is chosen."""
+    clips: dict[str, list[float]] = {}
+    for number, question in enumerate(questions):
+        if chosen(question):
+            clips.setdefault(question["media"], []).append(values(number))
+    return estimate(list(clips.values())) if clips else None
+
+
 def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]]], wanted: list[Setting]) -> Any:
     """A row for every setting: accuracy by kind, over multiple choice, over free answers; cost; against the others."""
-    clips: dict[str, list[int]] = {}
-    for number, question in enumerate(questions):
-        clips.setdefault(question["media"], []).append(number)
     rows = []
-
-    def accuracy(values: Callable[[int], float], chosen: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        groups = [[values(n) for n in numbers if chosen(questions[n])] for numbers in clips.values()]
-        groups = [group for group in groups if group]
-        return estimate(groups) if groups else None
-
     for column, setting in enumerate(wanted):
         mine = [answer[column] for answer in answers]
         row: dict[str, Any] = {**asdict(setting), "name": setting.name, "code": code_of(setting.method)}
@@ -283,10 +286,10 @@ def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]
         def right(number: int, mine: list[Any] = mine) -> float:
             return float(mine[number]["right"])
 
-        row["choice"] = accuracy(right, lambda question: bool(question["options"]))
-        row["free"] = accuracy(right, lambda question: not question["options"])
+        row["choice"] = accuracy(questions, right, is_choice)
+        row["free"] = accuracy(questions, right, lambda question: not is_choice(question))
         row["kinds"] = {
-            kind: accuracy(right, lambda question, kind=kind: question["kind"] == kind)
+            kind: accuracy(questions, right, lambda question, kind=kind: question["kind"] == kind)
             for kind in dict.fromkeys(question["kind"] for question in questions)
         }
         row["prefill_seconds"] = statistics.median(answer["seconds"] for answer in mine)
@@ -296,10 +299,54 @@ def summarise(questions: list[dict[str, Any]], answers: list[list[dict[str, Any]
         others = [n for n, each in enumerate(wanted) if each == Setting("random", setting.retention)]
         if others and setting.method != "random":
             row["above_random"] = accuracy(
+                questions,
                 lambda n, other=others[0], mine=mine: float(mine[n]["right"]) - float(answers[n][other]["right"]),
-                lambda question: bool(question["options"]),
+                is_choice,
             )
     return rows
+
+
+def is_choice(question: dict[str, Any]) -> bool:
+    return bool(question["options"])
+
+
+def merge(result: dict[str, Any], other: dict[str, Any], questions: list[dict[str, Any]]) -> list[str]:
+    """Takes the rows of another run about the same questions into a result, and says which.
+
+    Not those of every token, which each run has; and no prefill times, which say something in one run alone.
+    """
+    asked = [(question["media"], question["kind"]) for question in questions]
+    for each in (result, other):
+        if each["model"] != result["model"] or [(one["media"], one["kind"]) for one in each["answers"]] != asked:
+            raise SystemExit("these are results of other models or other questions, which are not to be merged.")
+    texts = {row["name"]: [one["texts"][n] for one in result["answers"]] for n, row in enumerate(result["rows"])}
+    rows = {row["name"]: row for row in result["rows"]}
+    taken = []
+    for column, row in enumerate(other["rows"]):
+        if row["method"] in (EVERY, NO_VIDEO, NO_SOUND):
+            continue
+        name = row["name"]
+        row = {key: value for key, value in row.items() if key != "prefill_seconds"}
+        rows[name] = row | {"run": {key: other[key] for key in ("date", "machine", "versions")}}
+        texts[name] = mine = [one["texts"][column] for one in other["answers"]]
+        random = texts.get(Setting("random", row["retention"]).name)
+        if random is not None and "error" not in row and row["method"] != "random":
+
+            def above(number: int, mine: list[str] = mine, random: list[str] = random) -> float:
+                found, by_chance = (is_right(said[number], questions[number]) for said in (mine, random))
+                return float(found) - float(by_chance)
+
+            rows[name]["above_random"] = accuracy(questions, above, is_choice)
+        taken.append(name)
+    methods = [EVERY, NO_VIDEO, NO_SOUND, *NAMES, *ABLATIONS]
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["method"] in ABLATIONS, -row["retention"], methods.index(row["method"]), row["kv"]
+
+    result["rows"] = sorted(rows.values(), key=place)
+    for number, one in enumerate(result["answers"]):
+        one["texts"] = [texts[row["name"]][number] for row in result["rows"]]
+    return taken
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -346,8 +393,17 @@ def main() -> None:
     parser.add_argument("--ablate", type=float, default=0.10, help="retention of the ablations, 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="processes that ask, cores shared out between them")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="take the rows of other runs' results")
     options = parser.parse_args()
     questions = read_questions(options.folder)[: options.limit]
+    if options.merge:
+        name = Path(options.model).name
+        result = json.loads((options.results / "accuracy" / f"{name}.json").read_text(encoding="utf-8"))
+        for path in options.merge:
+            taken = merge(result, json.loads(path.read_text(encoding="utf-8")), questions)
+            print(f"{path}: {len(taken)} rows: {', '.join(taken)}")
+        save(options.results, name, result)
+        return
     methods = NAMES if "all" in options.methods else options.methods
     wanted = settings(methods, options.retention, options.ablate)
     name = Path(options.model).name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,44 @@ def test_every_setting_is_what_it_says() -> None:
     assert len(set(methods[3:])) == len(methods[3:]) - 6  # of the pruned cache, which is no method of its own
     with pytest.raises(ValueError, match="FastV cannot keep"):
         evaluate.method_of(evaluate.Setting("fastv", 0.1), model)
+
+
+def test_rows_of_another_run_about_the_same_questions_are_taken() -> None:
+    """In their place, compared with the random rows that are there, without their times."""
+    import evaluate
+
+    questions = [
+        {"media": f"{number // 2}.mp4", "kind": "colour", "prompt": "?", "answer": "A", "options": ["A", "B", "C", "D"]}
+        for number in range(4)
+    ]
+    settings = evaluate.settings(["seats", "random"], [0.35, 0.1], 0.1)
+
+    def result(wanted: list[evaluate.Setting], text: str) -> dict[str, Any]:
+        said = {"text": text, "right": text == "A", "macs": 1, "full_macs": 2, "seconds": 1.0, "ratios": (0.1, 0.1)}
+        found = [[said] * len(wanted)] * len(questions)
+        return {
+            "model": "tiny",
+            "date": "2026-01-01",
+            "machine": "a CPU",
+            "versions": {"torch": "2.13.0"},
+            "rows": evaluate.summarise(questions, found, wanted),
+            "answers": [{**question, "texts": [text] * len(wanted)} for question in questions],
+        }
+
+    own, other = result(settings, "B"), result([*settings[:3], evaluate.Setting("evs", 0.35), settings[3]], "A")
+    assert evaluate.merge(own, other, questions) == ["evs 35%", "seats 35%"]
+    names = [row["name"] for row in own["rows"]]
+    order = ["seats 35%", "seats 35%, pruned", "random 35%", "evs 35%", "seats 10%"]
+    assert [names.index(name) for name in order] == [3, 4, 5, 6, 7] and len(names) == len(settings) + 1
+    for name, row in zip(names, own["rows"], strict=True):
+        is_taken = name in ("evs 35%", "seats 35%")
+        assert ("prefill_seconds" in row) != is_taken and ("run" in row) == is_taken
+        assert row["choice"]["mean"] == is_taken
+        assert {each["texts"][names.index(name)] for each in own["answers"]} == {"A" if is_taken else "B"}
+        if is_taken:
+            assert row["above_random"]["mean"] == 1
+    with pytest.raises(SystemExit, match="other models or other questions"):
+        evaluate.merge(own, other, questions[:2])
 
 
 def test_answers_of_code_that_has_changed_are_not_gone_on_with(tmp_path: Path) -> None:
