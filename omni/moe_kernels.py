@@ -2,6 +2,7 @@
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def"
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -120,8 +121,15 @@ def stages_that_fit(tile: Tile, x: Tensor) -> int:
     """Tiles on their way to a multiprocessor at once: what the table says, or as many as its shared memory holds."""
     if not x.is_cuda:
         return tile.stages
-    memory = triton.runtime.driver.active.utils.get_device_properties(x.device.index)["max_shared_mem"]
-    return max(1, min(tile.stages, memory // ((tile.rows + tile.columns) * tile.depth * x.element_size())))
+    a_stage = (tile.rows + tile.columns) * tile.depth * x.element_size()
+    return max(1, min(tile.stages, shared_memory(x.device.index) // a_stage))
+
+
+@cache
+def shared_memory(device: int) -> int:
+    """Bytes that a program may have. Asked for once: the driver looks up clock rates, too, which takes longer than all
+    launches of a layer."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 @triton.jit(do_not_specialize=["tokens"])
