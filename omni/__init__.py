@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omni.engine import Prefill
     from omni.inputs import Inputs
+    from omni.kept import explain
     from omni.model import Generation, Omni, load
-    from omni.show import Page, explain, show
+    from omni.show import Page, show
 
 __version__ = "0.2.0"
 
@@ -23,7 +24,7 @@ PLACES = {
     "Omni": "omni.model",
     "Page": "omni.show",
     "Prefill": "omni.engine",
-    "explain": "omni.show",
+    "explain": "omni.kept",
     "load": "omni.model",
 }
 """Imported when first asked for: a command line that only says its version needs no PyTorch."""

@@ -18,12 +18,13 @@ from omni.arguments import CLIP, QUESTION, TINY, settings_parser
 from omni.config import DTYPES, ConfigError, OmniConfig
 from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
+from omni.kept import explain
 from omni.model import Generation, Omni, load
 from omni.processing.chat import ChatTemplateError
 from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, fetched, kind_of
 from omni.processing.tokenizer import TokenizerError
-from omni.show import check_path, explain, show
+from omni.show import check_path, show
 from seats.method import Method
 from seats.methods import method_for
 from weights import CheckpointError

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import omni
 from omni.arguments import CLIP
+from omni.kept import AUDIO, VIDEO, Tile, View, draw_tiles, lay_tiles, read
 from omni.processing.frames import vision_sizes
-from omni.show import AUDIO, VIDEO, Tile, View, draw_tiles, lay_tiles, read
 
 FOLDER = Path(__file__).parents[2] / "docs" / "figures"
 QUESTION, RETENTION = "Which sound came first?", 0.10

@@ -437,7 +437,8 @@ def make_rows(folder: Path) -> list[str]:
 
 def read_rows(folder: Path, name: str) -> None:
     """Each row is prepared or refused by itself; what its answer is written as can be read again."""
-    from omni.batch import Journal, Source, pack, parse
+    from omni.batch import pack
+    from omni.rows import Journal, Source, parse
 
     if name == "answers.jsonl":
         Journal(folder / name).write([json.dumps({"id": "new"})])

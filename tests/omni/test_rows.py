@@ -1,0 +1,190 @@
+"""Rows of a data set: each is read or named, and its answer written once, whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni.batch import argument_parser
+from omni.inputs import InputError
+from omni.rows import Journal, Source, row_options
+
+pyarrow = pytest.importorskip("pyarrow")
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> dict[Any, dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows), "an answer stands twice"
+    return {row["id"]: row for row in rows}
+
+
+def test_rows_go_before_the_command_line() -> None:
+    given = argument_parser().parse_args(["--retention", "0.25", "--fps", "1", "q.jsonl", "a.jsonl"])
+    row = {"id": 1, "retention": 0.1, "max_new_tokens": 3, "no_audio": True, "fps": None, "answer": "left alone"}
+    found = row_options(row, given)
+    assert (found.retention, found.max_new_tokens, found.no_audio, found.fps) == (0.1, 3, True, 1)
+    assert given.retention == 0.25 and not given.no_audio
+    with pytest.raises(InputError, match=r"retention: must be above 0 and at most 1"):
+        row_options({"retention": 2}, given)
+    with pytest.raises(InputError, match=r"kv: invalid choice"):
+        row_options({"kv": "all"}, given)
+    with pytest.raises(InputError, match=r"max-new-tokens: must be a whole number, not 'x{79}\.$"):
+        row_options({"max_new_tokens": "x" * 1000}, given)
+    with pytest.raises(InputError, match=r"retention: must be a number, not 'half'"):
+        row_options({"retention": "half"}, given)
+    with pytest.raises(InputError, match=r"retention: must be a number, not 'False'"):
+        row_options({"retention": False}, given)
+    with pytest.raises(InputError) as caught:
+        row_options({"kv": "x" * 10_000}, given)
+    assert len(str(caught.value)) < 400
+
+
+def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
+    questions = write(tmp_path / "q.jsonl", {"id": "a"}, "{broken", "", {"question": "?"}, "[1]", {"id": 2})
+    ids, unreadable = Source(questions).scan()
+    assert ids == ["a", 2]
+    assert [row["id"] for row in unreadable] == ["line 2", "line 3", "line 4"]
+    assert "it is not JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        "9" * 5000,
+        '{"id": 1, "id": 2}',
+        '{"id": true}',
+        '{"id": 1.5}',
+        '{"id": "\\ud800"}',
+        '{"id": null}',
+        "\x80",
+    ],
+)
+def test_a_line_that_is_no_row_is_only_that(tmp_path: Path, line: str) -> None:
+    """Protects: deep nesting, endless numbers, ids that no answer can be told by or written with, no UTF-8."""
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'{"id": "a"}\n' + line.encode("latin-1") + b"\n")
+    ids, unreadable = Source(path).scan()
+    assert ids == ["a"]
+    assert [row["id"] for row in unreadable] == ["line 2"]
+
+
+def test_a_row_may_not_be_called_as_a_broken_one_is(tmp_path: Path) -> None:
+    """Protects: its answer would be missing, as if it were there already."""
+    with pytest.raises(InputError, match="rows 1 and 2 have the same id 'line 2'"):
+        Source(write(tmp_path / "q.jsonl", {"id": "line 2"}, "{broken")).scan()
+
+
+@pytest.mark.parametrize("damage", ["cut", "no UTF-8", "no Parquet"])
+def test_damaged_parquet_is_named(tmp_path: Path, damage: str) -> None:
+    """Protects: whatever is wrong with the file, one sentence with its name."""
+    from pyarrow import parquet
+
+    path = tmp_path / "q.parquet"
+    ids = pyarrow.array([b"\xff"] if damage == "no UTF-8" else [b"a"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"id": ids, "media": ["a.png"], "question": ["?"]}), path)
+    if damage != "no UTF-8":
+        path.write_bytes(b"PAR1" if damage == "no Parquet" else path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"q\.parquet is no Parquet file"):
+        Source(path).scan()
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: what was answered so far is whole, and the run ends in a sentence."""
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.write(['{"id": 1}'])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"a\.jsonl cannot be written: No space left on device"):
+        journal.write(['{"id": 2}'])
+    assert 1 in Journal(tmp_path / "a.jsonl").ids
+
+
+def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
+    """Protects: a damaged file of answers is not overwritten, and it is said which file it is."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1}\n{"id": \n')
+    with pytest.raises(InputError, match=r"a\.jsonl is no file of answers: the line cannot be read: it is not JSON"):
+        Journal(path)
+
+
+def test_ids_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rows 1 and 3 have the same id 'a'"):
+        Source(write(tmp_path / "q.jsonl", {"id": "a"}, {"id": "b"}, {"id": "a"})).scan()
+
+
+@pytest.mark.parametrize("name", ["q.csv", "gone.jsonl"])
+def test_files_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "q.csv").write_text("id\n1\n")
+    with pytest.raises(InputError, match=r"must end with \.jsonl or \.parquet|is not there"):
+        Source(tmp_path / name)
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
+    """What a killed run left half-written is no answer."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "one", "text": "x"}\n{"id": "two", "te')
+    journal = Journal(path)
+    assert journal.ids == {"one"}
+    journal.write(['{"id": "two", "text": "y"}'])
+    assert read(path).keys() == {"one", "two"}
+    assert Journal(path).ids == {"one", "two"}
+
+
+def test_parquet_comes_whole_or_not_at_all(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    journal = Journal(path)
+    journal.write(['{"id": 7, "text": "x", "thought": "", "tokens": [1, 2], "stats": {"macs": 3}}'])
+    assert not path.exists()
+    assert Journal(path).ids == {7}
+    journal.write(['{"id": "b", "error": "no"}'])
+    journal.finish()
+    rows = parquet.read_table(path).to_pylist()
+    assert [row["id"] for row in rows] == ["7", "b"]
+    assert rows[0]["tokens"] == [1, 2] and json.loads(rows[0]["stats"]) == {"macs": 3}
+    assert rows[1]["error"] == "no" and rows[1]["text"] is None
+    assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
+    with pytest.raises(InputError, match="is there and whole"):
+        Journal(path)
+
+
+def test_other_questions_are_no_answers(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {"id": 1, "question": "?"})
+    with pytest.raises(InputError, match="no file of answers but of questions"):
+        Journal(path)
+
+
+def test_nothing_is_cut_before_the_first_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "one", "text": "x"}\n{"id": "two", "te')
+    before = path.read_bytes()
+    journal = Journal(path)
+    journal.write([])
+    assert path.read_bytes() == before
+    journal.write(['{"id": "two", "text": "y"}'])
+    journal.write(['{"id": "three", "text": "z"}'])
+    assert read(path).keys() == {"one", "two", "three"}
+
+
+def test_ids_that_a_column_cannot_tell_apart(tmp_path: Path) -> None:
+    """Protects: 1 and "1" do not become one in Parquet."""
+    Journal(tmp_path / "a.jsonl").check([1, "1"])
+    journal = Journal(tmp_path / "a.parquet")
+    journal.check([1, 2, "a"])
+    with pytest.raises(InputError, match=r"the ids 1 and '1' would be the same text in .*a\.parquet"):
+        journal.check([1, "1"])
