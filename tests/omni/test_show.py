@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import FAMILIES, Pair, make_request
 from test_kept import MEDIA, MIXED, SETTINGS
 from test_stages import LAYERS, REQUESTS
