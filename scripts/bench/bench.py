@@ -32,8 +32,9 @@ from bench_cache import archived
 from bench_check import check
 from bench_models import SIZES
 from bench_results import ROOT, Clock, Names, commit_of, least_known_first, load, merge, path_of, run_of, save
-from bench_rows import first_prefill, measurable, rows_of, without_model
+from bench_rows import measurable, rows_of, without_model
 from bench_sides import Bench, ceilings, first_line, machine
+from bench_start import first_prefill
 
 from omni.config import DTYPES
 

@@ -216,8 +216,8 @@ def bench_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
 def test_agreement_compares_with_float32_of_the_same_weights(bench_of: Callable[..., Any], family: str) -> None:
     """Weights come back as they were; other weights are found out."""
-    from bench_rows import agreement_row
     from bench_sides import Clip
+    from bench_whole import agreement_row
 
     bench, clip = bench_of(family, torch.bfloat16), Clip(1, text=20, rows=2, columns=2)
     before = {name: parameter.data_ptr() for name, parameter in bench.thinker.named_parameters()}
@@ -235,8 +235,10 @@ def test_agreement_compares_with_float32_of_the_same_weights(bench_of: Callable[
 
 def test_rows_of_a_small_model(bench_of: Callable[..., Any]) -> None:
     """Throughput counts every question; the layer of experts stands beside what reading it takes; plans are others."""
-    from bench_rows import COMPILED, compiled_prefill_row, decode_row, experts_row, plans_row, throughput_row
+    from bench_decoder import COMPILED, compiled_prefill_row, decode_row, experts_row
     from bench_sides import Clip
+    from bench_start import plans_row
+    from bench_whole import throughput_row
 
     bench, clip = bench_of("qwen3"), Clip(2, text=40, rows=2, columns=2)
     row = throughput_row(bench, clip, 2, 2, sizes=(1, 2))
@@ -270,7 +272,8 @@ def test_a_rival_that_does_not_run_is_named(bench_of: Callable[..., Any]) -> Non
 def test_full_size_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU as on a CPU, rows of files also where nothing reads files: they are named as not measured. The paper's
     prompt has the tokens that its counts fit."""
-    from bench_rows import PAPERS_CLIP, measurable, rows_of
+    from bench_decoder import PAPERS_CLIP
+    from bench_rows import measurable, rows_of
     from bench_sides import Bench
 
     from omni.processing.positions import layout

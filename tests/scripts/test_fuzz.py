@@ -20,8 +20,9 @@ def test_damaged_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Protects: no exception of another kind, no wrong answer, and no error without words, whatever the damage."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     import fuzz
+    from fuzz_targets import TARGETS
 
-    target = fuzz.TARGETS[name]
+    target = TARGETS[name]
     files = {file: (tmp_path / file).read_bytes() for file in target.make(tmp_path)}
     for file, data in files.items():
         assert fuzz.examine(target, tmp_path, file, data) == ("right", "")
@@ -44,7 +45,8 @@ def test_damaged_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     damaged()
     assert "error" in kinds
-    sys.modules.pop("fuzz")
+    for module in ("fuzz", "fuzz_targets"):
+        sys.modules.pop(module)
 
 
 def test_a_finding_is_kept_and_told(
@@ -52,6 +54,7 @@ def test_a_finding_is_kept_and_told(
 ) -> None:
     """Protects: a crash, a hang and a foreign exception are counted, and the input that led to them can be read."""
     import fuzz
+    from fuzz_targets import TARGETS, Target
 
     class Child:
         peak = 0
@@ -70,9 +73,10 @@ def test_a_finding_is_kept_and_told(
         return ["a.json"]
 
     monkeypatch.setattr(fuzz, "Child", Child)
-    monkeypatch.setitem(fuzz.TARGETS, "index", fuzz.Target(make, lambda *_: None, (ValueError,)))
+    monkeypatch.setitem(TARGETS, "index", Target(make, lambda *_: None, (ValueError,)))
     assert fuzz.fuzz("index", 0.005, 0, tmp_path) > 0
     assert (tmp_path / "index-1/a.json").is_file()
     assert (tmp_path / "index-1/what.txt").read_text() == "crash\nexit status -11\n"
     assert " crashes, 0 hangs, 0 unexpected" in capsys.readouterr().out
-    sys.modules.pop("fuzz")
+    for module in ("fuzz", "fuzz_targets"):
+        sys.modules.pop(module)
