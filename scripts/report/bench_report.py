@@ -56,7 +56,7 @@ def render(results: list[dict[str, Any]], accuracy: str = "") -> dict[str, str]:
                 targets.append(("" if number else f"{result['machine']}, [{name}]({path})", *cells))
             found.append(f"[{name}]({path}), {len(section['rows'])} rows")
         links.append(f"- {result['machine']}: {'; '.join(found)}")
-    heads = ("machine, model", "what", "met", "furthest from its target", "measured", "target", "missed by")
+    heads = ("machine, model", "targets met", "missed", "furthest in", "measured", "target", "by")
     lines = [*table(heads, targets), "", "## Pages", "", *links]
     if accuracy:
         pages["pages/accuracy.md"] = accuracy
@@ -147,18 +147,20 @@ def run_lines(rows: dict[str, Any]) -> list[str]:
 
 
 def targets_met(section: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Of each kind of target: how many rows meet it, and the one that is furthest from it."""
-    kinds: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
+    """How many targets are met; then of each kind that a row misses, the row that is furthest from it."""
+    worst: dict[str, tuple[float, str, dict[str, Any]]] = {}
+    met = count = 0
     for name, row in section["rows"].items():
         for target in row.get("targets", []):
-            kinds.setdefault(target["what"], []).append((missed(target), name, target))
-    lines = []
-    for what, found in kinds.items():
-        worst, name, target = max(found, key=lambda each: each[0])
-        met = sum(each <= 0 for each, _, _ in found)
-        measured, wanted, _ = judged(target)
-        lines.append((what, f"{met} of {len(found)}", name, measured, wanted, f"{worst:.0%}" if worst > 0 else ""))
-    return lines
+            by = missed(target)
+            met, count = met + (by <= 0), count + 1
+            if by > max(0.0, worst.get(target["what"], (0.0,))[0]):
+                worst[target["what"]] = by, name, target
+    if not count:
+        return []
+    lines = [(what, name, *judged(target)[:2], f"{by:.0%}") for what, (by, name, target) in worst.items()]
+    first, *rest = lines or [("",) * 5]
+    return [(f"{met} of {count}", *first), *(("", *line) for line in rest)]
 
 
 def targets_table(rows: dict[str, Any]) -> list[str]:

@@ -371,6 +371,7 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
         "plans": plain | {"seconds": {"a plan never met": 1.5}},
     }
     rows["plans"]["targets"] = [{"what": "seconds of a plan never met", "measured": 1.5, "at_most": 2.0}]
+    rows["agreement"]["targets"] = [{"what": "of the matrix rate", "measured": 0.5, "at_least": 0.6}]
     section = {"rows": rows, "all_rows": [*rows, "start"]}
     result = {"machine": "a GPU", "device": "cuda", "sections": {"qwen2.5 full bfloat16": section}}
     pages = render([result])
@@ -386,8 +387,10 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
         assert text in page
     assert "| --- | --- |\n\n" not in page, "a table without rows"
     link = "[qwen2.5 full bfloat16](pages/a-gpu-qwen2-5-full-bfloat16.md)"
-    assert f"| a GPU, {link} |" in pages["README.md"]
-    assert "| seconds of a plan never met | 1 of 1 | plans | 1.50 | at most 2 |" in pages["README.md"]
+    missed = f"times as fast as eager | prefill of {PAPER} at 10% | 2.00 | 2.50 | 20% |"
+    assert f"| a GPU, {link} | 1 of 4 | {missed}" in pages["README.md"]
+    assert "|  |  | of the matrix rate | agreement | 0.50 | 0.60 | 17% |" in pages["README.md"]
+    assert "a plan never met" not in pages["README.md"], "met: its page says so"
     said, other = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
     line = "| prefill of the paper's prompt"
     assert f"{line}, 10 % kept | 40 ms, 8.0× every token |  | 4.8× every token | [a GPU](" in said
