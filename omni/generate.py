@@ -36,12 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
             os.write(2, INTERRUPTED.encode())
             os._exit(130)
         state["interrupted"] = True
+        if ALARM is not None:
+            signal.alarm(PATIENCE)
         raise KeyboardInterrupt
 
     ours = threading.current_thread() is threading.main_thread()
     ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else whoever calls has one
     if ours:
         signal.signal(signal.SIGINT, interrupt)
+        if ALARM is not None:
+            signal.signal(ALARM, interrupt)
     status = 130
     try:
         status = _run(arguments, lambda: state.update(importing=False))
@@ -51,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         state["interrupted"] = True
     finally:
         if ours:
+            if ALARM is not None:
+                signal.alarm(0)
+                signal.signal(ALARM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if state["interrupted"]:  # also where a library swallowed it
         sys.stderr.write(INTERRUPTED)
@@ -58,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+ALARM = getattr(signal, "SIGALRM", None)
+PATIENCE = 5
+"""Seconds after an interrupt. Callbacks from C, and what cleans up after objects, swallow exceptions: whatever still
+runs then is ended as by a second interrupt. Windows, which has no alarm, waits for that one."""
 INTERRUPTED = "\nomni-generate: interrupted.\n"
 """On a line of its own, after a bar or half an answer."""
 

@@ -248,6 +248,26 @@ def test_an_interrupt_that_a_library_swallows_counts(monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().err == "\nomni-generate: interrupted.\n"
 
 
+def test_an_interrupt_that_a_library_swallows_ends_what_goes_on() -> None:
+    """Protects: an answer that would go on for minutes, with nothing left to stop it."""
+    code = """
+import signal, sys, time
+import omni.generate as g
+def run_on(words, imported):
+    imported()
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    time.sleep(100)
+    return 0
+g._run, g.PATIENCE = run_on, 1
+sys.exit(g.main(["What?"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "\nomni-generate: interrupted.\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
