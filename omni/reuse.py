@@ -81,16 +81,13 @@ PART_BYTES = 8 * 2**20
 def digest_of(tensor: Tensor) -> bytes:
     """32 bytes that tell a tensor by its dtype, shape and content, on any device, by SHA-256.
 
-    Remembered for as long as the tensor, or what it is a view of, lives and is not written to, as far as its version
-    tells: by operations of torch, not through memory that is shared with NumPy.
+    Remembered for as long as the tensor lives and is not written to, as far as its version tells: by operations of
+    torch, not through memory that is shared with NumPy.
     """
     known = None if tensor.is_inference() else tensor._version  # inference tensors count no versions
-    # Requests cut their media out of a batch anew each time: a view is known by what it shows of its base.
-    base = tensor if tensor._base is None else tensor._base
-    shown = (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
     if known is not None:
         with _lock:
-            found = _digests.get(base, {}).get(shown)
+            found = _digests.get(tensor)
         if found is not None and found[0] == known:
             return found[1]
     flat = tensor.detach().contiguous().cpu().reshape(-1)
@@ -106,7 +103,7 @@ def digest_of(tensor: Tensor) -> bytes:
         whole.update(digest)
     if known is not None:
         with _lock:
-            _digests.setdefault(base, {})[shown] = known, whole.digest()
+            _digests[tensor] = known, whole.digest()
     return whole.digest()
 
 

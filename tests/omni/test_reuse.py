@@ -108,11 +108,6 @@ def test_large_tensors_are_digested_in_parts_and_once(monkeypatch: pytest.Monkey
         tensor[place] += 1
         seen.add(digest_of(tensor))
     assert len(seen) == 12
-    calls.clear()
-    parts = [digest_of(tensor[start : start + 500]) for start in (0, 0, 500, 500)]
-    assert len(calls) == 2 and parts[0] == parts[1] != parts[2] == parts[3], "of views made anew"
-    tensor[700] += 1
-    assert digest_of(tensor[:500]) == parts[0] and digest_of(tensor[500:1000]) != parts[2] and len(calls) == 4
     held = len(reuse._digests)
     del tensor
     assert len(reuse._digests) == held - 1
