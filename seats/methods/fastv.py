@@ -47,6 +47,17 @@ class ByRelevance:
     def steps(self, num_layers: int) -> list[Step]:
         raise NotImplementedError
 
+    def averages(self, first: int, num_layers: int) -> tuple[float, float]:
+        """Both ratios. Raises ValueError where the first layers, which see every token, are more than one alone."""
+        least = first / num_layers
+        for name, ratio in (("video", self.video_ratio), ("audio", self.audio_ratio)):
+            if ratio <= least:
+                raise ValueError(
+                    f"{type(self).__name__} cannot keep {ratio:.0%} of {name} on average: the first {first} of "
+                    f"{num_layers} layers see every token, which is {least:.1%} alone; ask for more."
+                )
+        return self.video_ratio, self.audio_ratio
+
     def entering(self, video: Sequence[int], audio: Sequence[int]) -> tuple[int, int]:
         return sum(video) + sum(audio), sum(audio)
 
@@ -93,13 +104,6 @@ class FastV(ByRelevance):
     def steps(self, num_layers: int) -> list[Step]:
         if self.layer >= num_layers:
             raise ValueError(f"layer {self.layer} must come before the last of the model's {num_layers} layers.")
-        least = self.layer / num_layers
-        ratios = []
-        for name, ratio in (("video", self.video_ratio), ("audio", self.audio_ratio)):
-            if ratio <= least:
-                raise ValueError(
-                    f"FastV cannot keep {ratio:.0%} of {name} on average: the first {self.layer} of {num_layers} "
-                    f"layers see every token, which is {least:.1%} alone; ask for more."
-                )
-            ratios.append((ratio * num_layers - self.layer) / (num_layers - self.layer))
+        averages = self.averages(self.layer, num_layers)
+        ratios = ((ratio * num_layers - self.layer) / (num_layers - self.layer) for ratio in averages)
         return [Step(self.layer, *ratios)]

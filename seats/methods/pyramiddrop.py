@@ -26,14 +26,7 @@ class PyramidDrop(ByRelevance):
     def steps(self, num_layers: int) -> list[Step]:
         ends = sorted({max(1, num_layers * stage // STAGES) for stage in range(1, STAGES)} - {num_layers})
         lengths = [after - before for before, after in zip([0, *ends], [*ends, num_layers], strict=True)]
-        shares = []
-        for name, ratio in (("video", self.video_ratio), ("audio", self.audio_ratio)):
-            if ratio <= lengths[0] / num_layers:
-                raise ValueError(
-                    f"PyramidDrop cannot keep {ratio:.0%} of {name} on average: the first {lengths[0]} of {num_layers} "
-                    f"layers see every token, which is {lengths[0] / num_layers:.1%} alone; ask for more."
-                )
-            shares.append(stage_share(ratio * num_layers, lengths))
+        shares = [stage_share(ratio * num_layers, lengths) for ratio in self.averages(lengths[0], num_layers)]
         return [Step(end, *shares) for end in ends]
 
 
