@@ -23,7 +23,7 @@ from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
 from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
-from omni.processing.tokenizer import LazyTokenizer, TokenizerError
+from omni.processing.tokenizer import LazyTokenizer, Tokenizer, TokenizerError
 from omni.processing.vocabulary import has_vocabulary
 from omni.reuse import REUSE_BYTES
 from omni.runtime.blank import blank_clip
@@ -148,7 +148,7 @@ class Omni:
         self.thinker = thinker
         self.config: OmniConfig = thinker.config
         self.folder = folder.absolute()  # whatever becomes of the working directory
-        self.tokenizer = LazyTokenizer(self.folder)
+        self._tokenizer = LazyTokenizer(self.folder)
         self.engine = Engine(thinker, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse)
         self.reuse = reuse
 
@@ -160,10 +160,16 @@ class Omni:
     def dtype(self) -> torch.dtype:
         return self.thinker.embedding.weight.dtype
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text ↔ token ids: read from the checkpoint when it is first asked for. Raises omni.processing.tokenizer's
+        TokenizerError where its files are missing or damaged."""
+        return self._tokenizer()
+
     @cached_property
     def processor(self) -> Processor:
         """Tokenizer, chat template and media rules: read from the checkpoint when text is first asked for."""
-        return Processor(self.folder, self.config, self.tokenizer(), reuse=self.reuse)
+        return Processor(self.folder, self.config, self.tokenizer, reuse=self.reuse)
 
     def forget(self) -> None:
         """Drops what is kept for later questions about the same media (`load`'s reuse): needed after a change of the
@@ -385,7 +391,7 @@ class Omni:
                     new_tokens=len(answer),
                 ),
                 inputs.input_ids,
-                self.tokenizer,
+                self._tokenizer,
                 answer[-1] in stops,
             )
             for answer, prefill, inputs in zip(answers, prefills, requests, strict=True)

@@ -92,7 +92,7 @@ def main() -> None:
     parser = arguments("Accuracy when video and sound are removed after each layer; multiple choice alone is asked.")
     options = parser.parse_args()
     model = load(options)
-    tokenizer = model.processor.tokenizer
+    tokenizer = model.tokenizer
     letters = torch.tensor([tokenizer.encode(letter)[0] for letter in "ABCD"], device=model.device)
     questions = [question for question in read_questions(options.folder) if question["options"]][: options.limit]
     right: dict[str, list[Tensor]] = {}

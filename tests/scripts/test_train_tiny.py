@@ -44,7 +44,7 @@ def test_questions_do_not_see_each_other(
         monkeypatch.setattr(train_tiny, "attention_by_blocks", train_tiny.attention)
     tiny = omni.load("tiny", device="cpu")
     clips = lessons.Clips(weights.locate("tiny"), "validation", 8)
-    student = train_tiny.Student(tiny.config, lessons.words_of(tiny.processor.tokenizer))
+    student = train_tiny.Student(tiny.config, lessons.words_of(tiny.tokenizer))
     student.thinker.load_state_dict(tiny.thinker.state_dict())
     clip, draw = clips[3], np.random.default_rng(0)
     example = clips.ask(clip.thinned(share, draw), lessons.lessons(clip.scene, draw, 10, 0.5))
@@ -68,7 +68,7 @@ def test_whole_clips_are_what_the_library_prepares(train_tiny: ModuleType, lesso
     """The packed sequence with one question, through `Omni.prefill`."""
     tiny = omni.load("tiny", device="cpu")
     clips = lessons.Clips(weights.locate("tiny"), "validation", 8)
-    student = train_tiny.Student(tiny.config, lessons.words_of(tiny.processor.tokenizer))
+    student = train_tiny.Student(tiny.config, lessons.words_of(tiny.tokenizer))
     student.thinker.load_state_dict(tiny.thinker.state_dict())
     clip = clips[5]
     example = clips.ask(clip, lessons.lessons(clip.scene, np.random.default_rng(0), 2, 1.0))
