@@ -98,7 +98,7 @@ def prepare(model: Omni, conversation: list[dict[str, Any]], options: argparse.N
         max_frames=options.max_frames,
         max_pixels=options.max_pixels,
         on_frame=_reading_bar() if sys.stderr.isatty() else None,
-        encode=True,
+        encode_while_reading=True,
         seats=method_of(options, model.config),
     )
 

@@ -190,17 +190,18 @@ class Omni:
         total_pixels: int | None = None,
         urls: bool = False,
         on_frame: Callable[[int, int], None] | None = None,
-        encode: bool = False,
+        encode_while_reading: bool = False,
         seats: Selection | None = None,
     ) -> Inputs:
         """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
 
-        encode: whether clips are encoded while they are read, for an answer with these `seats` (`prefill`), which then
-        finds them encoded (`omni.ahead`). Not on a CPU, whose cores read, nor where `load`'s reuse is 0. What the other
-        options mean and what is raised: `omni.processing.processor.Processor.prepare`.
+        encode_while_reading: whether clips are encoded while they are read, for an answer with these `seats`
+        (`prefill`), which then finds them encoded (`omni.ahead`). Not on a CPU, whose cores read, nor where `load`'s
+        reuse is 0. What the other options mean and what is raised: `omni.processing.processor.Processor.prepare`.
         """
         method = self._method(seats)
-        with Ahead(self.engine, method) if encode and is_worthwhile(self.engine) else nullcontext() as ahead:
+        early = encode_while_reading and is_worthwhile(self.engine)
+        with Ahead(self.engine, method) if early else nullcontext() as ahead:
             return self.processor.prepare(
                 messages,
                 use_audio_in_video=use_audio_in_video,

@@ -206,7 +206,7 @@ def test_a_question_about_a_file(checkpoint: Path, clip: Path, monkeypatch: pyte
     expected = plain.generate(plain.prepare(asked), seats=0.2, max_new_tokens=4, stop_token_ids=[]).tokens
     assert not ahead.is_worthwhile(model.engine)  # on a CPU
     monkeypatch.setattr("omni.model.is_worthwhile", lambda engine: engine.reuses)
-    encoded = model.prepare(asked, encode=True, seats=0.2)
+    encoded = model.prepare(asked, encode_while_reading=True, seats=0.2)
     assert len(model.engine.kept) == 1
     seen: list[Any] = []
     monkeypatch.setattr(model.thinker.vision, "walk", lambda *_: seen.append(1))
