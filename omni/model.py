@@ -280,17 +280,23 @@ class Omni:
         max_frames: int = 768,
         height: int = 336,
         width: int = 336,
-        text: int = 100,
+        text_tokens: int = 100,
     ) -> None:
         """Makes the graphs for clips with sound of so many seconds and frames of height × width pixels, for a first
         question and the next.
 
-        text: tokens around the clip. Others of the same plan find the graphs ready.
+        text_tokens: around the clip. Others of the same plan find the graphs ready.
         """
         with self.engine.warming():
             for length in seconds:
                 inputs = blank_clip(
-                    self.config, length, height=height, width=width, fps=fps, max_frames=max_frames, text=text
+                    self.config,
+                    length,
+                    height=height,
+                    width=width,
+                    fps=fps,
+                    max_frames=max_frames,
+                    text_tokens=text_tokens,
                 )
                 # The same clip with other words after it.
                 after = (inputs.input_ids > 0).nonzero()[-1, 1] + 1

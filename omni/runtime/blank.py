@@ -18,9 +18,9 @@ def blank_clip(
     width: int = 336,
     fps: float = 2.0,
     max_frames: int = 768,
-    text: int = 100,
+    text_tokens: int = 100,
 ) -> Inputs:
-    """A clip of noise and as much sound, with `text` tokens around it. height, width: pixels of its frames."""
+    """A clip of noise and as much sound, with `text_tokens` tokens around it. height, width: pixels of its frames."""
     vision = config.vision
     unit = vision.patch_size * vision.spatial_merge_size
     merge = vision.spatial_merge_size
@@ -32,10 +32,11 @@ def blank_clip(
     step = max(vision.temporal_patch_size / fps, seconds / grids)
     block = clip_block(grid, step, config.audio.token_count(mel_frames), config)
     tokens = config.tokens
+    before = text_tokens // 4
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     return Inputs(
-        input_ids=torch.tensor([[0] * (text // 4) + [tokens.vision_start, *block] + [0] * (text - text // 4 - 1)]),
+        input_ids=torch.tensor([[0] * before + [tokens.vision_start, *block] + [0] * (text_tokens - before - 1)]),
         pixel_values_videos=Pixels((frames,), sizes),
         video_grid_thw=torch.tensor([grid]),
         video_second_per_grid=torch.tensor([step]),

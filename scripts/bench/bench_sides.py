@@ -136,7 +136,9 @@ class Bench:
         """A temporal grid of rows · columns tokens and 25 or 13 of sound a second."""
         unit = self.config.vision.patch_size * self.config.vision.spatial_merge_size
         height, width = clip.rows * unit, clip.columns * unit
-        return blank_clip(self.config, clip.seconds, height=height, width=width, max_frames=10_000, text=clip.text)
+        return blank_clip(
+            self.config, clip.seconds, height=height, width=width, max_frames=10_000, text_tokens=clip.text
+        )
 
     def preset(self, retention: float) -> seats.SeatsConfig | None:
         return None if retention == 1 else seats.preset_for(self.config, retention)
