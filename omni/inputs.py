@@ -27,7 +27,7 @@ class InputError(ValueError):
     """A request that the model cannot run: what was wrong with it and what to do."""
 
 
-class Patches:
+class TensorOrPixels:
     """A field that takes patches, or the bytes that they are made of, and is read as patches.
 
     Bytes are a quarter of them, so they stay bytes until somebody reads the field; from then on it holds patches.
@@ -69,9 +69,9 @@ class Inputs:
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
-    pixel_values: Patches = Patches()
+    pixel_values: TensorOrPixels = TensorOrPixels()
     image_grid_thw: Tensor | None = None
-    pixel_values_videos: Patches = Patches()
+    pixel_values_videos: TensorOrPixels = TensorOrPixels()
     video_grid_thw: Tensor | None = None
     video_second_per_grid: Tensor | None = None
     input_features: Tensor | None = None
