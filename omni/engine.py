@@ -24,7 +24,7 @@ from omni.layers import Call, directly
 from omni.prefix import Asked, Beginning, Known, begun, find, gathered
 from omni.processing.positions import Layout, layout
 from omni.request import Prompt, Request, assign_slots, join, read_prompt, whole_prompt, with_media
-from omni.reuse import Kept
+from omni.reuse import LRUCache
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.stages import Prefix, Staged
@@ -94,7 +94,7 @@ class Engine:
 
     def __init__(self, thinker: Thinker, *, compile: bool, eager_until_warm: bool, reuse: int) -> None:
         self.thinker = thinker
-        self.kept: Kept[Any] = Kept(reuse)
+        self.kept: LRUCache[Any] = LRUCache(reuse)
         self.compiled = Compiled(thinker, eager_until_warm=eager_until_warm) if compile else None
         self._lock = Lock()
         self._is_short = False

@@ -20,7 +20,7 @@ from omni.config import OmniConfig
 from omni.inputs import Inputs, Medium
 from omni.processing.positions import Layout
 from omni.request import Prompt
-from omni.reuse import Kept
+from omni.reuse import LRUCache
 from omni.stages import Prefix
 from seats.method import Method
 
@@ -131,7 +131,7 @@ class Known:
         return int(torch.searchsorted(self.beginning.entered, self.tokens))
 
 
-def find(kept: Kept[Beginning], asked: Asked, method: Method | None) -> Known | None:
+def find(kept: LRUCache[Beginning], asked: Asked, method: Method | None) -> Known | None:
     """The longest beginning of a prompt that is kept, where it spares more than text."""
     for key in asked.keys(method):
         beginning = kept.get(key)

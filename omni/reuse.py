@@ -21,7 +21,7 @@ REUSE_BYTES = 2 * 2**30
 """Of what is kept, unless said otherwise. A minute of video at the largest size that the models see takes 210 MB."""
 
 
-class Kept(Generic[V]):
+class LRUCache(Generic[V]):
     """Values by key, `limit` bytes of them at most: the least recently used goes first. Safe with threads.
 
     Values are shared with whoever asks: nobody may write to them. A limit of 0 keeps nothing.

@@ -20,7 +20,7 @@ from omni.processing.media.identity import Identity, identity
 from omni.processing.media.sound import PastEndError, listen
 from omni.processing.mel import LogMel
 from omni.processing.parts import Part
-from omni.reuse import Kept
+from omni.reuse import LRUCache
 
 T = TypeVar("T")
 OnFrame = Callable[[int, int], None]
@@ -50,7 +50,7 @@ class Reader:
 
     def __init__(self, config: OmniConfig, limit: int) -> None:
         self.config = config
-        self.kept: Kept[_Read] = Kept(limit)
+        self.kept: LRUCache[_Read] = LRUCache(limit)
 
     def read(
         self,

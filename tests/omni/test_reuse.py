@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from omni import reuse
 from omni.processing.frames import QWEN3_OMNI_SIZES, Pixels, VisionSizes
-from omni.reuse import Kept, digest_of
+from omni.reuse import LRUCache, digest_of
 
 STEPS = st.lists(
     st.one_of(
@@ -28,7 +28,7 @@ STEPS = st.lists(
 @given(limit=st.integers(0, 20), steps=STEPS)
 def test_keeps_what_was_used_last_within_its_bytes(limit: int, steps: list[tuple[str, int, int]]) -> None:
     """Against the plainest of models: a dictionary in order of use, cut from the front."""
-    kept: Kept[object] = Kept(limit)
+    kept: LRUCache[object] = LRUCache(limit)
     model: OrderedDict[int, tuple[object, int]] = OrderedDict()
     for what, key, size in steps:
         if what == "put":
@@ -51,16 +51,16 @@ def test_keeps_what_was_used_last_within_its_bytes(limit: int, steps: list[tuple
 
 
 def test_nothing_is_kept_in_no_bytes() -> None:
-    kept: Kept[str] = Kept(0)
+    kept: LRUCache[str] = LRUCache(0)
     kept.put("key", "value", 0)
     assert kept.get("key") is None
     with pytest.raises(ValueError, match="0 bytes or more"):
-        Kept(-1)
+        LRUCache(-1)
 
 
 def test_threads_share_it() -> None:
     """Sums stay right whoever puts, gets and clears at once."""
-    kept: Kept[int] = Kept(50)
+    kept: LRUCache[int] = LRUCache(50)
 
     def work(seed: int) -> None:
         for step in range(400):
