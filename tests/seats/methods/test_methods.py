@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,19 @@ from hypothesis import strategies as st
 from prompts import media, one, picked
 
 from seats.config import preset
+from seats.counts import Counts
 from seats.method import Kept, Media, Method
 from seats.methods import METHODS, NAMES, method_for
 from seats.plan import counts_of
+from seats.selection import AUDIO, PADDING, TEXT, VIDEO
 
-AT_ONCE = [name for name in METHODS if not name.startswith(("fastv-", "pyramiddrop")) and name != "fastv"]
-"""Methods that select before the decoder."""
+ALL = ("seats", *METHODS)
+
+WHOLE = {"random", "divprune", "divprune-om", "evs", "fastv", "fastv-om", "pyramiddrop", "pyramiddrop-om"}
+"""What rounds its share once; others once for each window."""
+
+DATA_DECIDES = {"omnizip", "fastvid", "vidcom2"}
+"""How many stay of video."""
 
 WINDOWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3)
 
@@ -32,7 +40,9 @@ class Config:
 
 
 def make(name: str, video: float, audio: float) -> Method:
-    return preset("qwen2.5-omni-7b") if name == "seats" else METHODS[name](video_ratio=video, audio_ratio=audio)
+    if name == "seats":
+        return replace(preset("qwen2.5-omni-7b"), video_ratio=video, audio_ratio=audio)
+    return METHODS[name](video_ratio=video, audio_ratio=audio)
 
 
 def run(method: Method, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
@@ -43,7 +53,7 @@ def prompt(seed: int, video: list[list[int]], audio: list[list[int]], empty: int
     return media(seed, video, 9, empty=empty), media(seed + 1, audio, 50, empty=empty, start=1000)
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**16),
@@ -82,28 +92,65 @@ def test_no_more_is_kept_than_was_promised(
         except ValueError:
             assert name in ("dycoke", "evs")  # whose whole frames have no room in so short a prompt
             continue
-        assert (name not in ("omnizip", "dash")) <= kept <= promised  # OmniZip has no floor: of one token it keeps none
-        if name not in ("omnizip", "dash", "fastvid", "vidcom2"):  # these learn from the data how many
+        assert (name != "omnizip") <= kept <= promised  # OmniZip has no floor: of one token it keeps none
+        if name not in DATA_DECIDES:
             assert kept == promised
 
 
-@pytest.mark.parametrize("name", [*AT_ONCE, "seats"])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("present", ["video", "audio"])
-def test_one_modality_alone(name: str, present: str) -> None:
-    """Without sound, or without video, the other is selected by its own ratio."""
-    method = make(name, 0.5, 0.6)
-    video, audio = prompt(0, [[8] * 6], [[50, 20]])
-    kept_video, kept_audio = run(method, video if present == "video" else None, audio if present == "audio" else None)
-    kept, other = (kept_video, kept_audio) if present == "video" else (kept_audio, kept_video)
+@pytest.mark.parametrize("ratios", [(0.3, 0.8), (0.8, 0.3)])
+def test_one_modality_alone(name: str, present: str, ratios: tuple[float, float]) -> None:
+    """Without sound, or without video, the other is kept by its own ratio, on average over the layers: to a token, or
+    to one of each window where these are rounded by themselves, or to 5 % where the data decide."""
+    method, layers = make(name, *ratios), 28
+    sizes, kind, ratio = ([40] * 8, VIDEO, ratios[0]) if present == "video" else ([50, 50, 50, 20], AUDIO, ratios[1])
+    medium = media(0, [sizes], max(sizes))
+    kept_video, kept_audio = method.before(*((medium, None) if kind == VIDEO else (None, medium)))
+    kept, other = (kept_video, kept_audio) if kind == VIDEO else (kept_audio, kept_video)
     assert other is None and kept is not None
-    promised, _ = method.entering([8] * 6 if present == "video" else [], [50, 20] if present == "audio" else [])
-    assert 0 < int(kept.keep.sum()) <= promised
-    share = promised / (48 if present == "video" else 70)
-    if name != "seats":
-        assert 0.3 < share < 0.9
+    left = int(kept.keep.sum())
+    sizes_of = {"video_sizes": sizes if kind == VIDEO else [], "audio_sizes": sizes if kind == AUDIO else []}
+    counts = counts_of(method, text=1, windows=(1, 0), **sizes_of)
+    assert left <= counts.tokens - 1 and (name in DATA_DECIDES or left == counts.tokens - 1)
+    seen, layer = 0, 0
+    for step in method.steps(layers):
+        seen, layer = seen + left * (step.layer - layer), step.layer
+        at_most = 0 if step.video is None else method.left(left, step, counts)
+        if step.video is not None:
+            scores = torch.rand(1, left + 1, generator=torch.Generator().manual_seed(layer))
+            kinds = torch.tensor([[kind] * left + [TEXT]], dtype=torch.uint8)
+            left = int(method.after(scores, kinds, step, 1).sum()) - 1
+        left = min(left, at_most)
+    average = (seen + left * (layers - layer)) / layers
+    rounding = 1 if name in WHOLE else sum(sizes) / 20 if name in DATA_DECIDES else len(sizes)
+    assert average == pytest.approx(ratio * sum(sizes), abs=rounding)
 
 
-@pytest.mark.parametrize("name", [*AT_ONCE, "seats"])
+@pytest.mark.parametrize("name", [name for name in METHODS if make(name, 0.5, 0.6).steps(28)])
+def test_steps_keep_what_was_promised(name: str) -> None:
+    """Each selection between the layers: text and no padding, no more of media than `left`, the same alone and in a
+    batch, in one graph."""
+    method = make(name, 0.5, 0.6)
+    kinds = [[TEXT, *[VIDEO] * 20, *[AUDIO] * 11, TEXT], [*[VIDEO] * 9, *[AUDIO] * 30, *[VIDEO] * 9, TEXT, TEXT]]
+    longest = max(map(len, kinds)) + 3
+    kind = torch.tensor([row + [PADDING] * (longest - len(row)) for row in kinds], dtype=torch.uint8)
+    scores = torch.rand(kind.shape, generator=torch.Generator().manual_seed(0)).masked_fill(kind == PADDING, 9)
+    for step in method.steps(28):
+        keep = method.after(scores, kind, step, 2)
+        torch._dynamo.reset()
+        traced = torch.compile(method.after, fullgraph=True, dynamic=False, backend="aot_eager")
+        assert torch.equal(traced(scores, kind, step, 2), keep)
+        for row, mine in enumerate(kinds):
+            count, sound, text = len(mine), mine.count(AUDIO), mine.count(TEXT)
+            alone = method.after(scores[row : row + 1, :count], kind[row : row + 1, :count], step, 2)[0]
+            assert torch.equal(keep[row, :count], alone) and not keep[row, count:].any()
+            assert keep[row][kind[row] == TEXT].all()
+            counts = Counts(text, count, sound, 1, 20, 1, 2, 1)
+            assert 0 < int(keep[row].sum()) - text <= method.left(count - text, step, counts)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_traced_without_a_break(name: str) -> None:
     """One graph, which selects what runs without."""
     method = make(name, 0.5, 0.6)
@@ -124,7 +171,7 @@ def vary(video: Media, audio: Media) -> tuple[Media, Media]:
     return Media(**vars(video)), Media(**vars(audio))
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", METHODS)
 def test_half_precision_is_computed_in_full(name: str) -> None:
     """Features in bfloat16 are compared in float32: the same tokens as when they come in float32."""
     method = make(name, 0.4, 0.6)
