@@ -8,11 +8,11 @@ import hashlib
 import importlib
 import inspect
 import json
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from seats.methods import METHODS, NAMES
+from seats.methods import METHODS, names
 
 HEAD = """# Accuracy
 
@@ -36,18 +36,25 @@ def code_of(method: str) -> str:
     """A name for what a method's code does now: another where its file changes, or one that it is made from, apart from
     comments and docstrings. Of what is no method, every token and ablations, that of SEATS."""
     made = METHODS.get(method)
-    kind = made.func if isinstance(made, partial) else made
-    classes = kind.__mro__ if isinstance(kind, type) else ()
-    modules = {each.__module__ for each in classes if each.__module__.startswith("seats.")} or {"seats.config"}
+    classes = type(made(video_ratio=0.5, audio_ratio=0.5)).__mro__ if made else ()
+    modules = {each.__module__ for each in classes} - {"builtins"} or {"seats.config"}
     digest = hashlib.sha256()
     for name in sorted({*modules, *SHARED}):
-        tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+        tree = ast.parse(_source(name))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
                 node.body = [line for line in body if not (isinstance(line, ast.Expr) and _is_text(line.value))]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:12]
+
+
+def _source(module: str) -> str:
+    """Empty where there is none: of what was registered in a notebook."""
+    try:
+        return inspect.getsource(importlib.import_module(module))
+    except (ImportError, OSError, TypeError):
+        return ""
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -120,8 +127,8 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
         if run := row.get("run"):
             said = f"{run['date']}, {run['machine']}, torch {run['versions']['torch']}"
             runs.setdefault(said, []).append(row["name"])
-    for said, names in runs.items():
-        lines += ["", f"Of another run, whose prefill times are not beside these ({said}): {', '.join(names)}."]
+    for said, found in runs.items():
+        lines += ["", f"Of another run, whose prefill times are not beside these ({said}): {', '.join(found)}."]
     kinds = list(full["kinds"])
     lines += ["", f"| by kind | {' | '.join(kinds)} |", f"| --- |{' --- |' * len(kinds)}"]
     for row in able:
@@ -144,7 +151,7 @@ def standing(rows: list[dict[str, Any]], retention: float) -> str:
     found = {
         row["method"]: row["choice"]
         for row in rows
-        if row["retention"] == retention and row["method"] in NAMES and row["kv"] == "layerwise"
+        if row["retention"] == retention and row["method"] in names() and row["kv"] == "layerwise"
     }
     if len(found) < 3 or "seats" not in found:
         return ""
@@ -187,7 +194,7 @@ def draw_accuracy(axes: Any, result: dict[str, Any]) -> None:
     full = able[0]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in able:
-        if row["method"] in NAMES and "prefill_seconds" in row:
+        if row["method"] in names() and "prefill_seconds" in row:
             lines.setdefault(row["method"], []).append(row)
     marks = iter("os^vD<>Pp*hX" * 2)
     for method, found in lines.items():

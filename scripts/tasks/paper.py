@@ -184,7 +184,7 @@ def table(families: list[str], method: str, protocol: str = "paper") -> str:
             prefill = "" if seconds is None else f"{seconds:.2f}"
             lines += [f"| {retention:.0%} | {done} | {cells([flops, *scores, average, share])} | {prefill} |"]
             lines += [f"| | paper | {published(family, method, retention)} | |"]
-        lines.append("")
+        lines += ["", f"The paper's means of other methods: {published_means(family)}.", ""]
     return "\n".join([*lines, NOTE])
 
 
@@ -197,6 +197,15 @@ def published(family: str, method: str, retention: float) -> str:
     average = PUBLISHED_MEANS.get((family, method, retention))
     share = None if average is None else 100 * average / every
     return cells([None, *[None] * len(TASKS), average, share])
+
+
+def published_means(family: str) -> str:
+    """Of other methods than SEATS, by retention."""
+    found: dict[float, list[str]] = {}
+    for (of, method, retention), average in PUBLISHED_MEANS.items():
+        if of == family:
+            found.setdefault(retention, []).append(f"{method} {average:.1f}")
+    return "; ".join(f"at {retention:.0%} {', '.join(means)}" for retention, means in found.items())
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from omni.model import Omni
 from seats import Method, SeatsConfig
 from seats.budget import keep_counts
 from seats.method import Kept, Media, Step
-from seats.methods import NAMES
+from seats.methods import names
 from seats.selection import AUDIO, VIDEO, highest_of_each
 
 sys.path.append(str(Path(__file__).parents[1] / "report"))
@@ -52,7 +52,7 @@ RETENTIONS = (0.35, 0.25, 0.15, 0.10)
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the comparison. method: EVERY, NO_VIDEO, NO_SOUND, a name of `seats.methods.NAMES` or of ABLATIONS."""
+    """One row of the comparison. method: EVERY, NO_VIDEO, NO_SOUND, a name of `seats.methods.names` or of ABLATIONS."""
 
     method: str
     retention: float = 1.0
@@ -338,7 +338,8 @@ def merge(result: dict[str, Any], other: dict[str, Any], questions: list[dict[st
 
             rows[name]["above_random"] = accuracy(questions, above, is_choice)
         taken.append(name)
-    methods = [EVERY, NO_VIDEO, NO_SOUND, *NAMES, *ABLATIONS]
+    methods = [EVERY, NO_VIDEO, NO_SOUND, *names(), *ABLATIONS]
+    methods += [row["method"] for row in rows.values() if row["method"] not in methods]  # registered elsewhere
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["method"] in ABLATIONS, -row["retention"], methods.index(row["method"]), row["kv"]
@@ -384,10 +385,10 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=("all", *NAMES),
+        choices=("all", *names()),
         default=["seats", "random"],
         metavar="NAME",
-        help=f"all, or some of {', '.join(NAMES)} (default: seats random)",
+        help=f"all, or some of {', '.join(names())} (default: seats random)",
     )
     parser.add_argument("--retention", type=float, nargs="+", default=list(RETENTIONS))
     parser.add_argument("--ablate", type=float, default=0.10, help="retention of the ablations, 0: none")
@@ -404,7 +405,7 @@ def main() -> None:
             print(f"{path}: {len(taken)} rows: {', '.join(taken)}")
         save(options.results, name, result)
         return
-    methods = NAMES if "all" in options.methods else options.methods
+    methods = names() if "all" in options.methods else options.methods
     wanted = settings(methods, options.retention, options.ablate)
     name = Path(options.model).name
     partial = options.results / "accuracy" / f"{name}.partial.jsonl"

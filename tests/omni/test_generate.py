@@ -25,12 +25,14 @@ from PIL import Image
 import omni
 import omni.arguments
 import omni.generate
+import seats
 from omni import answer
 from omni.config import DTYPES
 from omni.engine import KV
 from omni.generate import main, split_words
 from seats import preset_for
 from seats.methods import NAMES
+from seats.methods.random import Random
 
 
 def run(checkpoint: Path, *arguments: str | Path) -> int:
@@ -355,6 +357,27 @@ def test_a_percentage_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["--retention", "35", "What?"])
     assert "must be above 0 and at most 1, not 35: 0.35?" in capsys.readouterr().err
+
+
+def test_a_registered_method_is_known_by_its_name(
+    checkpoint: Path,
+    clip: Path,
+    model: omni.Omni,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """To the library and to `main` of the same program: the answer, and what is kept, are the method's."""
+    seats.register("half", lambda video_ratio, audio_ratio: Random(video_ratio=0.5, audio_ratio=0.5))
+    request.addfinalizer(lambda: seats.METHODS.pop("half"))
+    assert run(checkpoint, "--json", "--method", "half", clip, "What?") == 0
+    report = json.loads(capsys.readouterr().out)
+    content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What?"}]
+    inputs = model.prepare([{"role": "user", "content": content}])
+    answer = model.generate(inputs, seats="half", max_new_tokens=6)
+    expected = model.generate(inputs, seats=Random(video_ratio=0.5, audio_ratio=0.5), max_new_tokens=6)
+    assert report["text"] == answer.text == expected.text
+    assert report["stats"]["segments"] == answer.stats.segments == expected.stats.segments
+    assert answer.stats.segments != model.generate(inputs, seats="random", max_new_tokens=6).stats.segments
 
 
 def test_every_method_says_what_it_kept(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import omni
+import seats
 from omni.inputs import InputError
 from omni.processing.frames import patchify, resize, target_size
 from omni.processing.prompt import clip_block
 from seats import preset_for
+from seats.methods.random import Random
 
 
 class CacheHook:
@@ -307,6 +309,20 @@ def test_prompts_longer_than_the_context(lmms: ModuleType, checkpoint: Path) -> 
         else:
             assert evaluated.model.thinker.config.decoder.max_position_embeddings > 10**6
             ask(evaluated, [content], {"max_new_tokens": 1})
+
+
+def test_a_registered_method_is_known_by_its_name(
+    lmms: ModuleType, checkpoint: Path, clip: Path, model: omni.Omni, request: pytest.FixtureRequest
+) -> None:
+    half = Random(video_ratio=0.5, audio_ratio=0.5)
+    seats.register("half", lambda video_ratio, audio_ratio: half)
+    request.addfinalizer(lambda: seats.METHODS.pop("half"))
+    evaluated = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", method="half", retention=0.1)
+    assert evaluated.method == half
+    (found,) = ask(evaluated, [question_about(clip)], {"max_new_tokens": 4})
+    inputs = evaluated.prepare([{"role": "user", "content": question_about(clip)}])
+    expected = model.generate(inputs, seats=half, max_new_tokens=4)
+    assert found == expected.text and found.token_counts.to_dict()["kept_tokens"] == expected.stats.segments
 
 
 def test_failures_stop_the_run_or_are_empty_answers(

@@ -386,6 +386,11 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
     ):
         assert text in page
     assert "| --- | --- |\n\n" not in page, "a table without rows"
+    heads = "By the paper's count: `seats.prefill_macs`. Of Qwen3-Omni-30B-A3B the estimator of the paper's authors"
+    (other,) = (
+        text for name, text in render([{**result, "sections": {"qwen3 full": section}}]).items() if "qwen3" in name
+    )
+    assert heads not in page and f"{heads} takes hidden_size / heads for the size of a head, 64; ours" in other
     link = "[qwen2.5 full bfloat16](pages/a-gpu-qwen2-5-full-bfloat16.md)"
     missed = f"times as fast as eager | prefill of {PAPER} at 10% | 2.00 | 2.50 | 20% |"
     assert f"| a GPU, {link} | 1 of 4 | {missed}" in pages["README.md"]

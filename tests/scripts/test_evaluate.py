@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,17 @@ import omni
 import seats
 from omni.arguments import CLIP, QUESTION
 from seats.method import Step
+from seats.methods.random import Random
 from seats.selection import AUDIO, TEXT, VIDEO, select
 
 ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aside(Random):
+    """A method from outside."""
+
+
 OPTIONS = ["red", "green", "blue", "pink"]
 
 
@@ -161,6 +171,32 @@ def test_rows_of_another_run_about_the_same_questions_are_taken() -> None:
             assert row["above_random"]["mean"] == 1
     with pytest.raises(SystemExit, match="other models or other questions"):
         evaluate.merge(own, other, questions[:2])
+    other["rows"][3] |= {"method": "theirs", "name": "theirs 35%"}  # registered where that was run
+    assert "theirs 35%" in evaluate.merge(own, other, questions)
+    assert [row["name"] for row in own["rows"]].index("theirs 35%") == 7
+
+
+def test_a_registered_method_is_asked_and_drawn_like_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its name on the command line, among all, and in what is said of who is first."""
+    import accuracy_report
+    import evaluate
+
+    monkeypatch.setitem(seats.METHODS, "aside", object)  # what was there before is restored
+    monkeypatch.delitem(seats.METHODS, "aside")
+    seats.register("aside", Aside)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--methods", "all", "aside", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 0 and "aside" in capsys.readouterr().out
+    row = {"retention": 0.35, "kv": "layerwise"}
+    rows = [
+        {**row, "method": name, "choice": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}}
+        for name, mean in (("seats", 0.5), ("random", 0.4), ("aside", 0.7))
+    ]
+    assert accuracy_report.standing(rows, 0.35).startswith("- At 35% aside is first")
+    assert accuracy_report.code_of("aside") not in (accuracy_report.code_of("random"), accuracy_report.code_of("seats"))
 
 
 def test_answers_of_code_that_has_changed_are_not_gone_on_with(tmp_path: Path) -> None:

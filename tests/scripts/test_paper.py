@@ -50,6 +50,16 @@ def test_published_stands_beside_what_was_run(paper: ModuleType) -> None:
     assert "|  |  |  |  |  |  | 45.6 | 93.6 | |" in paper.table(["qwen2.5"], "divprune-om")
 
 
+def test_other_methods_means_stand_under_the_table(paper: ModuleType) -> None:
+    """Whatever method is asked for: all that are at hand, of each family under its own."""
+    of_qwen2_5, of_qwen3 = paper.table(["qwen2.5", "qwen3"], "seats").split("## Qwen/")[1:]
+    assert (
+        "The paper's means of other methods: at 35% fastv-om 47.2, divprune-om 48.3, visionzip-om 48.3, omnizip 48.2; "
+        "at 10% random 43.2, visionzip-om 44.6, divprune-om 45.6.\n"
+    ) in of_qwen2_5
+    assert "The paper's means of other methods: at 10% random 49.1, visionzip-om 49.8, divprune-om 50.9.\n" in of_qwen3
+
+
 def test_commands_and_what_is_left_out(
     paper: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
