@@ -30,8 +30,10 @@ from omni.protocol import (
     pixel_bounds,
     published_method,
     published_reading,
+    require_room,
     system_message,
 )
+from seats.method import Method
 from seats.methods import method_for
 
 try:
@@ -101,8 +103,9 @@ class SeatsOmni(lmms):
     protocol: "ours", where clips have their true times and their whole sound, and prompts keep to the model's context;
     or "paper", as the paper's authors ask (`omni.protocol`): frames from a clip's first to its last, 1.0 or 2.0 s per
     grid whatever is true, 300 s of sound at most, no limit of the context; and, unless other values are given, the
-    task's system message and max_frames, the paper's pixels, kv=pruned and on_error=empty. Rows that its tables do not
-    have are refused at once.
+    task's system message and max_frames, the paper's pixels, kv=pruned and on_error=empty. Retentions that its tables do
+    not have (`omni.protocol.published_method`) are refused at once, unless ratios are given; a method that cannot keep
+    so little of a task's clips (`omni.protocol.require_room`), before the first question.
     on_error: "stop", where a request that fails ends the run, since a benchmark with holes is none; or "empty", where
     its answer is empty and a line in the log says why.
 
@@ -169,6 +172,7 @@ class SeatsOmni(lmms):
         self.kv = kv or ("pruned" if self.published else "layerwise")
         given = {"video_ratio": video_ratio, "audio_ratio": audio_ratio}
         everything = float(retention) == 1 and set(given.values()) <= {None, 1}
+        self.method: Method | None
         if everything:
             self.method = None
         elif self.published and set(given.values()) == {None}:
@@ -190,6 +194,8 @@ class SeatsOmni(lmms):
     def generate_until(self, requests: list[Any]) -> list[str]:
         from tqdm import tqdm
 
+        for task in dict.fromkeys(request.args[4] for request in requests):
+            self.require_room(task)
         self.answers: dict[int, Answer] = {}
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model responding") as bar:
             for numbers, inputs, options in self.batches(requests):
@@ -199,6 +205,24 @@ class SeatsOmni(lmms):
         if failed:
             log.warning("%d of %d answers failed and count as empty.", len(failed), len(requests))
         return [self.answers[number] for number in range(len(requests))]
+
+    def require_room(self, task: str) -> None:
+        """Raises InputError where the paper's protocol cannot run the method on a task's clips, whatever on_error says:
+        every answer would be empty."""
+        if not self.published or self.method is None:
+            return
+        frames, reading = self.frames(task), self.reading
+        seconds = frames / self.media["fps"] if self.media["use_audio_in_video"] else 0.0
+        try:
+            require_room(self.method, self.model.config, frames, reading.heard(0.0, seconds)[1] or 0.0)
+        except ValueError as error:
+            raise InputError(f"{task} cannot be run so: {error}") from None
+
+    def frames(self, task: str) -> int:
+        """Of a clip at most."""
+        if self.max_frames is not None:
+            return self.max_frames
+        return most_frames(task, self.model.config) if self.published else 768
 
     def answer(self, requests: list[Any], numbers: list[int], inputs: list[Inputs], options: dict[str, Any]) -> None:
         """Notes the answers to some of the requests. Where a batch fails and the run goes on, one after another."""
@@ -289,10 +313,7 @@ class SeatsOmni(lmms):
         if system is not None:
             ours = [message for message in ours if message["role"] != "system"]
             ours.insert(0, {"role": "system", "content": system})
-        frames = self.max_frames
-        if frames is None:
-            frames = most_frames(task, self.model.config) if self.published else 768
-        return self.model.processor.prepare(ours, max_frames=frames, reading=self.reading, **self.media)
+        return self.model.processor.prepare(ours, max_frames=self.frames(task), reading=self.reading, **self.media)
 
     def options(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A task's settings as `Omni.generate` takes them."""

@@ -26,7 +26,11 @@ FRAME_TOKENS = (128, 144)
 """Tokens' worth of pixels that a frame has at least and at most."""
 TOTAL_TOKENS = 24576
 """Tokens' worth of pixels of a clip, two frames to a grid: more than 341 frames are made smaller for it."""
+SOUND_SECONDS = 300
+"""Of a clip's sound, what is heard."""
 
+RETENTIONS = (1.0, 0.35, 0.25, 0.15, 0.10)
+"""The rows of the tables."""
 PUBLISHED_RATIOS = {("omnizip", 0.35): None, ("omnizip", 0.25): (0.25, 0.25)}
 """Of a method that the tables do not have at every retention: video_ratio and audio_ratio, None for those of SEATS."""
 
@@ -63,7 +67,7 @@ def published_reading(config: Any) -> Reading:
 
     Sound is cut at 300 s: the extractors' chunk, which the authors set for Qwen3-Omni, cuts in their version.
     """
-    return Reading(told_fps=1.0 if config.family == QWEN3 else 2.0, sound_seconds=300)
+    return Reading(told_fps=1.0 if config.family == QWEN3 else 2.0, sound_seconds=SOUND_SECONDS)
 
 
 def system_message(task: str) -> str:
@@ -92,6 +96,9 @@ def pixel_bounds(factor: int) -> dict[str, int]:
 
 def published_method(name: str, config: Any, retention: float) -> Method | None:
     """A row of the tables, None for every token. Raises ValueError where the tables have no such row, and why."""
+    if retention not in RETENTIONS:
+        at = ", ".join(f"{kept:.0%}" for kept in RETENTIONS)
+        raise ValueError(f"the paper's tables are at {at} alone, not at {retention:.4g}; protocol=ours takes any.")
     if retention == 1:
         return None
     ratios = None
@@ -104,15 +111,26 @@ def published_method(name: str, config: Any, retention: float) -> Method | None:
     return method_for(name, config, retention, video_ratio=video, audio_ratio=audio)
 
 
-def require_row(name: str, config: Any, retention: float, frames: int) -> None:
-    """Raises ValueError where a row cannot be run: by the settings alone, or on a clip of so many frames and as much
-    sound, the longest of a task."""
-    method = published_method(name, config, retention)
-    if method is None:
-        return
-    grids = frames // 2
-    seconds = grids * (1 if config.family != QWEN3 else 2)
-    windows, rest = divmod(grids, method.window_grids)
+def require_row(name: str, config: Any, retention: float, frames: int, protocol: str = "paper") -> None:
+    """Raises ValueError where a protocol cannot run a row: by the settings alone, or on a clip of so many frames
+    (`require_room`)."""
+    seconds = frames // 2
+    if protocol == "paper":
+        method, seconds = published_method(name, config, retention), min(seconds, SOUND_SECONDS)
+    else:
+        method = None if retention == 1 else method_for(name, config, retention)
+    if method is not None:
+        require_room(method, config, frames, seconds)
+
+
+def require_room(method: Method, config: Any, frames: int, seconds: float) -> None:
+    """Raises ValueError where a method cannot keep what it is to keep of a clip of so many frames, as large as the
+    paper's, with so many seconds of sound.
+
+    A task's clips are of all lengths. Asked about is the longest that has every frame seen at two a second: shorter
+    ones are no easier, since video and sound grow alike. Some that are longer might do, with more sound to a frame.
+    """
+    windows, rest = divmod(max(frames // 2, 1), method.window_grids)
     video = [FRAME_TOKENS[1] * method.window_grids] * windows + [FRAME_TOKENS[1] * rest] * (rest > 0)
-    sound = min(seconds, 300) * (13 if config.family == QWEN3 else 25)
+    sound = int(seconds * (13 if config.family == QWEN3 else 25))
     method.entering(video, [50] * (sound // 50) + [sound % 50] * (sound % 50 > 0))

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from omni.config import QWEN2_5, QWEN3
-from omni.protocol import PROTOCOLS, most_frames, pixel_bounds, require_row
+from omni.protocol import PROTOCOLS, RETENTIONS, most_frames, pixel_bounds, require_row
 
 OUT = Path("benchmarks/paper")
 TASKS_FOLDER = Path(__file__).parent
@@ -42,8 +42,6 @@ TASKS = {
     "lvomnibench": ("LVOmniBench", "lvomnibench"),
 }
 """Name here → in the table, and to lmms-eval; in the paper's order."""
-RETENTIONS = (1.0, 0.35, 0.25, 0.15, 0.10)
-
 PUBLISHED: dict[tuple[str, float], tuple[float, ...]] = {
     ("qwen2.5", 1.0): (111.0, 46.7, 64.0, 34.1, 65.3, 33.3, 48.7),
     ("qwen2.5", 0.35): (36.7, 46.2, 62.1, 35.0, 66.8, 36.2, 49.3),
@@ -91,17 +89,11 @@ class Run:
         return OUT / self.protocol / self.family / kept / self.task
 
     def refusal(self) -> str | None:
-        """Why the protocol cannot run this row, None where it can: no such row, or too few tokens for the method even
-        on the task's longest clips."""
-        if self.protocol != "paper":
-            return None
+        """Why the protocol cannot run this row, None where it can: no such row, or too few tokens for the method."""
+        config = CONFIGS[self.family]
+        frames = most_frames(TASKS[self.task][1], config)
         try:
-            require_row(
-                self.method,
-                CONFIGS[self.family],
-                self.retention,
-                most_frames(TASKS[self.task][1], CONFIGS[self.family]),
-            )
+            require_row(self.method, config, self.retention, frames, self.protocol)
         except ValueError as error:
             return str(error)
         return None
@@ -237,8 +229,13 @@ def main() -> None:
         for run in able:
             command = run.command(options.processes, options.batch, options.limit)
             print(shlex.join(command), flush=True)
-            if options.run and run.score() is None:
-                subprocess.run(command, check=True)
+            if options.run and run.score() is None and (status := subprocess.run(command).returncode):
+                raise SystemExit(
+                    f"{run.family}, {run.task}, {run.method} at {run.retention:.0%} ended with status {status}: "
+                    "lmms-eval says why above. What has a result is not run again: mend it and give the same command."
+                )
+        if not able:
+            raise SystemExit("nothing of what was asked can be run.")
     if options.gather or options.run:
         print(table(options.families, options.method, options.protocol))
 

@@ -361,9 +361,37 @@ def test_failures_stop_the_run_or_are_empty_answers(
 
 
 def test_rows_that_are_not_published_are_refused_at_once(lmms: ModuleType) -> None:
+    def made(**settings: Any) -> Any:
+        return lmms.SeatsOmni(pretrained="tiny", device="cpu", **settings)
+
     with pytest.raises(ValueError, match="omnizip is published at 35%, 25% alone, not at 10%"):
-        lmms.SeatsOmni(pretrained="tiny", device="cpu", protocol="paper", method="omnizip", retention=0.1)
+        made(protocol="paper", method="omnizip", retention=0.1)
+    with pytest.raises(ValueError, match=r"tables are at 100%, 35%, 25%, 15%, 10% alone, not at 0\.3; protocol=ours"):
+        made(protocol="paper", retention=0.3)
+    assert made(retention=0.3).method == preset_for(made(retention=1).model.config, 0.3)
+    assert made(protocol="paper", retention=0.3, video_ratio=0.2, audio_ratio=0.4).method.video_ratio == 0.2
     with pytest.raises(InputError, match="protocol must be one of ours, paper, not 'theirs'"):
-        lmms.SeatsOmni(pretrained="tiny", device="cpu", protocol="theirs")
+        made(protocol="theirs")
     with pytest.raises(InputError, match="on_error must be one of stop, empty, not 'skip'"):
-        lmms.SeatsOmni(pretrained="tiny", device="cpu", on_error="skip")
+        made(on_error="skip")
+
+
+def test_rows_that_cannot_be_run_are_refused_before_the_first_question(
+    lmms: ModuleType, checkpoint: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a run of nothing but empty answers. By the clips of the task, under the paper's protocol."""
+    evaluated = lmms.SeatsOmni(
+        pretrained=str(checkpoint), device="cpu", protocol="paper", method="dycoke", retention=0.1
+    )
+    assert evaluated.on_error == "empty"
+    monkeypatch.setattr(evaluated, "prepare", lambda *_: pytest.fail("a question was asked"))
+    with pytest.raises(InputError, match=r"^task cannot be run so: DyCoke keeps 25% of video at least"):
+        ask(evaluated, [question_about(clip)], {"max_new_tokens": 1})
+    for settings in ({"use_audio_in_video": False}, {"max_frames": 64, "fps": 4}):
+        other = lmms.SeatsOmni(
+            pretrained=str(checkpoint), device="cpu", protocol="paper", method="dycoke", retention=0.25, **settings
+        )
+        with pytest.raises(InputError, match="DyCoke keeps 25% of video at least"):
+            ask(other, [question_about(clip)], {"max_new_tokens": 1})
+    able = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", protocol="paper", method="dycoke", retention=0.25)
+    assert ask(able, [question_about(clip)], {"max_new_tokens": 1})[0].token_counts.to_dict()["macs"] > 0

@@ -60,16 +60,40 @@ def test_other_methods_means_stand_under_the_table(paper: ModuleType) -> None:
     assert "The paper's means of other methods: at 10% random 49.1, visionzip-om 49.8, divprune-om 50.9.\n" in of_qwen3
 
 
+@pytest.mark.parametrize("protocol", ["paper", "ours"])
 def test_commands_and_what_is_left_out(
-    paper: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], protocol: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["paper.py", "--tasks", "worldsense", "--method", "fastv-om"])
-    paper.main()
-    first, *rest = capsys.readouterr().out.splitlines()
+    """By the settings and by what of a clip stays at least, under either protocol."""
+
+    def said(*words: str) -> list[str]:
+        arguments = ["paper.py", "--tasks", "worldsense", "--protocol", protocol, *words]
+        monkeypatch.setattr(sys, "argv", arguments)
+        paper.main()
+        return capsys.readouterr().out.splitlines()
+
+    first, *rest = said("--method", "fastv-om")
     assert first.startswith("left out: qwen2.5, worldsense, fastv-om at 10%: FastV cannot keep 6% of video on average")
     commands = [line for line in rest if "lmms_eval" in line]
-    assert len(commands) == 9 and all(",protocol=paper " in line for line in commands)
+    assert len(commands) == 9 and all(f",protocol={protocol}" in line for line in commands)
     assert all("--tasks worldsense_omni" in line for line in commands)
+    refused = [line for line in said("--method", "dycoke") if "left out" in line]
+    assert len(refused) == 4 and all("DyCoke keeps 25% of video at least" in line for line in refused)
+    if protocol == "ours":
+        assert len(said("--method", "omnizip", "--retention", "0.35", "0.3")) == 4
+        return
+    first, *rest = said("--method", "omnizip", "--retention", "0.35", "0.3")
+    assert "the paper's tables are at 100%, 35%, 25%, 15%, 10% alone, not at 0.3; protocol=ours takes any." in first
+    assert len(rest) == 3
+    with pytest.raises(SystemExit, match="nothing of what was asked can be run"):
+        said("--method", "omnizip", "--retention", "0.1")
+
+
+def test_a_run_that_fails_is_said_in_a_sentence(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--run", "--tasks", "worldsense", "--retention", "0.35"])
+    monkeypatch.setattr(paper.Run, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match=r"qwen2\.5, worldsense, seats at 35% ended with status 3.*the same command"):
+        paper.main()
 
 
 def test_world_sense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

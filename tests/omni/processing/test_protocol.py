@@ -94,6 +94,15 @@ def test_rows_of_the_tables() -> None:
     assert published_method("seats", SEVEN, 1) is None
     with pytest.raises(ValueError, match="omnizip is published at 35%, 25% alone, not at 10%"):
         published_method("omnizip", SEVEN, 0.10)
+    with pytest.raises(ValueError, match=r"tables are at 100%, 35%, 25%, 15%, 10% alone, not at 0\.3; protocol=ours"):
+        published_method("seats", SEVEN, 0.30)
+    require_row("seats", SEVEN, 0.30, 128, "ours")
+    require_row("omnizip", SEVEN, 0.10, 128, "ours")
+    for protocol in ("paper", "ours"):
+        with pytest.raises(ValueError, match="FastV cannot keep 6% of video on average"):
+            require_row("fastv-om", SEVEN, 0.10, 128, protocol)
+        with pytest.raises(ValueError, match="DyCoke keeps 26% of video at least"):
+            require_row("dycoke", THIRTY, 0.15, 196, protocol)
     with pytest.raises(ValueError, match="FastV cannot keep 6% of video on average"):
         require_row("fastv-om", SEVEN, 0.10, 128)
     with pytest.raises(ValueError, match="DyCoke keeps 25% of video at least"):
