@@ -104,8 +104,8 @@ class SeatsOmni(lmms):
     or "paper", as the paper's authors ask (`omni.protocol`): frames from a clip's first to its last, 1.0 or 2.0 s per
     grid whatever is true, 300 s of sound at most, no limit of the context; and, unless other values are given, the
     task's system message and max_frames, the paper's pixels, kv=pruned and on_error=empty. Retentions that its tables
-    do not have (`omni.protocol.published_method`) are refused at once, unless ratios are given; a method that cannot keep
-    so little of a task's clips (`omni.protocol.require_room`), before the first question.
+    do not have (`omni.protocol.published_method`) are refused at once, unless ratios are given; a method that cannot
+    keep so little of a task's clips (`omni.protocol.require_room`), before the first question.
     on_error: "stop", where a request that fails ends the run, since a benchmark with holes is none; or "empty", where
     its answer is empty and a line in the log says why.
 
