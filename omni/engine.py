@@ -23,7 +23,7 @@ from omni.inputs import InputError, Inputs
 from omni.layers import Call, directly
 from omni.prefix import Asked, Beginning, Known, begun, find, gathered
 from omni.processing.positions import Layout, layout
-from omni.request import Prompt, Request, assign_slots, join, read_prompt, whole_prompt, with_media
+from omni.request import PrefillBatch, Prompt, assign_slots, join, read_prompt, whole_prompt, with_media
 from omni.reuse import LRUCache
 from omni.runtime.compiled import Compiled, step
 from omni.runtime.sampling import Sampling, draw_noise, pick
@@ -346,8 +346,8 @@ class Engine:
     ) -> tuple[StagePlan, Staged, float]:
         """Prompts from their first token on. And seconds for encoders."""
         plan = self._plan([one.prompt for one in asked], method)
-        request, seconds = self._request(asked, plan, [one.prompt for one in asked])
-        return plan, self._staged(plan, request, pruned=pruned, keep=keep), seconds
+        batch, seconds = self._batch(asked, plan, [one.prompt for one in asked])
+        return plan, self._staged(plan, batch, pruned=pruned, keep=keep), seconds
 
     def _extend(
         self, asked: list[Asked], known: list[Known], method: Method | None, *, pruned: bool, keep: bool
@@ -356,10 +356,10 @@ class Engine:
         plan = self._plan([one.prompt for one in asked], method)
         entered = rung(max(each.entered for each in known)) if self._rounds else max(each.entered for each in known)
         rests = [whole_prompt(one.length, each.tokens) for one, each in zip(asked, known, strict=True)]
-        request, seconds = self._request(asked, self._plan(rests, None), rests)
-        return plan, self._staged(plan, gathered(known, entered), request, pruned=pruned, keep=keep), seconds
+        batch, seconds = self._batch(asked, self._plan(rests, None), rests)
+        return plan, self._staged(plan, gathered(known, entered), batch, pruned=pruned, keep=keep), seconds
 
-    def _request(self, asked: list[Asked], plan: StagePlan, prompts: list[Prompt]) -> tuple[Request, float]:
+    def _batch(self, asked: list[Asked], plan: StagePlan, prompts: list[Prompt]) -> tuple[PrefillBatch, float]:
         """The tensors of prompts in the slots of a plan, their media encoded. And the seconds that took."""
         started = time.perf_counter()
         needs = None if plan.method is None else plan.method.needs
@@ -392,7 +392,7 @@ class Engine:
             yield medium.kind, (found.tokens, None if needs is None else found.signals)
 
     def _staged(self, plan: StagePlan, *tensors: Any, pruned: bool, keep: bool) -> Staged:
-        """stages.prefill of a request, or stages.extend of a prefix and a request."""
+        """stages.prefill of a batch, or stages.extend of a prefix and a batch."""
         if self.compiled is not None:
             return self.compiled.prefill(plan, *tensors, pruned=pruned, keep=keep)
         function: Callable[..., Staged] = stages.prefill if len(tensors) == 1 else stages.extend

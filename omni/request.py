@@ -95,7 +95,7 @@ NOWHERE = 2**40
 
 
 @dataclass(frozen=True)
-class Request:
+class PrefillBatch:
     """Prompts of one plan, their tokens in the plan's pool: text, then video by windows, then audio by windows.
 
     ids: (B, P) token ids. positions: (3, B, P). place: (B, P) where each token stands in its prompt; NOWHERE in slots
@@ -128,7 +128,7 @@ def fill_pool(
     features: dict[str, Tensor],
     signals: dict[str, Signals],
     device: torch.device,
-) -> Request:
+) -> PrefillBatch:
     """The tensors of one prompt in the slots of its plan, on `device`.
 
     ids: (1, S). features, signals: `Thinker.encode`. Raises ValueError where the plan does not hold the prompt.
@@ -136,7 +136,7 @@ def fill_pool(
     return with_media(assign_slots(plan, prompt, layout, ids, device), features, signals)
 
 
-def assign_slots(plan: StagePlan, prompt: Prompt, layout: Layout, ids: Tensor, device: torch.device) -> Request:
+def assign_slots(plan: StagePlan, prompt: Prompt, layout: Layout, ids: Tensor, device: torch.device) -> PrefillBatch:
     """`fill_pool` as far as it needs no encoder: a GPU can still be encoding."""
     plan.check_holds(prompt.counts(plan.method))
     counts = plan.counts
@@ -162,7 +162,7 @@ def assign_slots(plan: StagePlan, prompt: Prompt, layout: Layout, ids: Tensor, d
     source[media] = torch.arange(len(media))
     there = place < NOWHERE
     at = torch.where(there, place, 0)
-    return Request(
+    return PrefillBatch(
         ids=ids[:, at.to(ids.device)].to(device),
         positions=layout.positions[:, None, at].to(device),
         place=place[None].to(device),
@@ -178,8 +178,8 @@ def assign_slots(plan: StagePlan, prompt: Prompt, layout: Layout, ids: Tensor, d
     )
 
 
-def with_media(slots: Request, features: dict[str, Tensor], signals: dict[str, Signals]) -> Request:
-    """A request with what the encoders made of the media in its prompt, in the order of `Thinker.encode`."""
+def with_media(slots: PrefillBatch, features: dict[str, Tensor], signals: dict[str, Signals]) -> PrefillBatch:
+    """A batch with what the encoders made of the media in its prompt, in the order of `Thinker.encode`."""
     if not features:
         return slots
     pool, device = slots.place.shape[1], slots.place.device
@@ -202,36 +202,36 @@ def with_media(slots: Request, features: dict[str, Tensor], signals: dict[str, S
     return replace(slots, media=media, received=weights[None], keys=None if keys is None else keys[None])
 
 
-def join(requests: list[Request]) -> Request:
-    """Requests of one plan, one after another in one batch."""
-    if len(requests) == 1:
-        return requests[0]
-    some = [request.media for request in requests if request.media is not None]
+def join(batches: list[PrefillBatch]) -> PrefillBatch:
+    """Batches of one plan as one, one behind the other."""
+    if len(batches) == 1:
+        return batches[0]
+    some = [batch.media for batch in batches if batch.media is not None]
     media = keys = None
     if some:
         levels = max(map(len, some))
         # Prompts without pictures have no deepstack, those without any media nothing: their part stays zero.
-        media = some[0].new_zeros(levels, len(requests), *some[0].shape[2:])
-        for row, request in enumerate(requests):
-            if request.media is not None:
-                media[: len(request.media), row] = request.media[:, 0]
-    known = [request.keys for request in requests if request.keys is not None]
+        media = some[0].new_zeros(levels, len(batches), *some[0].shape[2:])
+        for row, batch in enumerate(batches):
+            if batch.media is not None:
+                media[: len(batch.media), row] = batch.media[:, 0]
+    known = [batch.keys for batch in batches if batch.keys is not None]
     if known:
-        keys = known[0].new_zeros(len(requests), known[0].shape[1], max(each.shape[2] for each in known))
-        for row, request in enumerate(requests):
-            if request.keys is not None:
-                keys[row, :, : request.keys.shape[2]] = request.keys[0]
-    return Request(
-        ids=torch.cat([request.ids for request in requests]),
-        positions=torch.cat([request.positions for request in requests], dim=1),
-        place=torch.cat([request.place for request in requests]),
+        keys = known[0].new_zeros(len(batches), known[0].shape[1], max(each.shape[2] for each in known))
+        for row, batch in enumerate(batches):
+            if batch.keys is not None:
+                keys[row, :, : batch.keys.shape[2]] = batch.keys[0]
+    return PrefillBatch(
+        ids=torch.cat([batch.ids for batch in batches]),
+        positions=torch.cat([batch.positions for batch in batches], dim=1),
+        place=torch.cat([batch.place for batch in batches]),
         media=media,
-        source=torch.cat([request.source for request in requests]),
-        received=torch.cat([request.received for request in requests]),
+        source=torch.cat([batch.source for batch in batches]),
+        received=torch.cat([batch.received for batch in batches]),
         keys=keys,
-        clip=torch.cat([request.clip for request in requests]),
-        video_sizes=torch.cat([request.video_sizes for request in requests]),
-        audio_sizes=torch.cat([request.audio_sizes for request in requests]),
-        video_clips=torch.cat([request.video_clips for request in requests]),
-        audio_clips=torch.cat([request.audio_clips for request in requests]),
+        clip=torch.cat([batch.clip for batch in batches]),
+        video_sizes=torch.cat([batch.video_sizes for batch in batches]),
+        audio_sizes=torch.cat([batch.audio_sizes for batch in batches]),
+        video_clips=torch.cat([batch.video_clips for batch in batches]),
+        audio_clips=torch.cat([batch.audio_clips for batch in batches]),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni.decoder import Layer
 from omni.layers import part
-from omni.request import NOWHERE, Request
+from omni.request import NOWHERE, PrefillBatch
 from omni.thinker import Thinker
 from seats.counts import AUDIO_WINDOW, Counts
 from seats.method import Media, Method, Step
@@ -117,27 +117,27 @@ class Staged:
     first: Prefix | None
 
 
-def prefill(thinker: Thinker, plan: StagePlan, request: Request, *, pruned: bool, keep: bool = False) -> Staged:
+def prefill(thinker: Thinker, plan: StagePlan, batch: PrefillBatch, *, pruned: bool, keep: bool = False) -> Staged:
     """Runs prompts through the stages and layers. Static shapes: nothing here depends on what the prompts hold.
 
     pruned: `Omni.prefill`'s kv. keep: whether `Staged.first` is wanted.
     """
-    sequence = select_before_decoder(plan, request, *thinker.embed(request.ids, request.source, request.media))
+    sequence = select_before_decoder(plan, batch, *thinker.embed(batch.ids, batch.source, batch.media))
     keys, values = through(thinker, sequence, plan.segments[0].layers)
     return finish(thinker, plan, sequence, sequence, keys, values, pruned=pruned, keep=keep)
 
 
 def extend(
-    thinker: Thinker, plan: StagePlan, prefix: Prefix, request: Request, *, pruned: bool, keep: bool = False
+    thinker: Thinker, plan: StagePlan, prefix: Prefix, batch: PrefillBatch, *, pruned: bool, keep: bool = False
 ) -> Staged:
-    """`prefill` of prompts that begin with `prefix`, which is read and not changed, and go on with `request`.
+    """`prefill` of prompts that begin with `prefix`, which is read and not changed, and go on with `batch`.
 
-    prefix: of one row for all of them, or of as many. request: all of it is text to its plan, as nothing of it is
+    prefix: of one row for all of them, or of as many. batch: all of it is text to its plan, as nothing of it is
     selected from before the decoder. plan: of the prompts as a whole.
     """
-    rest = as_text(request, *thinker.embed(request.ids, request.source, request.media))
-    batch, slots, _ = rest.x.shape
-    before = prefix.sequence.expand(batch)
+    rest = as_text(batch, *thinker.embed(batch.ids, batch.source, batch.media))
+    rows, slots, _ = rest.x.shape
+    before = prefix.sequence.expand(rows)
     known = before.count[:, None]
     # Where slots of the whole lie in prefix and rest, one behind the other: either may end with padding.
     slot = torch.arange(plan.segments[0].length, device=rest.x.device)
@@ -148,7 +148,7 @@ def extend(
     rotary = thinker.rotary(rest.positions)
     keys, values = [], []
     for number in range(*plan.segments[0].layers):
-        known_keys, known_values = (some[number].expand(batch, -1, -1, -1) for some in (prefix.keys, prefix.values))
+        known_keys, known_values = (some[number].expand(rows, -1, -1, -1) for some in (prefix.keys, prefix.values))
         layer = cast(Layer, thinker.layers[number])
         rest.x, layer_keys, layer_values = layer.extend(rest.x, rotary, known_keys, known_values, index, seen)
         keys.append(layer_keys)
@@ -160,15 +160,15 @@ def extend(
     return finish(thinker, plan, sequence, rest if ends_here else sequence, keys, values, pruned=pruned, keep=keep)
 
 
-def as_text(request: Request, x: Tensor, deepstack: Tensor | None) -> Sequence:
+def as_text(batch: PrefillBatch, x: Tensor, deepstack: Tensor | None) -> Sequence:
     """A pool that is all text, in order already: an hour of video is not copied. Arguments: `select_before_decoder`."""
-    there = request.place < NOWHERE
+    there = batch.place < NOWHERE
     return Sequence(
         x=x,
-        positions=request.positions,
-        place=request.place,
+        positions=batch.positions,
+        place=batch.place,
         kind=torch.where(there, TEXT, PADDING).to(torch.uint8),
-        clip=request.clip,
+        clip=batch.clip,
         deepstack=deepstack,
         count=there.sum(dim=1),
     )
@@ -279,19 +279,19 @@ def prune(
                 stored[index] = whole.gather(2, found[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
 
 
-def select_before_decoder(plan: StagePlan, request: Request, x: Tensor, deepstack: Tensor | None) -> Sequence:
+def select_before_decoder(plan: StagePlan, batch: PrefillBatch, x: Tensor, deepstack: Tensor | None) -> Sequence:
     """What enters the decoder, in the order of the prompt: all of the text and what the method keeps of the rest.
 
     x: (B, P, hidden), deepstack: (levels, B, P, hidden) or None, in the order of the pool.
     """
-    batch, slots, _ = x.shape
+    rows, slots, _ = x.shape
     counts = plan.counts
     if slots == counts.text:
-        return as_text(request, x, deepstack)
-    keep = [request.place[:, : counts.text] < NOWHERE]
+        return as_text(batch, x, deepstack)
+    keep = [batch.place[:, : counts.text] < NOWHERE]
     kind = [torch.full((counts.text,), TEXT, dtype=torch.uint8, device=x.device)]
     if plan.method is not None:
-        windows = media_by_windows(counts, request, x)
+        windows = media_by_windows(counts, batch, x)
         for one, kept, medium in zip(windows, plan.method.before(*windows), (VIDEO, AUDIO), strict=True):
             if one is None or kept is None:
                 continue
@@ -304,27 +304,27 @@ def select_before_decoder(plan: StagePlan, request: Request, x: Tensor, deepstac
     kept_slots = torch.cat(keep, dim=1)
     everything = Sequence(
         x=x,
-        positions=request.positions,
-        place=request.place,
-        kind=torch.cat(kind).expand(batch, -1),
-        clip=request.clip,
+        positions=batch.positions,
+        place=batch.place,
+        kind=torch.cat(kind).expand(rows, -1),
+        clip=batch.clip,
         deepstack=deepstack,
         count=kept_slots.sum(dim=1),
     )
-    order = torch.where(kept_slots, request.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    order = torch.where(kept_slots, batch.place, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     return everything.take(order[:, : plan.segments[0].length], everything.count)
 
 
-def media_by_windows(counts: Counts, request: Request, x: Tensor) -> tuple[Media | None, Media | None]:
+def media_by_windows(counts: Counts, batch: PrefillBatch, x: Tensor) -> tuple[Media | None, Media | None]:
     """Video and sound of the pool."""
-    source = request.source.clamp(min=0)
-    received = request.received.gather(1, source)
-    keys = None if request.keys is None else _rows(request.keys, source)
+    source = batch.source.clamp(min=0)
+    received = batch.received.gather(1, source)
+    keys = None if batch.keys is None else _rows(batch.keys, source)
     found: list[Media | None] = []
     start = counts.text
     for windows, size, sizes, clips in (
-        (counts.video_windows, counts.video_window, request.video_sizes, request.video_clips),
-        (counts.audio_windows, AUDIO_WINDOW, request.audio_sizes, request.audio_clips),
+        (counts.video_windows, counts.video_window, batch.video_sizes, batch.video_clips),
+        (counts.audio_windows, AUDIO_WINDOW, batch.audio_sizes, batch.audio_clips),
     ):
         slots = slice(start, start + windows * size)
         start = slots.stop
@@ -335,7 +335,7 @@ def media_by_windows(counts: Counts, request: Request, x: Tensor) -> tuple[Media
                 keys=None if keys is None else rearrange(keys[:, slots], "b (w n) d -> b w n d", w=windows),
                 sizes=sizes,
                 clip=clips,
-                place=rearrange(request.place[:, slots], "b (w n) -> b w n", w=windows),
+                place=rearrange(batch.place[:, slots], "b (w n) -> b w n", w=windows),
             )
             if windows
             else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from omni import stages
 from omni.cache import Cache
 from omni.layers import compiling
-from omni.request import Request
+from omni.request import PrefillBatch
 from omni.runtime.graphs import Graphs, Parts, capture, structure, warm_up
 from omni.runtime.sampling import Sampling, pick
 from omni.stages import Prefix, Staged
@@ -67,8 +67,8 @@ class Compiled:
         key = (method.__qualname__, shapes(arguments))
         return self.encoders.run(key, run, *arguments, makes=self.makes)
 
-    def prefill(self, plan: StagePlan, *tensors: Prefix | Request, pruned: bool, keep: bool) -> Staged:
-        """`stages.prefill` of a request, or `stages.extend` of a prefix and a request."""
+    def prefill(self, plan: StagePlan, *tensors: Prefix | PrefillBatch, pruned: bool, keep: bool) -> Staged:
+        """`stages.prefill` of a batch, or `stages.extend` of a prefix and a batch."""
         function = stages.prefill if len(tensors) == 1 else stages.extend
         run = partial(self._with_parts, function, self.thinker, plan, pruned=pruned, keep=keep)
         if not self.on_gpu:

@@ -111,9 +111,9 @@ class Clip:
     """A scene as the model gets it, up to the end of the clip in the prompt.
 
     patches, grid, mel: as in `Inputs`, of one clip. ids, positions, source: (S,), (3, S), (S,) as in
-    `omni.request.Request`; next_position: of what follows. seen: (2, n) colour and shape at each token of video, heard:
-    (2, n) the sound at each of sound and how many beeps there were so far, less one, beside: (2, n) colour and shape on
-    screen then; 0 nothing. media: what the encoders make of it, (n, hidden), where that is known.
+    `omni.request.PrefillBatch`; next_position: of what follows. seen: (2, n) colour and shape at each token of video,
+    heard: (2, n) the sound at each of sound and how many beeps there were so far, less one, beside: (2, n) colour and
+    shape on screen then; 0 nothing. media: what the encoders make of it, (n, hidden), where that is known.
     """
 
     scene: world.Scene

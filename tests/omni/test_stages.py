@@ -22,7 +22,7 @@ from omni import stages
 from omni.cache import CHUNK, LEAST_CAPACITY
 from omni.inputs import InputError
 from omni.processing.positions import layout
-from omni.request import Request, fill_pool, join, read_prompt, whole_prompt
+from omni.request import PrefillBatch, fill_pool, join, read_prompt, whole_prompt
 from omni.rope import multimodal_rotary, rotate
 from seats.config import SeatsConfig
 from seats.plan import StagePlan, make_plan, plan_without_selection
@@ -73,8 +73,8 @@ def test_recorded_selections_in_one_graph(path: Path) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(stages.prefill, fullgraph=True, dynamic=False, backend="eager")
     with torch.inference_mode():
-        plan, request = prepared(model, inputs, config_of(path))
-        staged = compiled(model.thinker, plan, request, pruned=True)
+        plan, batch = prepared(model, inputs, config_of(path))
+        staged = compiled(model.thinker, plan, batch, pruned=True)
     for step, (place, count) in enumerate(staged.kept):
         assert place[0, : int(count)].tolist() == expected[f"keep_{step}"].tolist()
     torch.testing.assert_close(staged.logits[0], expected["logits"], atol=1e-3, rtol=0)
@@ -101,8 +101,8 @@ def pair(request: pytest.FixtureRequest, make_pair) -> Pair:
 
 def prepared(
     model: omni.Omni, inputs: omni.Inputs, seats: SeatsConfig = SETTINGS, *, rounded: bool = False
-) -> tuple[StagePlan, Request]:
-    """A request in the pool of a plan made for it, or of the next plan of the ladder."""
+) -> tuple[StagePlan, PrefillBatch]:
+    """A prompt in the pool of a plan made for it, or of the next plan of the ladder."""
     places = layout(inputs, model.config)
     prompt = read_prompt(places, inputs, model.config, seats.window_grids)
     counts = prompt.counts(seats)
@@ -119,8 +119,8 @@ def reference_logits(model: omni.Omni, inputs: omni.Inputs, kept: list[Tensor], 
     whole = whole_prompt(length)
     plan = plan_without_selection(LAYERS, whole.counts(None))
     features, _ = thinker.encode(inputs)
-    request = fill_pool(plan, whole, places, inputs.input_ids, features, {}, model.device)
-    x, deepstack = thinker.embed(request.ids, request.source, request.media)
+    batch = fill_pool(plan, whole, places, inputs.input_ids, features, {}, model.device)
+    x, deepstack = thinker.embed(batch.ids, batch.source, batch.media)
     x = torch.cat([x, thinker.embedding(torch.tensor([new], dtype=torch.long))], dim=1)
     after = places.next_position + torch.arange(len(new)).expand(3, -1)
     positions = torch.cat([places.positions, after.to(places.positions.dtype)], dim=1)[:, None]
@@ -204,8 +204,8 @@ def test_padding_changes_nothing(pair: Pair, name: str) -> None:
     results = []
     with torch.inference_mode():
         for rounded in (False, True):
-            plan, request = prepared(pair.model, inputs, rounded=rounded)
-            results.append(stages.prefill(pair.model.thinker, plan, request, pruned=True))
+            plan, batch = prepared(pair.model, inputs, rounded=rounded)
+            results.append(stages.prefill(pair.model.thinker, plan, batch, pruned=True))
     exact, padded = results
     for (place, count), (padded_place, padded_count) in zip(exact.kept, padded.kept, strict=True):
         assert place[0, : int(count)].tolist() == padded_place[0, : int(padded_count)].tolist()
@@ -240,16 +240,16 @@ def test_one_graph_for_all_clips_of_a_plan(pair: Pair) -> None:
     torch._dynamo.utils.counters.clear()
     thinker = pair.model.thinker
 
-    def run(plan: StagePlan, request: Request) -> stages.Staged:
-        return stages.prefill(thinker, plan, request, pruned=True)
+    def run(plan: StagePlan, batch: PrefillBatch) -> stages.Staged:
+        return stages.prefill(thinker, plan, batch, pruned=True)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
     selections = set()
     with torch.inference_mode():
         for seed in range(3):
             inputs = make_request(pair, REQUESTS["clip with sound"], seed=seed)
-            plan, request = prepared(pair.model, inputs)
-            traced, eager = compiled(plan, request), run(plan, request)
+            plan, batch = prepared(pair.model, inputs)
+            traced, eager = compiled(plan, batch), run(plan, batch)
             for (place, count), (eager_place, eager_count) in zip(traced.kept, eager.kept, strict=True):
                 assert place[0, : int(count)].tolist() == eager_place[0, : int(eager_count)].tolist()
             torch.testing.assert_close(traced.logits, eager.logits, atol=1e-5, rtol=1e-5)
@@ -262,23 +262,21 @@ def test_one_graph_for_all_clips_of_a_plan(pair: Pair) -> None:
 def test_no_host_read(pair: Pair) -> None:
     """Tensors without data: any read of a value, or a shape that depends on one, raises."""
     inputs = make_request(pair, REQUESTS["several media"])
-    plan, request = prepared(pair.model, inputs)
+    plan, batch = prepared(pair.model, inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fields = {name: value if value is None else mode.from_tensor(value) for name, value in vars(request).items()}
-        staged = stages.prefill(pair.model.thinker, plan, Request(**fields), pruned=True)
+        fields = {name: value if value is None else mode.from_tensor(value) for name, value in vars(batch).items()}
+        staged = stages.prefill(pair.model.thinker, plan, PrefillBatch(**fields), pruned=True)
     assert staged.logits.shape == (1, pair.model.config.decoder.vocab_size)
 
 
 def test_batches_equal_one_by_one(pair: Pair) -> None:
     """Requests of one plan run together."""
-    requests = [
-        prepared(pair.model, make_request(pair, REQUESTS["clip with sound"], seed=seed))[1] for seed in range(3)
-    ]
+    batches = [prepared(pair.model, make_request(pair, REQUESTS["clip with sound"], seed=seed))[1] for seed in range(3)]
     plan, _ = prepared(pair.model, make_request(pair, REQUESTS["clip with sound"]))
     with torch.inference_mode():
-        together = stages.prefill(pair.model.thinker, plan, join(requests), pruned=True)
-        for row, request in enumerate(requests):
-            alone = stages.prefill(pair.model.thinker, plan, request, pruned=True)
+        together = stages.prefill(pair.model.thinker, plan, join(batches), pruned=True)
+        for row, batch in enumerate(batches):
+            alone = stages.prefill(pair.model.thinker, plan, batch, pruned=True)
             for (place, count), (one_place, one_count) in zip(together.kept, alone.kept, strict=True):
                 assert place[row, : int(count[row])].tolist() == one_place[0, : int(one_count)].tolist()
             torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-5, rtol=1e-5)
