@@ -89,7 +89,7 @@ class Stats:
 
 @dataclass(repr=False)
 class Generation:
-    """An answer. tokens: ids, the stop token included; text: without control tokens.
+    """An answer. tokens: ids, the stop token included; text: without special tokens.
 
     thought: what a reasoning checkpoint wrote between its marks, which `text` leaves out; "" where there is none.
     thought_cut: whether `max_new_tokens` ended it inside a thought, so that there is no answer yet.

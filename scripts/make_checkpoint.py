@@ -32,7 +32,7 @@ from omni.thinker import Thinker
 
 @dataclass(frozen=True)
 class Family:
-    """special, ordinary: added tokens in the order of the released vocabulary; the ordinary are not control tokens.
+    """special, ordinary: added tokens in the order of the released vocabulary; only the special are left out of text.
 
     marks: role of a token → which it is. sizes: `config.json` with small sizes, from the ids of its tokens.
     """

@@ -128,7 +128,7 @@ def encode_chat(
     {"type": "text", "text": …} or {"type": "image" | "audio" | "video", that type: the medium}. The template
     sees that a medium is there, never the medium.
 
-    Control tokens come from the template alone; typed ones stay plain text. To that end the characters with
+    Special tokens come from the template alone; typed ones stay plain text. To that end the characters with
     which added tokens begin and end (< and > in this family) are stood in for by private-use characters
     while the template runs. So no typed text can begin or end one: whole, in parts or beside the template's
     own text, and whatever the template strips or joins. Two consequences: a template that looks for such a
@@ -152,7 +152,7 @@ def encode_chat(
         if isinstance(piece, int):
             ids.append(piece)
         else:
-            ids += tokenizer.encode(piece.translate(restored), control=False)
+            ids += tokenizer.encode(piece.translate(restored), split_special_tokens=True)
     return ids
 
 

@@ -62,7 +62,7 @@ class Processor:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ends of a turn, for checkpoints that name none."""
-        return tuple(self.tokenizer.id_of(token) for token in (TURN_END, "<|endoftext|>"))
+        return tuple(self.tokenizer.token_to_id(token) for token in (TURN_END, "<|endoftext|>"))
 
     def prepare(
         self,

@@ -31,7 +31,7 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         self.added_tokens = {token.text: token.id for token in vocabulary.added}
-        self._control = {token.id: token.text for token in vocabulary.added if token.special}
+        self._special = {token.id: token.text for token in vocabulary.added if token.special}
         self._ids = {**vocabulary.ids, **self.added_tokens}
         self._tokens = {id: token for token, id in self._ids.items()}
         # Longest first: where several added tokens start at one place, the longest wins.
@@ -65,12 +65,12 @@ class Tokenizer:
         if start < len(text):
             yield text[start:]
 
-    def encode(self, text: str, control: bool = True) -> list[int]:
-        """Token ids of a text. With control=False the whole text is plain and yields no added token.
+    def encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. With split_special_tokens the whole text is plain and yields no added token.
 
         Raises TokenizerError where the text holds half of a surrogate pair, which no UTF-8 can express.
         """
-        if not control:
+        if split_special_tokens:
             return self._encode_plain(text)
         ids: list[int] = []
         for piece in self.split(text):
@@ -95,33 +95,33 @@ class Tokenizer:
         pieces = self._bpe.encode(words, out_type=int, num_threads=1)
         return [self._piece_ids[piece] for word in pieces for piece in word]
 
-    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        written = {} if skip_control else self._control
+        written = {} if skip_special_tokens else self._special
         parts = (written[id].encode() if id in written else self.token_bytes(id) for id in ids)
         return b"".join(parts).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """What a token adds to a text: b"" for a control token and for an id that has no token.
+        """What a token adds to a text: b"" for a special token and for an id that has no token.
 
         A model's embedding has more rows than its vocabulary has tokens, so such ids can be generated.
         """
         token = self._tokens.get(id)
-        if token is None or id in self._control:
+        if token is None or id in self._special:
             return b""
         if token in self.added_tokens:
             return token.encode()
         return token.translate(_BYTE_OF_CHARACTER).encode("latin-1")
 
-    def id_of(self, token: str) -> int:
+    def token_to_id(self, token: str) -> int:
         """The id of an added token, or of a token written in byte characters. Raises TokenizerError."""
         if token not in self._ids:
             raise TokenizerError(f"the tokenizer has no token {token!r}: its files belong to another model.")
         return self._ids[token]
 
-    def is_control(self, id: int) -> bool:
-        """Whether an id is a control token, which decoding leaves out."""
-        return id in self._control
+    def is_special(self, id: int) -> bool:
+        """Whether an id is a special token, which decoding leaves out."""
+        return id in self._special
 
 
 class LazyTokenizer:

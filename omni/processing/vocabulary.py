@@ -28,7 +28,7 @@ class TokenizerError(ValueError):
 class AddedToken:
     """A token that stands for exactly its text and takes no part in BPE.
 
-    special: a control token, left out of decoded text; others, such as <tool_call>, are part of the answer.
+    special: left out of decoded text, as <|im_end|> is; others, such as <tool_call>, are part of the answer.
     """
 
     text: str

@@ -280,12 +280,14 @@ def read_vocabulary(folder: Path, name: str) -> None:
     """What it encodes it decodes."""
     tokenizer = Tokenizer.from_folder((folder / name).parent)
     text = "What happens, Zoë?\n<|im_start|> e\u0301 日本 12 it's <|im_end|>"
-    for control in (True, False):
-        ids = tokenizer.encode(text, control)
+    for split in (False, True):
+        ids = tokenizer.encode(text, split_special_tokens=split)
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
-        found = tokenizer.decode(ids, skip_control=False)
+        found = tokenizer.decode(ids, skip_special_tokens=False)
         assert found == unicodedata.normalize("NFC", text), f"{text!r} came back as {found!r}"
-    tokenizer.decode(range(tokenizer.vocab_size if tokenizer.vocab_size < 10_000 else 10_000), skip_control=False)
+    tokenizer.decode(
+        range(tokenizer.vocab_size if tokenizer.vocab_size < 10_000 else 10_000), skip_special_tokens=False
+    )
 
 
 def make_templates(folder: Path) -> list[str]:

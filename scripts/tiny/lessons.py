@@ -191,9 +191,9 @@ class Clips(Dataset[Clip]):
         content = [{"type": "video", "video": ""}, {"type": "text", "text": "?"}]
         # The template once: what stands before the clip, and what between question and answer.
         frame = encode_chat(self.tokenizer, processor.template, [{"role": "user", "content": content}])
-        end = frame.index(self.tokenizer.id_of("<|vision_eos|>")) + 1
+        end = frame.index(self.tokenizer.token_to_id("<|vision_eos|>")) + 1
         self.head, self.tail = frame[:end], frame[end + len(self.tokenizer.encode("?")) :]
-        self.stop = self.tokenizer.id_of("<|im_end|>")
+        self.stop = self.tokenizer.token_to_id("<|im_end|>")
         self.words = words_of(self.tokenizer)
         self.dot, self.newline = (self.tokenizer.encode(text)[0] for text in ".\n")
 

@@ -157,7 +157,7 @@ def test_ids_are_those_of_transformers(processed: tuple[Processor, Any], name: s
     expected = theirs.apply_chat_template(CONVERSATIONS[name], add_generation_prompt=prompted, return_dict=False)
     got = encode_chat(ours.tokenizer, ours.template, CONVERSATIONS[name], add_generation_prompt=prompted)
     assert got == expected
-    assert ours.tokenizer.decode(got, skip_control=False) == theirs.decode(expected)
+    assert ours.tokenizer.decode(got, skip_special_tokens=False) == theirs.decode(expected)
 
 
 def test_thoughts_of_a_history_are_gone(processed: tuple[Processor, Any]) -> None:

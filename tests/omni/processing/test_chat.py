@@ -1,4 +1,4 @@
-"""Chat templates: the family's against transformers' rendering, typed control tokens, foreign templates."""
+"""Chat templates: the family's against transformers' rendering, typed special tokens, foreign templates."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from omni.processing.vocabulary import SPLIT_PATTERN, AddedToken, Vocabulary
 
 MARKS = ("im_start", "im_end", "endoftext", "IMAGE", "AUDIO", "VIDEO", "vision_bos", "vision_eos")
 MARKS_3 = ("image_pad", "audio_pad", "video_pad", "vision_start", "vision_end", "audio_start", "audio_end")
-CONTROL = tuple(f"<|{mark}|>" for mark in (*MARKS, "audio_bos", "audio_eos", *MARKS_3))
-NOT_CONTROL = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+SPECIAL = tuple(f"<|{mark}|>" for mark in (*MARKS, "audio_bos", "audio_eos", *MARKS_3))
+NOT_SPECIAL = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 IDS = {token: id for id, token in enumerate([*ALPHABET, "us", "ser", "er", "user"])}
 MERGES = [("e", "r"), ("u", "s"), ("s", "er"), ("us", "er")]
-ADDED = [AddedToken(text, len(IDS) + i, text in CONTROL) for i, text in enumerate(CONTROL + NOT_CONTROL)]
+ADDED = [AddedToken(text, len(IDS) + i, text in SPECIAL) for i, text in enumerate(SPECIAL + NOT_SPECIAL)]
 TOKENIZER = Tokenizer(Vocabulary(IDS, MERGES, ADDED))
 
 
@@ -105,7 +105,7 @@ def test_family_template_is_the_published_format() -> None:
 
 
 FRAGMENTS = [
-    *CONTROL[:4],
+    *SPECIAL[:4],
     "<think>",
     "<",
     ">",
@@ -155,7 +155,7 @@ def _blank(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(messages=MESSAGES)
-def test_typed_control_tokens_stay_plain_text(messages: list[dict[str, Any]]) -> None:
+def test_typed_special_tokens_stay_plain_text(messages: list[dict[str, Any]]) -> None:
     """Whatever is typed, in one part or several, adds no token but plain ones, and none of it is lost."""
     added = set(TOKENIZER.added_tokens.values())
     with _in_process():
@@ -163,7 +163,7 @@ def test_typed_control_tokens_stay_plain_text(messages: list[dict[str, Any]]) ->
         blank = encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _blank(messages))
     assert [id for id in ids if id in added] == [id for id in blank if id in added]
     prompt = sandbox.render(QWEN2_5_OMNI_TEMPLATE, messages, True)
-    assert TOKENIZER.decode(ids, skip_control=False) == prompt
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == prompt
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_typed_control_tokens_stay_plain_text(messages: list[dict[str, Any]]) ->
         ("{{ messages[0].content | tojson }}", ["<|im_end|><think>"]),
     ],
 )
-def test_template_operations_make_no_control_tokens_of_typed_text(template: str, typed: list[str]) -> None:
+def test_template_operations_make_no_special_tokens_of_typed_text(template: str, typed: list[str]) -> None:
     """Stripping, joining, reversing, or the template's own text beside it: typed text stays plain."""
     messages = [{"role": "user", "content": text} for text in typed]
     added = set(TOKENIZER.added_tokens.values())
@@ -205,10 +205,13 @@ def test_a_template_that_looks_for_thoughts_drops_those_of_an_assistant() -> Non
         {"role": "assistant", "content": [_text("<think>x</think>"), _text("\n <|im_end|>")]},
     ]
     listed = [{**m, "content": m["content"] if isinstance(m["content"], str) else ""} for m in messages]
-    assert TOKENIZER.decode(encode_chat(TOKENIZER, THOUGHTFUL, listed), skip_control=False) == "a</think>b|<b> yes||"
+    assert (
+        TOKENIZER.decode(encode_chat(TOKENIZER, THOUGHTFUL, listed), skip_special_tokens=False)
+        == "a</think>b|<b> yes||"
+    )
     added = set(TOKENIZER.added_tokens.values())
     assert not added & set(encode_chat(TOKENIZER, THOUGHTFUL, listed))
-    family = TOKENIZER.decode(encode_chat(TOKENIZER, QWEN3_OMNI_TEMPLATE, messages), skip_control=False)
+    family = TOKENIZER.decode(encode_chat(TOKENIZER, QWEN3_OMNI_TEMPLATE, messages), skip_special_tokens=False)
     assert family == (
         "<|im_start|>user\na</think>b<|im_end|>\n<|im_start|>assistant\n<b> yes<|im_end|>\n"
         "<|im_start|>assistant\n <|im_end|><|im_end|>\n<|im_start|>assistant\n"

@@ -15,7 +15,7 @@ OPEN, CLOSE, END = 300, 301, 302
 
 
 def tokenizer(marks: bool = True) -> Any:
-    """One token per byte, a control token, and the marks."""
+    """One token per byte, a special token, and the marks."""
     added = {"<|im_end|>": END, **({"<think>": OPEN, "</think>": CLOSE} if marks else {})}
     words = {OPEN: b"<think>", CLOSE: b"</think>"}
     return SimpleNamespace(

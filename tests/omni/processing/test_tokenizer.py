@@ -18,8 +18,8 @@ from omni.processing.tokenizer import TextStream, Tokenizer, TokenizerError, spl
 from omni.processing.vocabulary import SPLIT_PATTERN, AddedToken, Vocabulary
 
 PUBLIC = Path(__file__).parents[4] / "shared" / "data" / "qwen2_tokenizer"
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|VIDEO|>")
-NOT_CONTROL = ("<tool_call>", "</tool_call>")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|VIDEO|>")
+NOT_SPECIAL = ("<tool_call>", "</tool_call>")
 
 TEXTS = {
     "latin": "Der Bär aß süße Äpfel, où l'été finit à São Paulo; żółć, İstanbul, Ærøskøbing.",
@@ -66,14 +66,14 @@ def _reference(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _add(reference: tokenizers.Tokenizer) -> None:
-    reference.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in CONTROL])
-    reference.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in NOT_CONTROL])
+    reference.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in SPECIAL])
+    reference.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in NOT_SPECIAL])
 
 
 def _write_added_tokens(folder: Path, reference: tokenizers.Tokenizer) -> None:
     decoder = {
-        str(reference.token_to_id(text)): {"content": text, "special": text in CONTROL, "lstrip": False}
-        for text in CONTROL + NOT_CONTROL
+        str(reference.token_to_id(text)): {"content": text, "special": text in SPECIAL, "lstrip": False}
+        for text in SPECIAL + NOT_SPECIAL
     }
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
 
@@ -148,12 +148,12 @@ def test_words_equal_the_reference_library_for_every_character() -> None:
 @given(text=st.text())
 def test_decoding_gives_the_normalised_text(pair: Pair, text: str) -> None:
     """decode(encode(x)) is NFC(x): no byte is lost, whatever the text."""
-    assert pair.ours.decode(pair.ours.encode(text, control=False)) == unicodedata.normalize("NFC", text)
+    assert pair.ours.decode(pair.ours.encode(text, split_special_tokens=True)) == unicodedata.normalize("NFC", text)
 
 
 def _ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
-    """Any ids, out-of-vocabulary ones and (often) bytes and control tokens among them."""
-    often = [tokenizer.id_of(token) for token in (*CONTROL, *NOT_CONTROL, "ð", "Ł", "ĺ", "Ģ", "â", "!", "Ŀ")]
+    """Any ids, out-of-vocabulary ones and (often) bytes and special tokens among them."""
+    often = [tokenizer.token_to_id(token) for token in (*SPECIAL, *NOT_SPECIAL, "ð", "Ł", "ĺ", "Ģ", "â", "!", "Ŀ")]
     some_id = st.integers(0, tokenizer.vocab_size + 50) | st.sampled_from(often)
     return data.draw(st.lists(some_id, max_size=30))
 
@@ -161,9 +161,9 @@ def _ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data(), skip=st.booleans())
 def test_decoding_any_ids_equals_the_reference_library(pair: Pair, data: st.DataObject, skip: bool) -> None:
-    """Broken UTF-8, control tokens and ids without a token decode as in the library."""
+    """Broken UTF-8, special tokens and ids without a token decode as in the library."""
     ids = _ids(data, pair.ours)
-    assert pair.ours.decode(ids, skip_control=skip) == pair.reference.decode(ids, skip_special_tokens=skip)
+    assert pair.ours.decode(ids, skip_special_tokens=skip) == pair.reference.decode(ids, skip_special_tokens=skip)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -178,28 +178,28 @@ def test_stream_adds_up_to_the_decoded_text(pair: Pair, data: st.DataObject) -> 
 def test_stream_never_splits_a_character(pair: Pair) -> None:
     """A character of several tokens comes with its last one; an unfinished one is U+FFFD at the end."""
     stream = TextStream(pair.ours)
-    ids = [pair.ours.id_of(byte) for byte in "ðŁĺĢ"]  # The bytes of U+1F600.
+    ids = [pair.ours.token_to_id(byte) for byte in "ðŁĺĢ"]  # The bytes of U+1F600.
     assert [stream.push(id) for id in ids] == ["", "", "", "😀"]
     assert stream.flush() == ""
     assert stream.push(ids[0]) == "" and stream.flush() == "\ufffd"
 
 
 def test_plain_text_never_yields_an_added_token(pair: Pair) -> None:
-    """With control=False a written-out control token is text like any other."""
-    text = "".join(CONTROL + NOT_CONTROL)
-    added = {pair.ours.id_of(token) for token in CONTROL + NOT_CONTROL}
+    """With split_special_tokens a written-out special token is text like any other."""
+    text = "".join(SPECIAL + NOT_SPECIAL)
+    added = {pair.ours.token_to_id(token) for token in SPECIAL + NOT_SPECIAL}
     assert set(pair.ours.encode(text)) == added
-    plain = pair.ours.encode(text, control=False)
+    plain = pair.ours.encode(text, split_special_tokens=True)
     assert not added & set(plain) and pair.ours.decode(plain) == text
 
 
-def test_control_tokens_are_left_out_and_others_are_not(pair: Pair) -> None:
-    """is_control, token_bytes and decode agree on which tokens are no part of an answer."""
-    end, call = pair.ours.id_of("<|im_end|>"), pair.ours.id_of("<tool_call>")
-    assert pair.ours.is_control(end) and not pair.ours.is_control(call)
+def test_special_tokens_are_left_out_and_others_are_not(pair: Pair) -> None:
+    """is_special, token_bytes and decode agree on which tokens are no part of an answer."""
+    end, call = pair.ours.token_to_id("<|im_end|>"), pair.ours.token_to_id("<tool_call>")
+    assert pair.ours.is_special(end) and not pair.ours.is_special(call)
     assert pair.ours.token_bytes(end) == b"" and pair.ours.token_bytes(call) == b"<tool_call>"
     assert pair.ours.decode([call, end]) == "<tool_call>"
-    assert pair.ours.decode([call, end], skip_control=False) == "<tool_call><|im_end|>"
+    assert pair.ours.decode([call, end], skip_special_tokens=False) == "<tool_call><|im_end|>"
     assert pair.ours.vocab_size == pair.reference.get_vocab_size()
 
 
@@ -214,9 +214,9 @@ def test_long_runs_take_linear_time(pair: Pair, unit: str) -> None:
 
 
 def test_unknown_token_and_unencodable_text_are_named(trained: Pair) -> None:
-    """A missing control token and half of a surrogate pair: one sentence that names it."""
+    """A missing special token and half of a surrogate pair: one sentence that names it."""
     with pytest.raises(TokenizerError, match=r"no token '<\|nope\|>'"):
-        trained.ours.id_of("<|nope|>")
+        trained.ours.token_to_id("<|nope|>")
     with pytest.raises(TokenizerError, match="surrogate"):
         trained.ours.encode("caf\udce9")
 
@@ -247,21 +247,21 @@ def test_tokenizer_json_says_the_same(trained: Pair, tmp_path: Path, as_text: bo
     tokenizer = Tokenizer.from_folder(tmp_path)
     for text in TEXTS.values():
         assert tokenizer.encode(text) == trained.ours.encode(text)
-    assert tokenizer.is_control(tokenizer.id_of("<|im_end|>"))
-    assert not tokenizer.is_control(tokenizer.id_of("<tool_call>"))
+    assert tokenizer.is_special(tokenizer.token_to_id("<|im_end|>"))
+    assert not tokenizer.is_special(tokenizer.token_to_id("<tool_call>"))
 
 
-def test_bare_added_tokens_are_control_where_they_have_a_role(trained: Pair, tmp_path: Path) -> None:
-    """added_tokens.json has no flags: special_tokens_map.json and the configuration say what is control."""
+def test_bare_added_tokens_are_special_where_they_have_a_role(trained: Pair, tmp_path: Path) -> None:
+    """added_tokens.json has no flags: special_tokens_map.json and the configuration say what is special."""
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((trained.folder / name).read_bytes())
-    added = {text: trained.ours.id_of(text) for text in ("<|im_end|>", "<|endoftext|>", "<tool_call>")}
+    added = {text: trained.ours.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>", "<tool_call>")}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     roles = {"eos_token": {"content": "<|im_end|>"}, "additional_special_tokens": ["<|im_start|>"]}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert [tokenizer.is_control(id) for id in added.values()] == [True, True, False]
+    assert [tokenizer.is_special(id) for id in added.values()] == [True, True, False]
     assert tokenizer.encode("<tool_call><|im_end|>") == [added["<tool_call>"], added["<|im_end|>"]]
 
 
