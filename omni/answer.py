@@ -20,7 +20,7 @@ from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
 from omni.kept import explain
 from omni.model import Generation, Omni, load
-from omni.processing.chat import ChatTemplateError
+from omni.processing.chat_template import ChatTemplateError
 from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, fetched, kind_of
 from omni.processing.tokenizer import TokenizerError

@@ -26,7 +26,7 @@ from torch import Tensor
 import weights
 from omni.config import read_config
 from omni.model import tensor_names
-from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE
+from omni.processing.chat_template import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE
 from omni.thinker import Thinker
 
 

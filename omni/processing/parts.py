@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from omni.inputs import InputError
-from omni.processing.chat import MEDIA
+from omni.processing.chat_template import MEDIA
 from omni.processing.frames import MAX_PIXELS
 from omni.processing.media.addresses import decoded, scheme_of
 
@@ -100,9 +100,11 @@ class Part:
 
 
 def read_parts(messages: Any) -> tuple[Any, list[Part]]:
-    """Messages with every media part under its plain name, as `encode_chat` takes them, and these parts in order.
+    """Messages with every media part under its plain name, as `apply_chat_template` takes them, and these parts in
+    order.
 
-    Whatever is no part is left to `encode_chat` to refuse. Raises InputError for keys and values that mean nothing.
+    Whatever is no part is left to `apply_chat_template` to refuse. Raises InputError for keys and values that mean
+    nothing.
     """
     if not isinstance(messages, (list, tuple)):
         return messages, []

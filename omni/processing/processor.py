@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError, Inputs
-from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, encode_chat, load_template
+from omni.processing.chat_template import QWEN2_5_OMNI_TEMPLATE, QWEN3_OMNI_TEMPLATE, apply_chat_template, load_template
 from omni.processing.frames import Pixels, VisionSizes, vision_sizes
 from omni.processing.media import fetched
 from omni.processing.media.addresses import data_of, scheme_of
@@ -81,8 +81,9 @@ class Processor:
     ) -> Inputs:
         """A conversation with media → the tensors of one request, on the CPU.
 
-        messages: `omni.processing.chat.encode_chat` describes them, `omni.processing.parts` their media and these'
-        own settings, which go before the options here, `omni.processing.media.files` what a medium may be.
+        messages: `omni.processing.chat_template.apply_chat_template` describes them, `omni.processing.parts` their
+        media and these' own settings, which go before the options here, `omni.processing.media.files` what a medium may
+        be.
         use_audio_in_video: whether clips are heard; one without sound is seen alone. fps, max_frames: of clips.
         min_pixels, max_pixels: per frame and picture; unless given the checkpoint's (`vision_sizes`). total_pixels: of
         all that the model sees of a clip, two frames to a grid, which lowers max_pixels of long ones. urls: whether
@@ -95,7 +96,7 @@ class Processor:
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
         plain, parts = read_parts(messages)
-        ids = encode_chat(self.tokenizer, self.template, plain)  # before minutes go into decoding
+        ids = apply_chat_template(self.tokenizer, self.template, plain)  # before minutes go into decoding
         options = {"fps": fps, "max_frames": max_frames, "use_audio_in_video": use_audio_in_video, "reading": reading}
         sizes = bounded(self.sizes, min_pixels, max_pixels, total_pixels)
         with ExitStack() as stack:

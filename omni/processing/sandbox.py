@@ -1,4 +1,4 @@
-"""Renders one chat template: the program of the short-lived process that `omni.processing.chat` starts.
+"""Renders one chat template: the program of the short-lived process that `omni.processing.chat_template` starts.
 
 A checkpoint is foreign data, and its template is a program. jinja2's sandbox keeps it from Python's internals
 but not from looping for ever or filling memory, so it runs in a process of its own, under the operating

@@ -24,8 +24,8 @@ import weights
 from omni.answer import ERRORS
 from omni.config import ConfigError
 from omni.inputs import InputError
-from omni.processing import chat, sandbox
-from omni.processing.chat import QWEN2_5_OMNI_TEMPLATE, ChatTemplateError, encode_chat, load_template
+from omni.processing import chat_template, sandbox
+from omni.processing.chat_template import QWEN2_5_OMNI_TEMPLATE, ChatTemplateError, apply_chat_template, load_template
 from omni.processing.frames import MediaError, VisionSizes
 from omni.processing.media import kind_of, read_audio, read_image, read_video
 from omni.processing.tokenizer import Tokenizer, TokenizerError
@@ -34,7 +34,7 @@ from omni.processing.vocabulary import SPLIT_PATTERN
 sys.path.append(str(Path(__file__).parents[1]))
 from make_checkpoint import write_checkpoint
 
-RENDERED_HERE = mock.patch.object(chat, "render", sandbox.render)
+RENDERED_HERE = mock.patch.object(chat_template, "render", sandbox.render)
 """Sound templates without a process of their own, which takes longer than all the rest."""
 QUESTION = [
     {
@@ -308,7 +308,7 @@ def read_template(folder: Path, name: str) -> None:
     tokenizer = sound_tokenizer(folder / "split")
     template = load_template((folder / name).parent)
     if template is not None:
-        ids = encode_chat(tokenizer, template, QUESTION)
+        ids = apply_chat_template(tokenizer, template, QUESTION)
         assert all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in ids)
 
 

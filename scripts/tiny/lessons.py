@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from omni.config import read_config
 from omni.inputs import Inputs
-from omni.processing.chat import encode_chat
+from omni.processing.chat_template import apply_chat_template
 from omni.processing.frames import patchify
 from omni.processing.mel import log_mel
 from omni.processing.positions import layout
@@ -190,7 +190,7 @@ class Clips(Dataset[Clip]):
         self.tokenizer, self.sizes = processor.tokenizer, processor.sizes
         content = [{"type": "video", "video": ""}, {"type": "text", "text": "?"}]
         # The template once: what stands before the clip, and what between question and answer.
-        frame = encode_chat(self.tokenizer, processor.template, [{"role": "user", "content": content}])
+        frame = apply_chat_template(self.tokenizer, processor.template, [{"role": "user", "content": content}])
         end = frame.index(self.tokenizer.token_to_id("<|vision_eos|>")) + 1
         self.head, self.tail = frame[:end], frame[end + len(self.tokenizer.encode("?")) :]
         self.stop = self.tokenizer.token_to_id("<|im_end|>")

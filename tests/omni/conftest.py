@@ -17,7 +17,7 @@ from torch import Tensor
 
 import omni
 from omni.model import Omni
-from omni.processing import chat, sandbox
+from omni.processing import chat_template, sandbox
 from omni.processing.prompt import clip_block
 from omni.runtime import compiled, graphs
 from omni.runtime.compiled import Compiled
@@ -250,16 +250,16 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def templates_are_rendered_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process for each takes longer than most tests; what it is for is test_chat's, and of tests with processes."""
-    if request.path.name != "test_chat.py":
-        monkeypatch.setattr(chat, "render", rendered)
+    """A process for each takes longer than most tests; it is for test_chat_template and tests with processes."""
+    if request.path.name != "test_chat_template.py":
+        monkeypatch.setattr(chat_template, "render", rendered)
 
 
 def rendered(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
     try:
         return sandbox.render(template, list(messages), add_generation_prompt)
     except Exception as error:
-        raise chat.ChatTemplateError(f"the chat template failed: {str(error).rstrip('.')}.") from error
+        raise chat_template.ChatTemplateError(f"the chat template failed: {str(error).rstrip('.')}.") from error
 
 
 class Replayed:

@@ -141,7 +141,12 @@ def test_an_interrupted_request_leaves_the_next_one_right(
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(processor, "encode_chat", 1), (reader, "resize", 1), (vision, "cut_patches", 1), (AnswerStream, "push", 2)],
+    [
+        (processor, "apply_chat_template", 1),
+        (reader, "resize", 1),
+        (vision, "cut_patches", 1),
+        (AnswerStream, "push", 2),
+    ],
     ids=["template", "picture", "patches", "text"],
 )
 def test_an_interrupt_around_the_model_leaves_the_next_request_right(

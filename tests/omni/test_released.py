@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from omni.config import read_config
 from omni.model import tensor_names
-from omni.processing.chat import encode_chat
+from omni.processing.chat_template import apply_chat_template
 from omni.processing.processor import Processor
 from omni.thinker import Thinker
 
@@ -155,7 +155,7 @@ def test_ids_are_those_of_transformers(processed: tuple[Processor, Any], name: s
     as there."""
     ours, theirs = processed
     expected = theirs.apply_chat_template(CONVERSATIONS[name], add_generation_prompt=prompted, return_dict=False)
-    got = encode_chat(ours.tokenizer, ours.template, CONVERSATIONS[name], add_generation_prompt=prompted)
+    got = apply_chat_template(ours.tokenizer, ours.template, CONVERSATIONS[name], add_generation_prompt=prompted)
     assert got == expected
     assert ours.tokenizer.decode(got, skip_special_tokens=False) == theirs.decode(expected)
 
@@ -163,6 +163,6 @@ def test_ids_are_those_of_transformers(processed: tuple[Processor, Any], name: s
 def test_thoughts_of_a_history_are_gone(processed: tuple[Processor, Any]) -> None:
     """Protects: that the comparison above compares something, where the family thinks."""
     ours, _ = processed
-    prompt = ours.tokenizer.decode(encode_chat(ours.tokenizer, ours.template, CONVERSATIONS["a thought"]))
+    prompt = ours.tokenizer.decode(apply_chat_template(ours.tokenizer, ours.template, CONVERSATIONS["a thought"]))
     assert "A bird." in prompt
     assert ("it is a bird" in prompt) == (ours.config.family == "qwen2_5_omni")

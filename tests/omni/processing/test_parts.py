@@ -18,8 +18,8 @@ from torch import Tensor
 
 from omni.config import read_config
 from omni.inputs import InputError, Inputs
-from omni.processing import chat, sandbox
-from omni.processing.chat import ChatTemplateError
+from omni.processing import chat_template, sandbox
+from omni.processing.chat_template import ChatTemplateError
 from omni.processing.frames import MediaError
 from omni.processing.mel import log_mel
 from omni.processing.parts import KEYS
@@ -39,7 +39,7 @@ def no_unexpected_warning() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates without a process of their own, which takes longer than all the rest."""
-    monkeypatch.setattr(chat, "render", sandbox.render)
+    monkeypatch.setattr(chat_template, "render", sandbox.render)
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 
 from omni.config import QWEN3, AudioConfig, DecoderConfig, OmniConfig, TokenIds, VisionConfig
 from omni.inputs import InputError, Inputs
-from omni.processing import chat, sandbox
-from omni.processing.chat import QWEN3_OMNI_TEMPLATE
+from omni.processing import chat_template, sandbox
+from omni.processing.chat_template import QWEN3_OMNI_TEMPLATE
 from omni.processing.positions import layout
 from omni.processing.processor import Processor
 from omni.processing.prompt import clip_block
@@ -305,12 +305,12 @@ ALL_MEDIA = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "a "},
 
 def test_family_template_is_the_published_format() -> None:
     """The prompt, spelled out: ChatML, no default system message, media marks, no thought begun."""
-    assert chat.render(QWEN3_OMNI_TEMPLATE, ALL_MEDIA, True) == (
+    assert chat_template.render(QWEN3_OMNI_TEMPLATE, ALL_MEDIA, True) == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a <|audio_start|><|audio_pad|><|audio_end|>"
         "<|vision_start|><|video_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
     )
     system = {"role": "system", "content": "Be brief."}
-    assert chat.render(QWEN3_OMNI_TEMPLATE, [system], False) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert chat_template.render(QWEN3_OMNI_TEMPLATE, [system], False) == "<|im_start|>system\nBe brief.<|im_end|>\n"
 
 
 # Asks for everything that the released template asks for: tools, thoughts of earlier turns, keys of parts.

@@ -20,7 +20,7 @@ from clips import numbered_frame, tone, write_clip, write_sound
 from PIL import Image
 
 from omni.config import QWEN2_5, QWEN3, read_config
-from omni.processing import chat, reader, sandbox
+from omni.processing import chat_template, reader, sandbox
 from omni.processing.frames import MediaError, VisionSizes
 from omni.processing.media import identity as identities
 from omni.processing.parts import read_parts
@@ -344,7 +344,7 @@ def test_two_prompts_about_one_clip(
     checkpoint: Path, files: dict[str, Path], calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protects: with other text around it a clip is the same; `forget` drops it; a reuse of 0 keeps none."""
-    monkeypatch.setattr(chat, "render", sandbox.render)
+    monkeypatch.setattr(chat_template, "render", sandbox.render)
     config = read_config(checkpoint)
     kept, without = Processor(checkpoint, config), Processor(checkpoint, config, reuse=0)
 

@@ -16,12 +16,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from omni.processing import chat, sandbox
-from omni.processing.chat import (
+from omni.processing import chat_template, sandbox
+from omni.processing.chat_template import (
     QWEN2_5_OMNI_TEMPLATE,
     QWEN3_OMNI_TEMPLATE,
     ChatTemplateError,
-    encode_chat,
+    apply_chat_template,
     load_template,
 )
 from omni.processing.tokenizer import Tokenizer, TokenizerError
@@ -89,19 +89,21 @@ def test_family_template_gives_the_ids_of_transformers(name: str, prompted: bool
     options = {"chat_template": template, "add_generation_prompt": prompted}
     assert prompt == REFERENCE.apply_chat_template(CHATS[name], tokenize=False, **options)
     with _in_process():
-        ids = encode_chat(TOKENIZER, template, CHATS[name], add_generation_prompt=prompted)
+        ids = apply_chat_template(TOKENIZER, template, CHATS[name], add_generation_prompt=prompted)
     assert ids == REFERENCE.apply_chat_template(CHATS[name], return_dict=False, **options)
 
 
 def test_family_template_is_the_published_format() -> None:
     """The prompt, spelled out: ChatML, a default system message, media marks, the assistant's turn."""
-    assert chat.render(QWEN2_5_OMNI_TEMPLATE, CHATS["all media"], True) == (
+    assert chat_template.render(QWEN2_5_OMNI_TEMPLATE, CHATS["all media"], True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_bos|><|IMAGE|><|vision_eos|>a <|audio_bos|><|AUDIO|><|audio_eos|>"
         "<|vision_bos|><|VIDEO|><|vision_eos|><|vision_bos|><|VIDEO|><|vision_eos|>\n b<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert chat.render(QWEN2_5_OMNI_TEMPLATE, [SYSTEM], False) == "<|im_start|>system\nYou are Qwen.<|im_end|>\n"
+    assert (
+        chat_template.render(QWEN2_5_OMNI_TEMPLATE, [SYSTEM], False) == "<|im_start|>system\nYou are Qwen.<|im_end|>\n"
+    )
 
 
 FRAGMENTS = [
@@ -123,13 +125,13 @@ FRAGMENTS = [
 TYPED = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
 CONTENT = TYPED | st.lists(TYPED.map(_text) | st.sampled_from([IMAGE, AUDIO, VIDEO]), max_size=5)
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(chat.ROLES), "content": CONTENT}), min_size=1, max_size=4
+    st.fixed_dictionaries({"role": st.sampled_from(chat_template.ROLES), "content": CONTENT}), min_size=1, max_size=4
 )
 
 
 def _in_process() -> Any:
     """Renders here instead of in a process, for what is tried on many examples."""
-    return mock.patch.object(chat, "render", sandbox.render)
+    return mock.patch.object(chat_template, "render", sandbox.render)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -159,8 +161,8 @@ def test_typed_special_tokens_stay_plain_text(messages: list[dict[str, Any]]) ->
     """Whatever is typed, in one part or several, adds no token but plain ones, and none of it is lost."""
     added = set(TOKENIZER.added_tokens.values())
     with _in_process():
-        ids = encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, messages)
-        blank = encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _blank(messages))
+        ids = apply_chat_template(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, messages)
+        blank = apply_chat_template(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _blank(messages))
     assert [id for id in ids if id in added] == [id for id in blank if id in added]
     prompt = sandbox.render(QWEN2_5_OMNI_TEMPLATE, messages, True)
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == prompt
@@ -189,7 +191,7 @@ def test_template_operations_make_no_special_tokens_of_typed_text(template: str,
     unprotected = sandbox.render(template, messages, False)
     assert added & set(TOKENIZER.encode(unprotected))
     with _in_process():
-        ids = encode_chat(TOKENIZER, template, messages)
+        ids = apply_chat_template(TOKENIZER, template, messages)
     assert not added & set(ids)
     assert TOKENIZER.decode(ids) == unprotected
 
@@ -206,12 +208,12 @@ def test_a_template_that_looks_for_thoughts_drops_those_of_an_assistant() -> Non
     ]
     listed = [{**m, "content": m["content"] if isinstance(m["content"], str) else ""} for m in messages]
     assert (
-        TOKENIZER.decode(encode_chat(TOKENIZER, THOUGHTFUL, listed), skip_special_tokens=False)
+        TOKENIZER.decode(apply_chat_template(TOKENIZER, THOUGHTFUL, listed), skip_special_tokens=False)
         == "a</think>b|<b> yes||"
     )
     added = set(TOKENIZER.added_tokens.values())
-    assert not added & set(encode_chat(TOKENIZER, THOUGHTFUL, listed))
-    family = TOKENIZER.decode(encode_chat(TOKENIZER, QWEN3_OMNI_TEMPLATE, messages), skip_special_tokens=False)
+    assert not added & set(apply_chat_template(TOKENIZER, THOUGHTFUL, listed))
+    family = TOKENIZER.decode(apply_chat_template(TOKENIZER, QWEN3_OMNI_TEMPLATE, messages), skip_special_tokens=False)
     assert family == (
         "<|im_start|>user\na</think>b<|im_end|>\n<|im_start|>assistant\n<b> yes<|im_end|>\n"
         "<|im_start|>assistant\n <|im_end|><|im_end|>\n<|im_start|>assistant\n"
@@ -221,23 +223,23 @@ def test_a_template_that_looks_for_thoughts_drops_those_of_an_assistant() -> Non
 def test_templates_can_work_on_typed_text() -> None:
     """Comparing, searching and stripping see the text that was typed."""
     template = "{% set t = messages[0].content %}{{ t.strip() == 'Hi there' }} {{ 'there' in t }} {{ t | length }}"
-    assert TOKENIZER.decode(encode_chat(TOKENIZER, template, _user(" Hi there\n"))) == "True True 10"
+    assert TOKENIZER.decode(apply_chat_template(TOKENIZER, template, _user(" Hi there\n"))) == "True True 10"
 
 
 def test_private_use_characters_in_texts_survive() -> None:
     """A stand-in is a character that nobody typed, the template's author included."""
     typed = "<" + "".join(map(chr, range(0xE000, 0xE010))) + ">"
-    ids = encode_chat(TOKENIZER, "\ue010\ue011{{ messages[0].content }}", _user(typed))
+    ids = apply_chat_template(TOKENIZER, "\ue010\ue011{{ messages[0].content }}", _user(typed))
     assert TOKENIZER.decode(ids) == "\ue010\ue011" + typed
     everything = "".join(map(chr, range(0xE000, 0xF900)))
     with pytest.raises(ChatTemplateError, match="private-use"):
-        encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _user(everything))
+        apply_chat_template(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _user(everything))
 
 
 def test_media_never_reach_the_template() -> None:
     """Whatever object a medium is, the template learns its type alone."""
     template = "{{ messages[0].content | tojson }}"
-    ids = encode_chat(TOKENIZER, template, _user({"type": "image", "image": object(), "note": "x"}))
+    ids = apply_chat_template(TOKENIZER, template, _user({"type": "image", "image": object(), "note": "x"}))
     assert json.loads(TOKENIZER.decode(ids)) == [{"type": "image", "image": "image"}]
 
 
@@ -267,13 +269,13 @@ def test_media_never_reach_the_template() -> None:
 def test_malformed_messages_are_named(messages: Any, message: str) -> None:
     """Each mistake in messages is one sentence that says where it is."""
     with pytest.raises(ChatTemplateError, match=message):
-        encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, messages)
+        apply_chat_template(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, messages)
 
 
 def test_unencodable_text_is_named() -> None:
     """Half of a surrogate pair survives the way to the template and back, and is named by the tokenizer."""
     with pytest.raises(TokenizerError, match="surrogate"):
-        encode_chat(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _user("caf\udce9"))
+        apply_chat_template(TOKENIZER, QWEN2_5_OMNI_TEMPLATE, _user("caf\udce9"))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_greedy_templates_are_stopped(template: str) -> None:
     """Long loops, huge outputs, big numbers and deep recursion end within seconds of work in an error."""
     before = os.times().children_user
     with pytest.raises(ChatTemplateError, match=r"the chat template (failed|was stopped|took more than)"):
-        chat.render(template, [], False)
+        chat_template.render(template, [], False)
     assert os.times().children_user - before < 2 * sandbox.CPU_SECONDS
 
 
@@ -316,7 +318,7 @@ def test_greedy_templates_are_stopped(template: str) -> None:
 def test_sandbox_keeps_templates_from_internals(template: str, message: str) -> None:
     """Python's internals, files and the messages themselves are out of reach."""
     with pytest.raises(ChatTemplateError, match=message):
-        chat.render(template, [], False)
+        chat_template.render(template, [], False)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_sandbox_keeps_templates_from_internals(template: str, message: str) -> 
 def test_failing_templates_say_why(template: str, message: str) -> None:
     """A template's own complaint, a mistake in it, or a value that it misses becomes the error's sentence."""
     with pytest.raises(ChatTemplateError, match=message):
-        chat.render(template, [], False)
+        chat_template.render(template, [], False)
 
 
 def test_helpers_of_foreign_templates() -> None:
@@ -342,7 +344,7 @@ def test_helpers_of_foreign_templates() -> None:
         "{% if tools %}!{% endif %}"
     )
     expected = render_jinja_template([[]], chat_template=template)[0][0]
-    assert chat.render(template, [], False) == expected == '{"a": 1, "b": "<é>"} 4 01'
+    assert chat_template.render(template, [], False) == expected == '{"a": 1, "b": "<é>"} 4 01'
 
 
 def test_a_process_that_cannot_work_is_an_error(tmp_path: Path) -> None:
@@ -351,10 +353,10 @@ def test_a_process_that_cannot_work_is_an_error(tmp_path: Path) -> None:
     interpreter.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no jinja2' >&2\nexit 1\n")
     interpreter.chmod(0o755)
     with (
-        mock.patch.object(chat.sys, "executable", str(interpreter)),
+        mock.patch.object(chat_template.sys, "executable", str(interpreter)),
         pytest.raises(ChatTemplateError, match="could not be rendered: ModuleNotFoundError: no jinja2"),
     ):
-        chat.render("x", [], False)
+        chat_template.render("x", [], False)
 
 
 def test_template_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None:
@@ -421,6 +423,6 @@ def test_a_template_gets_no_environment(tmp_path: Path, monkeypatch: pytest.Monk
     program = "import json, os; print(json.dumps({'prompt': ' '.join(os.environ)}))"
     (tmp_path / "sandbox.py").write_text(program)
     monkeypatch.setenv("API_KEY", "secret")
-    monkeypatch.setattr(chat, "__file__", str(tmp_path / "chat.py"))
-    found = chat.render("", [], True).split()
+    monkeypatch.setattr(chat_template, "__file__", str(tmp_path / "chat_template.py"))
+    found = chat_template.render("", [], True).split()
     assert set(found) <= {"LC_CTYPE", "SYSTEMROOT"}  # Python's own, and Windows'

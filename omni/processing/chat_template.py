@@ -115,7 +115,7 @@ def _read(source: Path) -> str:
         raise ChatTemplateError(f"{source} cannot be read: {error}. Fetch it again.") from error
 
 
-def encode_chat(
+def apply_chat_template(
     tokenizer: Tokenizer,
     template: str,
     messages: Sequence[Mapping[str, Any]],
