@@ -303,7 +303,7 @@ class OmniConfig:
     vision: VisionConfig
     audio: AudioConfig
     decoder: DecoderConfig
-    tokens: TokenIds
+    token_ids: TokenIds
     positions_per_second: int
     seconds_per_chunk: float | None
     dtype: torch.dtype
@@ -402,7 +402,7 @@ def read_config(folder: Path) -> OmniConfig:
         vision=_vision(vision, family),
         audio=_audio(audio, family),
         decoder=decoder,
-        tokens=TokenIds(
+        token_ids=TokenIds(
             **placeholders,
             vision_start=thinker.token("vision_start_token_id"),
             audio_start=thinker.token("audio_start_token_id"),
@@ -419,7 +419,7 @@ def read_config(folder: Path) -> OmniConfig:
                 f"the {owner} encoder yields {width} channels but the decoder takes {decoder.hidden_size}."
             )
     owners: dict[int, str] = {}
-    for name, id in vars(config.tokens).items():
+    for name, id in vars(config.token_ids).items():
         if id >= decoder.vocab_size:
             raise ConfigError(f"the id {id} of the {name} token is not below text_config's vocab_size.")
         if owners.setdefault(id, name) != name:

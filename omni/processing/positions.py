@@ -56,7 +56,7 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
     vocab_size = config.decoder.vocab_size
     if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise InputError(f"input_ids must be token ids from 0 to {vocab_size - 1}: is this the model's tokenizer?")
-    tokens = config.tokens
+    tokens = config.token_ids
     kinds = torch.zeros_like(ids)
     for kind, token in ((IMAGE, tokens.image), (VIDEO, tokens.video), (AUDIO, tokens.audio)):
         kinds[ids == token] = kind
@@ -102,9 +102,9 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
     A medium stands between marks, a clip with sound between two and two: there the picture's mark comes first.
     Sums are in the public code's order, on which they depend in float32.
     """
-    is_mark = (ids == config.tokens.vision_start) | (ids == config.tokens.audio_start)
+    is_mark = (ids == config.token_ids.vision_start) | (ids == config.token_ids.audio_start)
     opens = F.pad(is_mark[:-1] & (kinds[1:] > 0), (0, 1))
-    opens_both = F.pad((ids[:-1] == config.tokens.vision_start) & (ids[1:] == config.tokens.audio_start), (0, 1))
+    opens_both = F.pad((ids[:-1] == config.token_ids.vision_start) & (ids[1:] == config.token_ids.audio_start), (0, 1))
     stops = [*((kinds > 0) | opens | opens_both).nonzero().flatten().tolist(), len(ids)]
     positions = torch.empty(3, len(ids), dtype=_dtype(config))
     clip, clips = torch.full((len(ids),), -1), 0

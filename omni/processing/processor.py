@@ -112,7 +112,7 @@ class Processor:
         on_frame: OnFrame | None,
         on_pixels: OnPixels | None,
     ) -> Inputs:
-        tokens = self.config.tokens
+        tokens = self.config.token_ids
         blocks: list[tuple[int, list[int]]] = []
         images: list[Tensor] = []
         clips: list[Tensor] = []

@@ -46,22 +46,22 @@ def clip_block(
     grids, height, width = grid_thw
     per_grid = height * width // config.vision.spatial_merge_size**2
     if audio_tokens is None:
-        return [config.tokens.video] * (grids * per_grid)
+        return [config.token_ids.video] * (grids * per_grid)
     if config.seconds_per_chunk is None:
         # In float64 and in this order of products, so that ties fall as in the public processor.
         times = torch.arange(grids, dtype=torch.float64) * seconds_per_grid * config.positions_per_second
         is_frame = take_turns(times.repeat_interleave(per_grid), torch.arange(audio_tokens, dtype=torch.float64))
-        block = [config.tokens.video if frame else config.tokens.audio for frame in is_frame.tolist()]
-        return [config.tokens.audio_start, *block, config.tokens.audio_end]
+        block = [config.token_ids.video if frame else config.token_ids.audio for frame in is_frame.tolist()]
+        return [config.token_ids.audio_start, *block, config.token_ids.audio_end]
     size = int(config.positions_per_second * config.seconds_per_chunk)
     step = seconds_per_grid * config.positions_per_second
     frames = _chunks((grid * step for grid in range(grids) for _ in range(per_grid)), size)
     sound = _chunks(range(audio_tokens), size)
-    block = [config.tokens.audio_start]
+    block = [config.token_ids.audio_start]
     for chunk in range(max(len(frames), len(sound))):
-        block += [config.tokens.video] * (frames[chunk] if chunk < len(frames) else 0)
-        block += [config.tokens.audio] * (sound[chunk] if chunk < len(sound) else 0)
-    return [*block, config.tokens.audio_end]
+        block += [config.token_ids.video] * (frames[chunk] if chunk < len(frames) else 0)
+        block += [config.token_ids.audio] * (sound[chunk] if chunk < len(sound) else 0)
+    return [*block, config.token_ids.audio_end]
 
 
 def take_turns(frames: Tensor, sound: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def blank_clip(
     mel_frames = max(2, int(100 * seconds))
     step = max(vision.temporal_patch_size / fps, seconds / grids)
     block = clip_block(grid, step, config.audio.token_count(mel_frames), config)
-    tokens = config.tokens
+    tokens = config.token_ids
     before = text_tokens // 4
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator)

@@ -210,7 +210,7 @@ class Clips(Dataset[Clip]):
         mel = log_mel(torch.from_numpy(world.waveform(replace(scene, seconds=seconds))), config.audio.num_mel_bins)
         step = self.sizes.temporal_patch_size / SAMPLED_FPS
         heard = config.audio.token_count(mel.shape[1])
-        ids = expand(self.head, [(config.tokens.video, clip_block(grid.tolist(), step, heard, config))])
+        ids = expand(self.head, [(config.token_ids.video, clip_block(grid.tolist(), step, heard, config))])
         inputs = Inputs(
             torch.tensor([ids]),
             pixel_values_videos=patches,

@@ -82,7 +82,7 @@ def test_reads_sizes(tmp_path: Path) -> None:
     config = read_config(write(tmp_path, {}))
     assert config.decoder.head_dim == 16
     assert config.vision.full_attention_blocks == (1, 3)
-    assert (config.tokens.audio, config.tokens.video, config.dtype) == (601, 603, torch.bfloat16)
+    assert (config.token_ids.audio, config.token_ids.video, config.dtype) == (601, 603, torch.bfloat16)
     assert config.stop_token_ids == ()
 
 

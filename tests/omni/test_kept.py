@@ -81,7 +81,7 @@ def test_the_table(pair: Pair, name: str) -> None:
         assert line.startswith(stage) and f" {total:,} " in line
     first = next(number for number, line in enumerate(lines) if line.startswith("window ")) + 1
     counts = [[int(n) for n in re.findall(r"\d+(?= \+ )", line)] for line in lines[first:]]
-    there = (inputs.input_ids[0] == pair.model.config.tokens.video).nonzero().flatten()
+    there = (inputs.input_ids[0] == pair.model.config.token_ids.video).nonzero().flatten()
     left = [len(there), *(int(torch.isin(there, kept).sum()) for kept in prefill.kept)]
     assert [sum(column) for column in zip(*counts, strict=True)] == left
 

@@ -155,7 +155,7 @@ def test_every_layout_loads_to_the_same_parameters(pair: Pair, tmp_path: Path, n
     folder = LAYOUTS[name](pair, tmp_path / "checkpoint")
     model = omni.load(folder, device="cpu", dtype=torch.float32)
     assert model.config.decoder == pair.model.config.decoder
-    assert model.config.tokens == pair.model.config.tokens
+    assert model.config.token_ids == pair.model.config.token_ids
     same(model, pair.model)
     inputs = make_request(pair, REQUEST)
     torch.testing.assert_close(model.prefill(inputs).logits, pair.reference_logits(inputs), atol=1e-5, rtol=0)

@@ -260,7 +260,7 @@ def test_as_published(
         assert inputs.video_grid_thw.tolist() == [grid]
         assert inputs.video_second_per_grid.tolist() == [told]
         sounds = model.config.audio.token_count(inputs.input_features.shape[2])
-        tokenizer, tokens = model.tokenizer, model.config.tokens
+        tokenizer, tokens = model.tokenizer, model.config.token_ids
         block = clip_block(grid, told, sounds, model.config)
         ids = inputs.input_ids[0].tolist()
         first = next(at for at in range(len(ids)) if ids[at : at + len(block)] == block)

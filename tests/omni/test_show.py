@@ -57,7 +57,7 @@ def test_the_page_says_what_was_kept(pair: Pair, name: str, tmp_path: Path) -> N
     assert len(reach) == len(kinds) == inputs.input_ids.shape[1]
     for step, kept in enumerate(prefill.kept):
         assert [place for place, last in enumerate(reach) if last > step] == kept.tolist()
-    tokens = pair.model.config.tokens
+    tokens = pair.model.config.token_ids
     for letter, token in (("i", tokens.image), ("v", tokens.video), ("a", tokens.audio)):
         assert [kind == letter for kind in kinds] == (inputs.input_ids[0] == token).tolist()
     totals = [sum(stage["tokens"].values()) for stage in data["stages"]]

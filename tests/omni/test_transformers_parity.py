@@ -217,5 +217,5 @@ def test_clip_ids_equal_transformers(grid: tuple[int, int, int], seconds: float,
     )
     tokens = SimpleNamespace(video="v", audio="a", audio_start="<", audio_end=">")
     vision = SimpleNamespace(spatial_merge_size=2)
-    config = SimpleNamespace(tokens=tokens, vision=vision, positions_per_second=25, seconds_per_chunk=2.0)
+    config = SimpleNamespace(token_ids=tokens, vision=vision, positions_per_second=25, seconds_per_chunk=2.0)
     assert "".join(clip_block(thw[0].tolist(), seconds, audio_tokens, config)) == expected

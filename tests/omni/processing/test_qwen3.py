@@ -85,7 +85,7 @@ def make_config(**vision: int) -> OmniConfig:
             max_position_embeddings=65536,
             tie_word_embeddings=False,
         ),
-        tokens=TOKENS,
+        token_ids=TOKENS,
         positions_per_second=13,
         seconds_per_chunk=None,
         dtype=torch.float32,
