@@ -243,6 +243,23 @@ def limit(what: str, measured: float, at_most: float) -> dict[str, Any]:
     return {"what": what, "measured": measured, "at_most": at_most}
 
 
+MILLISECONDS = {
+    ("vision", "qwen2.5"): 115.0,
+    ("vision", "qwen3"): 85.0,
+    ("audio", "qwen2.5"): 12.0,
+    ("audio", "qwen3"): 12.0,
+    ("first token", "qwen2.5"): 170.0,
+    ("prefill at 10%", "qwen3"): 26.0,
+}
+"""Of a full-size model and a clip of 64 s on an H200, at most."""
+
+
+def milliseconds(bench: Bench, what: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The target of the compiled side's time, where there is one."""
+    most = MILLISECONDS.get((what, bench.family)) if bench.on_gpu else None
+    return [] if most is None else [limit(f"milliseconds, {what}", 1e3 * row["seconds"]["compiled"], most)]
+
+
 @contextmanager
 def encoded(bench: Bench, inputs: omni.Inputs) -> Iterator[None]:
     """Inside, encoders give what they once made of `inputs`: rows of the prefill leave them out."""

@@ -202,7 +202,7 @@ def ratio(found: dict[str, float] | None) -> str:
 SIDES = (
     *("compiled", "eager", "transformers", "transformers compiled", "every token"),
     *("one dense product", "reading the weights"),
-    *("ours", "decoding all, scaling in turn", "decord, torch's bicubic", "reading alone"),
+    *("ours", "decoding all, scaling in turn", "decord, torch's bicubic", "preparing alone"),
 )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,6 +293,18 @@ def test_full_size_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch)
     bench = Bench("qwen2.5", "full", torch.bfloat16, torch.device("meta"), 1)
     counts = layout(bench.inputs(PAPERS_CLIP), bench.config).counts
     assert (counts["video"], counts["audio"], counts["text"]) == (10200, 1700, 602)
+
+
+def test_times_on_a_gpu_have_targets_of_their_own() -> None:
+    """Of each part and family, each by its own name, so that the report's first table has all that are missed."""
+    from bench_sides import milliseconds
+
+    def found(what: str, family: str, on_gpu: bool = True) -> list[dict[str, Any]]:
+        return milliseconds(SimpleNamespace(family=family, on_gpu=on_gpu), what, row(0.1))  # type: ignore[arg-type]
+
+    assert found("vision", "qwen3") == [{"what": "milliseconds, vision", "measured": 100.0, "at_most": 85.0}]
+    assert found("first token", "qwen2.5")[0]["at_most"] == 170.0
+    assert found("", "qwen2.5") == found("vision", "qwen2.5", on_gpu=False) == []
 
 
 def test_what_is_compiled_is_carried_into_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
