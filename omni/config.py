@@ -256,9 +256,9 @@ class DecoderConfig:
     qk_norm: bool = False
     mrope_interleaved: bool = False
     num_experts: int = 0
-    experts_per_token: int = 0
-    expert_size: int = 0
-    normalise_experts: bool = False
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
     dense_layers: tuple[int, ...] = ()
 
     def is_sparse(self, layer: int) -> bool:
@@ -272,7 +272,7 @@ class DecoderConfig:
             num_layers=self.num_layers if layers is None else layers,
             hidden_size=self.hidden_size,
             # Where a few layers of many are dense, the count takes them for sparse ones.
-            intermediate_size=self.experts_per_token * self.expert_size or self.intermediate_size,
+            intermediate_size=self.num_experts_per_tok * self.moe_intermediate_size or self.intermediate_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             vocab_size=self.vocab_size if layers is None else 0,
@@ -602,12 +602,12 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
         qk_norm=True,
         mrope_interleaved=True,
         num_experts=section.count("num_experts", most=512),
-        experts_per_token=section.count("num_experts_per_tok", most=512),
-        expert_size=section.count("moe_intermediate_size", most=MAX_WIDTH),
-        normalise_experts=section.flag("norm_topk_prob"),
+        num_experts_per_tok=section.count("num_experts_per_tok", most=512),
+        moe_intermediate_size=section.count("moe_intermediate_size", most=MAX_WIDTH),
+        norm_topk_prob=section.flag("norm_topk_prob"),
         dense_layers=tuple(sorted(layer for layer in dense if layer < num_layers)),
     )
-    if config.experts_per_token > config.num_experts:
+    if config.num_experts_per_tok > config.num_experts:
         raise ConfigError(f"{section.name}: num_experts_per_tok must not exceed num_experts.")
     return config
 

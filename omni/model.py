@@ -599,7 +599,7 @@ def _released_names(config: OmniConfig, layout: weights.Layout) -> dict[str, wei
             key_rows=decoder.num_kv_heads * decoder.head_dim,
             dense_intermediate=decoder.intermediate_size,
             num_experts=decoder.num_experts,
-            expert_intermediate=decoder.expert_size,
+            expert_intermediate=decoder.moe_intermediate_size,
             tied_head=decoder.tie_word_embeddings,
             fused_experts=layout.fused_experts,
         )

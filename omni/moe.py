@@ -12,20 +12,22 @@ from seats.operators import operator
 
 
 class Experts(nn.Module):
-    """SwiGLU experts, `experts_per_token` of them for each token, weighted by the router's softmax.
+    """SwiGLU experts, `num_experts_per_tok` of them for each token, weighted by the router's softmax.
 
     Rows of tokens are sorted by expert and multiplied in one grouped product per projection, so shapes depend on the
     number of tokens alone; on a GPU by kernels of our own (`moe_kernels.py`). Memory beside the weights:
-    tokens · experts_per_token rows.
+    tokens · num_experts_per_tok rows.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.experts, self.per_token = config.num_experts, config.experts_per_token
-        self.normalise = config.normalise_experts
+        self.experts, self.per_token = config.num_experts, config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
-        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+        self.gate_up = nn.Parameter(
+            torch.empty(config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
+        )
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.moe_intermediate_size))
 
     def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """residual + the experts of norm(x), (B, S, hidden) all."""
@@ -53,7 +55,7 @@ class Experts(nn.Module):
         return F.embedding_bag(places, results, mode="sum", per_sample_weights=shares)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, hidden) → shares in the tokens' dtype and experts, (n, experts_per_token) each."""
+        """(n, hidden) → shares in the tokens' dtype and experts, (n, num_experts_per_tok) each."""
         logits = float32_linear(tokens, self.router.weight)
         if on_kernels(tokens):
             return choose(logits, self.per_token, self.normalise, tokens.dtype)
@@ -88,7 +90,7 @@ def weighted_experts(
 ) -> Tensor:
     """residual + the sum of each token's experts by share: (n, hidden).
 
-    x, residual: (n, hidden). shares, chosen: (n, experts_per_token), the experts of a token all different.
+    x, residual: (n, hidden). shares, chosen: (n, num_experts_per_tok), the experts of a token all different.
     gate_up: (experts, 2 · size, hidden). down: (experts, hidden, size).
     """
     from omni.moe_kernels import experts_on_device

@@ -81,7 +81,7 @@ def experts_on_device(
     """What `moe.weighted_experts` computes, without a host read; the launches depend on shapes alone.
 
     Sums are in float32 and in the same order on every run; in memory are, in the dtype of x, the SwiGLU's results and
-    each expert's part of a token: (n · experts_per_token) rows of either.
+    each expert's part of a token: (n · num_experts_per_tok) rows of either.
     """
     x, shares, chosen = x.contiguous(), shares.contiguous(), chosen.contiguous()
     residual = None if residual is None else residual.contiguous()

@@ -44,14 +44,14 @@ def active_weights(model: omni.Omni) -> float:
     for index, layer in enumerate(model.thinker.layers):
         total += sum(parameter.numel() for parameter in layer.parameters())
         if decoder.is_sparse(index):
-            total -= expert_weights(model) * (1 - decoder.experts_per_token / decoder.num_experts)
+            total -= expert_weights(model) * (1 - decoder.num_experts_per_tok / decoder.num_experts)
     return total
 
 
 def expert_weights(model: omni.Omni) -> int:
     """Of one layer."""
     decoder = model.config.decoder
-    return 3 * decoder.num_experts * decoder.expert_size * decoder.hidden_size
+    return 3 * decoder.num_experts * decoder.moe_intermediate_size * decoder.hidden_size
 
 
 def prefill_work(model: omni.Omni, segments: list[int], config: seats.SeatsConfig | None) -> float:
@@ -181,9 +181,9 @@ def experts_row(bench: Bench, tokens: int) -> dict[str, Any]:
     of those experts that so many tokens meet."""
     decoder = bench.config.decoder
     x = torch.randn(1, tokens, decoder.hidden_size, device=bench.device).to(bench.dtype)
-    width = 3 * decoder.experts_per_token * decoder.expert_size
+    width = 3 * decoder.num_experts_per_tok * decoder.moe_intermediate_size
     dense = torch.randn(width, decoder.hidden_size, device=bench.device).to(bench.dtype)
-    met = 1 - (1 - decoder.experts_per_token / decoder.num_experts) ** tokens
+    met = 1 - (1 - decoder.num_experts_per_tok / decoder.num_experts) ** tokens
     read = met * expert_weights(bench.compiled) * bench.dtype.itemsize
     copied, copy = bench.copy
     ours, other = bench.eager.thinker.layers[0].mlp, bench.language.layers[0].mlp

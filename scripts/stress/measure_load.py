@@ -70,7 +70,7 @@ def write_adapter(folder: Path) -> None:
     """A random LoRA as PEFT saves it beside transformers 5, where the experts of a layer share their factors."""
     decoder, rank = make_config().decoder, 16
     heads, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    hidden, size = decoder.hidden_size, decoder.expert_size
+    hidden, size = decoder.hidden_size, decoder.moe_intermediate_size
     modules = {"lm_head": (decoder.vocab_size, hidden, 1)}
     for layer in range(LAYERS):
         name = f"model.language_model.layers.{layer}"

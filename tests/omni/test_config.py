@@ -89,9 +89,9 @@ def test_reads_sizes(tmp_path: Path) -> None:
 def test_reads_the_sizes_of_qwen3(tmp_path: Path) -> None:
     config = read_config(write(tmp_path, {"thinker_config.text_config.decoder_sparse_step": 2}, BASE3))
     decoder = config.decoder
-    assert (decoder.head_dim, decoder.num_experts, decoder.experts_per_token) == (24, 6, 2)
+    assert (decoder.head_dim, decoder.num_experts, decoder.num_experts_per_tok) == (24, 6, 2)
     assert [decoder.is_sparse(layer) for layer in range(3)] == [False, False, False]
-    assert (decoder.qk_norm, decoder.mrope_interleaved, decoder.normalise_experts) == (True, True, True)
+    assert (decoder.qk_norm, decoder.mrope_interleaved, decoder.norm_topk_prob) == (True, True, True)
     assert config.vision.deepstack_blocks == (1, 3)
     assert config.seconds_per_chunk is None
     # 26.57 s: 26 chunks of 13 tokens and ceil(57 / 8).
@@ -149,7 +149,7 @@ def test_only_what_no_default_exists_for_is_asked_of_a_file(
     known |= {("json", key) for key in DEFAULTS[family]["thinker_config"].keys() | WITHOUT_DEFAULT}
     known |= {("rope_parameters", key) for key in DEFAULTS[family]["rope_parameters"]}
     assert asked <= known, asked - known
-    assert config.decoder.normalise_experts == (family == "qwen3_omni_moe")
+    assert config.decoder.norm_topk_prob == (family == "qwen3_omni_moe")
     assert (config.decoder.num_layers, config.decoder.num_kv_heads) == (28, 4)
     assert config.decoder.tie_word_embeddings is False
 

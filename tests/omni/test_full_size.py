@@ -224,9 +224,9 @@ def test_a_layer_of_experts_at_full_size() -> None:
         qk_norm=True,
         mrope_interleaved=True,
         num_experts=128,
-        experts_per_token=8,
-        expert_size=768,
-        normalise_experts=True,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
     )
     torch.manual_seed(0)
     with torch.device("meta"):

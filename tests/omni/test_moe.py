@@ -20,10 +20,10 @@ def make_experts(experts: int = 6, per_token: int = 2, hidden: int = 32, size: i
     torch.manual_seed(0)
     config: Any = SimpleNamespace(
         num_experts=experts,
-        experts_per_token=per_token,
+        num_experts_per_tok=per_token,
         hidden_size=hidden,
-        expert_size=size,
-        normalise_experts=options.get("normalise", True),
+        moe_intermediate_size=size,
+        norm_topk_prob=options.get("normalise", True),
     )
     layer = Experts(config).requires_grad_(False)
     for parameter in layer.parameters():
