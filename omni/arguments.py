@@ -30,6 +30,7 @@ METHODS = (
     "dycoke",
     "fastvid",
     "omnizip",
+    "dash",
     "evs",
     "vidcom2",
     "pyramiddrop",

@@ -33,14 +33,21 @@ SHARED = ("seats.budget", "seats.diversity", "seats.methods.ranking", "seats.sch
 
 @cache
 def code_of(method: str) -> str:
-    """A name for what a method's code does now: another where its file changes, or one that it is made from, apart from
-    comments and docstrings. Of what is no method, every token and ablations, that of SEATS."""
+    """A name for what a method's code does now: another where its file changes, or one that it is made from, those of
+    other methods that it imports among them, apart from comments and docstrings. Of what is no method, every token and
+    ablations, that of SEATS."""
     made = METHODS.get(method)
     classes = type(made(video_ratio=0.5, audio_ratio=0.5)).__mro__ if made else ()
     modules = {each.__module__ for each in classes} - {"builtins"} or {"seats.config"}
+    imported = {
+        node.module
+        for name in modules
+        for node in _tree(name).body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("seats.methods.")
+    }
     digest = hashlib.sha256()
-    for name in sorted({*modules, *SHARED}):
-        tree = ast.parse(_source(name))
+    for name in sorted({*modules, *imported, *SHARED}):
+        tree = _tree(name)
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
@@ -49,12 +56,12 @@ def code_of(method: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _source(module: str) -> str:
-    """Empty where there is none: of what was registered in a notebook."""
+def _tree(module: str) -> ast.Module:
+    """Empty where there is no source: of what was registered in a notebook."""
     try:
-        return inspect.getsource(importlib.import_module(module))
+        return ast.parse(inspect.getsource(importlib.import_module(module)))
     except (ImportError, OSError, TypeError):
-        return ""
+        return ast.Module([], [])
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -97,8 +104,8 @@ def model_part(result: dict[str, Any], layers: dict[str, Any] | None) -> str:
             "fastv, visionzip, divprune, dycoke, fastvid, evs, vidcom2 and pyramiddrop keep all sound and take the "
             "whole budget from video. Where sound alone is more than the budget, some of it goes and hardly any video "
             "stays: so it is in the small world, of which a second has 16 tokens of video and 25 of sound. How much "
-            "omnizip keeps depends on the data: its prefill has room for the most that it may keep, at low ratios "
-            "twice as much as it does keep.",
+            "omnizip and dash keep depends on the data: their prefill has room for the most that they may keep, at low "
+            "ratios twice as much as they do keep.",
             "",
         ]
     for row in able:

@@ -10,6 +10,7 @@ from typing import Any
 
 from seats.config import preset_for
 from seats.method import Method
+from seats.methods.dash import DASH
 from seats.methods.divprune import DivPrune
 from seats.methods.dycoke import DyCoke
 from seats.methods.evs import EVS
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "dycoke": DyCoke,
     "fastvid": FastVID,
     "omnizip": OmniZip,
+    "dash": DASH,
     "evs": EVS,
     "vidcom2": VidCom2,
     "pyramiddrop": partial(PyramidDrop, both=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from dataclasses import dataclass
@@ -218,3 +219,20 @@ def test_answers_of_code_that_has_changed_are_not_gone_on_with(tmp_path: Path) -
             evaluate.read_partial(path, wanted)
     assert len({code_of(name) for name in ("seats", "fastvid", "dycoke", "omnizip", "random", "fastv")}) == 6
     assert code_of("fastv") == code_of("fastv-om")
+
+
+def test_code_of_a_method_is_that_of_methods_it_borrows_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DASH is made from OmniZip, its parent, and from parts of VidCom2: a change in either is one in it."""
+    import accuracy_report
+    from accuracy_report import code_of
+
+    true = accuracy_report._tree
+    before = {name: code_of.__wrapped__(name) for name in ("dash", "omnizip", "vidcom2", "evs")}
+    assert before == {name: code_of(name) for name in before}
+    for changed in ("omnizip", "vidcom2"):
+
+        def tree(module: str, changed: str = changed) -> ast.Module:
+            return ast.parse("1 + 1") if module == f"seats.methods.{changed}" else true(module)
+
+        monkeypatch.setattr(accuracy_report, "_tree", tree)
+        assert {name for name in before if code_of.__wrapped__(name) != before[name]} == {"dash", changed}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seats.method import Kept, Media
@@ -31,6 +33,32 @@ def media(seed: int, prompts: list[list[int]], width: int, *, empty: int = 0, st
             place[row, window, :size] = torch.arange(at, at + size)
             at += size
     return Media(features, received, keys, sizes, clip, place)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    """float32 in [-1, 1), by integers alone: the same wherever it is computed, for values that others' code gave."""
+    bits = torch.arange(math.prod(shape)) + (seed << 20)
+    for factor in (0x45D9F3B, 0x119DE1F3):
+        bits = ((bits >> 16) ^ bits) * factor & 0xFFFFFFFF
+    return ((bits >> 8).double() / 2**23 - 1).float().view(shape)
+
+
+def described(features: Tensor, received: Tensor | None = None, width: int | None = None) -> Media:
+    """One prompt of one clip in windows of `width` tokens, the last perhaps shorter. features: (N, D)."""
+    tokens = len(features)
+    width = width or tokens
+    windows = -(-tokens // width)
+    padding = windows * width - tokens
+    received = torch.ones(tokens) if received is None else received
+    sizes = torch.tensor([[width] * (windows - 1) + [width - padding]])
+    return Media(
+        F.pad(features, (0, 0, 0, padding), value=float("nan")).view(1, windows, width, -1),
+        F.pad(received, (0, padding), value=float("nan")).view(1, windows, width),
+        None,
+        sizes,
+        torch.zeros_like(sizes),
+        torch.arange(windows * width).view(1, windows, width),
+    )
 
 
 def one(whole: Media, row: int) -> Media:
