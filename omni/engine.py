@@ -21,7 +21,7 @@ from omni.context import check_context
 from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
 from omni.layers import Call, directly
-from omni.prefix import Asked, Beginning, Known, begun, find, gathered
+from omni.prefix import CachedPrefix, PendingPrompt, PrefixMatch, cached_prefix, gathered, longest_match
 from omni.processing.positions import Layout, layout
 from omni.request import PrefillBatch, Prompt, assign_slots, join, read_prompt, whole_prompt, with_media
 from omni.reuse import LRUCache
@@ -89,7 +89,7 @@ class Engine:
     """compiled: the graphs, or None. eager_until_warm: what has no graph yet runs without, except inside `warming`.
 
     reuse: bytes that may be kept between requests: what encoders made of media (`Encoded`, by their digest), and what
-    became of the beginnings of prompts (`Beginning`).
+    became of the beginnings of prompts (`CachedPrefix`).
     """
 
     def __init__(self, thinker: Thinker, *, compile: bool, eager_until_warm: bool, reuse: int) -> None:
@@ -186,16 +186,16 @@ class Engine:
         if method is not None:
             method.check(config.decoder.num_layers)
         method = method if self._selects(places, method) else None
-        asked = []
+        pending = []
         for inputs, place in zip(requests, places, strict=True):
             prompt = self._prompt(inputs, place, method)
             check_context(inputs, place, prompt, config, method, new)
-            asked.append(Asked(inputs, place, prompt, inputs.media(config.audio.alone_from), config))
-        self._plan([one.prompt for one in asked], method)  # what no plan fits is said before anything runs
+            pending.append(PendingPrompt(inputs, place, prompt, inputs.media(config.audio.alone_from), config))
+        self._plan([one.prompt for one in pending], method)  # what no plan fits is said before anything runs
         if self.reuses:
-            for one in asked:
+            for one in pending:
                 _ = one.digests  # computed while others use the device
-        return self.attempt(lambda: self._prefill(asked, method, new, pruned=kv == "pruned"))
+        return self.attempt(lambda: self._prefill(pending, method, new, pruned=kv == "pruned"))
 
     def _selects(self, places: list[Layout], method: Method | None) -> bool:
         """Whether there is something to select from. Raises ValueError where that differs between requests."""
@@ -232,18 +232,18 @@ class Engine:
         return plan_without_selection(num_layers, counts) if method is None else make_plan(method, num_layers, counts)
 
     def _prefill(
-        self, asked: list[Asked], method: Method | None, new: int, *, pruned: bool
+        self, pending: list[PendingPrompt], method: Method | None, new: int, *, pruned: bool
     ) -> tuple[list[Prefill], Cache]:
         started = time.perf_counter()
-        known, encode_seconds = self._known(asked, method)
-        if known:
-            if len({id(each.beginning) for each in known}) == 1:  # one row serves all
-                known = [min(known, key=lambda each: each.tokens)] * len(asked)
-            wanted = [each.is_outgrown_by(one) for each, one in zip(known, asked, strict=True)]
-            plan, staged, seconds = self._extend(asked, known, method, pruned=pruned, keep=any(wanted))
+        matches, encode_seconds = self._matches(pending, method)
+        if matches:
+            if len({id(each.cached) for each in matches}) == 1:  # one row serves all
+                matches = [min(matches, key=lambda each: each.tokens)] * len(pending)
+            wanted = [each.is_outgrown_by(one) for each, one in zip(matches, pending, strict=True)]
+            plan, staged, seconds = self._extend(pending, matches, method, pruned=pruned, keep=any(wanted))
         else:
-            wanted = [self._keeps(one, method) for one in asked]
-            plan, staged, seconds = self._run(asked, method, pruned=pruned, keep=any(wanted))
+            wanted = [self._keeps(one, method) for one in pending]
+            plan, staged, seconds = self._run(pending, method, pruned=pruned, keep=any(wanted))
         encode_seconds += seconds
         # The one read of what was selected, when all work is under way.
         kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
@@ -252,7 +252,7 @@ class Engine:
         if staged.first is not None:
             # In the cache's own memory where that was not pruned: answers write behind what is kept.
             stored = staged.first if staged.first.keys else cache
-            for row, one in enumerate(asked):
+            for row, one in enumerate(pending):
                 if wanted[row]:
                     self._keep(one, method, plan, staged.first, stored, row, kept[0][0][row, : kept[0][1][row]])
         self._synchronize()
@@ -260,7 +260,7 @@ class Engine:
         ends = [segment.layers[1] for segment in plan.segments[:-1]]
         decoder = self.thinker.config.decoder
         prefills = []
-        for row, one in enumerate(asked):
+        for row, one in enumerate(pending):
             survivors = [where[row, : count[row]].clone() for where, count in kept]  # apart from what stays here
             segments = [len(some) for some in survivors]
             scored = [
@@ -273,53 +273,53 @@ class Engine:
                     logits=staged.logits[row],
                     kept=survivors if method is not None else [],
                     relevance=scored,
-                    cache=cache.row(row) if len(asked) > 1 else cache,
+                    cache=cache.row(row) if len(pending) > 1 else cache,
                     config=self.thinker.config,
                     method=method,
-                    next_position=one.place.next_position,
-                    tokens=one.place.counts,
+                    next_position=one.layout.next_position,
+                    tokens=one.layout.counts,
                     segments=segments,
                     macs=decoder.macs(segments[0], drops),
                     full_macs=decoder.macs(one.length),
-                    reused_tokens=known[row].tokens if known else 0,
+                    reused_tokens=matches[row].tokens if matches else 0,
                     encode_seconds=encode_seconds,
                     prefill_seconds=seconds,
                 )
             )
         return prefills, cache
 
-    def _known(self, asked: list[Asked], method: Method | None) -> tuple[list[Known], float]:
+    def _matches(self, pending: list[PendingPrompt], method: Method | None) -> tuple[list[PrefixMatch], float]:
         """What of each prompt has run before; nothing where they are to run as a whole. And seconds for encoders.
 
         Where one of several is known, or two begin alike, the others' beginnings run one by one.
         """
         if not self.reuses:
             return [], 0.0
-        found = [find(self.kept, one, method) for one in asked]
-        begin_alike = len({one.keys(method)[0] if one.media else id(one) for one in asked}) < len(asked)
+        found = [longest_match(self.kept, one, method) for one in pending]
+        begin_alike = len({one.keys(method)[0] if one.media else id(one) for one in pending}) < len(pending)
         if not any(found) and not begin_alike:
             return [], 0.0
-        if not all(each or self._keeps(one, method) for each, one in zip(found, asked, strict=True)):
+        if not all(each or self._keeps(one, method) for each, one in zip(found, pending, strict=True)):
             return [], 0.0
-        known, encode_seconds = [], 0.0
-        for before, one in zip(found, asked, strict=True):
-            each = before or find(self.kept, one, method)
+        matches, encode_seconds = [], 0.0
+        for before, one in zip(found, pending, strict=True):
+            each = before or longest_match(self.kept, one, method)
             if each is None:
                 plan, staged, seconds = self._run([one], method, pruned=False, keep=True)
                 encode_seconds += seconds
                 assert staged.first is not None
                 place, count = staged.kept[0]
                 entered = place[0, : int(count)].cpu()
-                beginning = self._keep(one, method, plan, staged.first, staged, 0, entered)
-                each = Known(beginning, beginning.common(one))
-            known.append(each)
-        return known, encode_seconds
+                cached = self._keep(one, method, plan, staged.first, staged, 0, entered)
+                each = PrefixMatch(cached, cached.common(one))
+            matches.append(each)
+        return matches, encode_seconds
 
-    def _keeps(self, asked: Asked, method: Method | None) -> bool:
+    def _keeps(self, pending: PendingPrompt, method: Method | None) -> bool:
         """Whether there is something to keep of a prompt, and room for it."""
-        if not self.reuses or not asked.media:
+        if not self.reuses or not pending.media:
             return False
-        plan = self._plan([asked.prompt], method)
+        plan = self._plan([pending.prompt], method)
         layers, decoder = plan.segments[0].layers[1], self.thinker.config.decoder
         numbers = 2 * layers * decoder.num_kv_heads * decoder.head_dim
         numbers += decoder.hidden_size if len(plan.segments) > 1 else 0
@@ -328,45 +328,53 @@ class Engine:
 
     def _keep(
         self,
-        asked: Asked,
+        pending: PendingPrompt,
         method: Method | None,
         plan: StagePlan,
         first: Prefix,
         stored: Prefix | Staged | Cache,
         row: int,
         entered: Tensor,
-    ) -> Beginning:
+    ) -> CachedPrefix:
         layers = plan.segments[0].layers[1]
-        beginning = begun(asked, row, entered, first, stored.keys[:layers], stored.values[:layers])
-        self.kept.put(asked.keys(method)[0], beginning, beginning.nbytes)
-        return beginning
+        cached = cached_prefix(pending, row, entered, first, stored.keys[:layers], stored.values[:layers])
+        self.kept.put(pending.keys(method)[0], cached, cached.nbytes)
+        return cached
 
     def _run(
-        self, asked: list[Asked], method: Method | None, *, pruned: bool, keep: bool
+        self, pending: list[PendingPrompt], method: Method | None, *, pruned: bool, keep: bool
     ) -> tuple[StagePlan, Staged, float]:
         """Prompts from their first token on. And seconds for encoders."""
-        plan = self._plan([one.prompt for one in asked], method)
-        batch, seconds = self._batch(asked, plan, [one.prompt for one in asked])
+        plan = self._plan([one.prompt for one in pending], method)
+        batch, seconds = self._batch(pending, plan, [one.prompt for one in pending])
         return plan, self._staged(plan, batch, pruned=pruned, keep=keep), seconds
 
     def _extend(
-        self, asked: list[Asked], known: list[Known], method: Method | None, *, pruned: bool, keep: bool
+        self,
+        pending: list[PendingPrompt],
+        matches: list[PrefixMatch],
+        method: Method | None,
+        *,
+        pruned: bool,
+        keep: bool,
     ) -> tuple[StagePlan, Staged, float]:
         """Prompts from the first token on that has not run before. And seconds for encoders."""
-        plan = self._plan([one.prompt for one in asked], method)
-        entered = rung(max(each.entered for each in known)) if self._rounds else max(each.entered for each in known)
-        rests = [whole_prompt(one.length, each.tokens) for one, each in zip(asked, known, strict=True)]
-        batch, seconds = self._batch(asked, self._plan(rests, None), rests)
-        return plan, self._staged(plan, gathered(known, entered), batch, pruned=pruned, keep=keep), seconds
+        plan = self._plan([one.prompt for one in pending], method)
+        entered = rung(max(each.entered for each in matches)) if self._rounds else max(each.entered for each in matches)
+        rests = [whole_prompt(one.length, each.tokens) for one, each in zip(pending, matches, strict=True)]
+        batch, seconds = self._batch(pending, self._plan(rests, None), rests)
+        return plan, self._staged(plan, gathered(matches, entered), batch, pruned=pruned, keep=keep), seconds
 
-    def _batch(self, asked: list[Asked], plan: StagePlan, prompts: list[Prompt]) -> tuple[PrefillBatch, float]:
+    def _batch(
+        self, pending: list[PendingPrompt], plan: StagePlan, prompts: list[Prompt]
+    ) -> tuple[PrefillBatch, float]:
         """The tensors of prompts in the slots of a plan, their media encoded. And the seconds that took."""
         started = time.perf_counter()
         needs = None if plan.method is None else plan.method.needs
-        encoded = [collected(self._encoded(one, prompt, needs)) for one, prompt in zip(asked, prompts, strict=True)]
+        encoded = [collected(self._encoded(one, prompt, needs)) for one, prompt in zip(pending, prompts, strict=True)]
         slots = [  # while a GPU encodes
-            assign_slots(plan, prompt, one.place, one.inputs.input_ids, self.device)
-            for one, prompt in zip(asked, prompts, strict=True)
+            assign_slots(plan, prompt, one.layout, one.inputs.input_ids, self.device)
+            for one, prompt in zip(pending, prompts, strict=True)
         ]
         self._synchronize()
         seconds = time.perf_counter() - started
@@ -378,17 +386,17 @@ class Engine:
         return join(filled), seconds
 
     def _encoded(
-        self, asked: Asked, prompt: Prompt, needs: Needs | None
+        self, pending: PendingPrompt, prompt: Prompt, needs: Needs | None
     ) -> Iterator[tuple[str, tuple[Tensor, Signals | None]]]:
         """Of each medium in a prompt its kind and what its encoder makes of it, or made of it before."""
-        for number, medium in enumerate(asked.media):
-            if asked.spans[number][0] < prompt.start:
+        for number, medium in enumerate(pending.media):
+            if pending.spans[number][0] < prompt.start:
                 continue
-            found = self.encoded(asked.digests[number], needs) if self.reuses else None
+            found = self.encoded(pending.digests[number], needs) if self.reuses else None
             if found is None:
                 found = Encoded(needs, *self.thinker.encode_medium(medium, needs, call=self.call))
                 if self.reuses:
-                    self.kept.put(asked.digests[number], found, found.nbytes)
+                    self.kept.put(pending.digests[number], found, found.nbytes)
             yield medium.kind, (found.tokens, None if needs is None else found.signals)
 
     def _staged(self, plan: StagePlan, *tensors: Any, pruned: bool, keep: bool) -> Staged:

@@ -30,11 +30,11 @@ another shape to the compiler."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingPrompt:
     """A request on its way, with what is known of it before it runs. media: in the order of the encoders."""
 
     inputs: Inputs
-    place: Layout
+    layout: Layout
     prompt: Prompt
     media: list[Medium]
     config: OmniConfig
@@ -45,7 +45,7 @@ class Asked:
 
     @property
     def length(self) -> int:
-        return self.place.positions.shape[1]
+        return self.layout.positions.shape[1]
 
     @cached_property
     def digests(self) -> list[bytes]:
@@ -58,7 +58,7 @@ class Asked:
         spans = []
         for kind in ("image", "video", "audio"):
             some = [medium for medium in self.media if medium.kind == kind]
-            places = getattr(self.place, kind)
+            places = getattr(self.layout, kind)
             counts = (
                 self.config.audio.token_count(int(each.size)) if kind == "audio" else int(each.size.prod()) // merge
                 for each in some
@@ -85,7 +85,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class CachedPrefix:
     """A prompt that has run. ids: (S,), positions: (3, S), entered: (n,) the places of what entered the decoder, all on
     the CPU. prefix: what became of these, of one row; what its tensors hold past them is not looked at."""
 
@@ -100,58 +100,58 @@ class Beginning:
         held = [value for value in vars(sequence).values() if isinstance(value, Tensor)]
         return sum(each.nbytes for each in (*held, *self.prefix.keys, *self.prefix.values))
 
-    def common(self, asked: Asked) -> int:
+    def common(self, pending: PendingPrompt) -> int:
         """How many tokens another prompt with all of these media has in common with this one, and need not run.
 
         Never a part of a medium, nor all of a prompt (`LEAST_REST`).
         """
-        length = min(len(self.ids), asked.length)
-        same = self.ids[:length] == asked.ids[:length].cpu()
-        same &= (self.positions[:, :length] == asked.place.positions[:, :length]).all(dim=0)
+        length = min(len(self.ids), pending.length)
+        same = self.ids[:length] == pending.ids[:length].cpu()
+        same &= (self.positions[:, :length] == pending.layout.positions[:, :length]).all(dim=0)
         differing = (~same).nonzero()
-        cut = min(int(differing[0]) if len(differing) else length, asked.length - LEAST_REST)
-        return max(0, min([cut, *(start for start, end in asked.spans if start < cut < end)]))
+        cut = min(int(differing[0]) if len(differing) else length, pending.length - LEAST_REST)
+        return max(0, min([cut, *(start for start, end in pending.spans if start < cut < end)]))
 
 
 @dataclass(frozen=True)
-class Known:
-    """So many tokens of a prompt are those of a beginning."""
+class PrefixMatch:
+    """So many tokens of a prompt are those of a prefix that is kept."""
 
-    beginning: Beginning
+    cached: CachedPrefix
     tokens: int
 
-    def is_outgrown_by(self, asked: Asked) -> bool:
+    def is_outgrown_by(self, pending: PendingPrompt) -> bool:
         """Whether the prompt goes on where the other one ended, as a conversation does, or has media that it had not:
         then the next one will have more in common with this."""
-        return self.tokens == len(self.beginning.ids) or max(asked.spans)[0] >= self.tokens
+        return self.tokens == len(self.cached.ids) or max(pending.spans)[0] >= self.tokens
 
     @property
     def entered(self) -> int:
         """Of these tokens."""
-        return int(torch.searchsorted(self.beginning.entered, self.tokens))
+        return int(torch.searchsorted(self.cached.entered, self.tokens))
 
 
-def find(kept: LRUCache[Beginning], asked: Asked, method: Method | None) -> Known | None:
+def longest_match(kept: LRUCache[CachedPrefix], pending: PendingPrompt, method: Method | None) -> PrefixMatch | None:
     """The longest beginning of a prompt that is kept, where it spares more than text."""
-    for key in asked.keys(method):
-        beginning = kept.get(key)
-        if beginning is None:
+    for key in pending.keys(method):
+        cached = kept.get(key)
+        if cached is None:
             continue
-        tokens = beginning.common(asked)
-        selected = [span for span, medium in zip(asked.spans, asked.media, strict=True) if medium.kind != "image"]
-        least = min(asked.spans)[1] if method is None else max(end for _, end in selected)
+        tokens = cached.common(pending)
+        selected = [span for span, medium in zip(pending.spans, pending.media, strict=True) if medium.kind != "image"]
+        least = min(pending.spans)[1] if method is None else max(end for _, end in selected)
         if tokens >= least:
-            return Known(beginning, tokens)
+            return PrefixMatch(cached, tokens)
     return None
 
 
-def gathered(known: Sequence[Known], slots: int) -> Prefix:
+def gathered(matches: Sequence[PrefixMatch], slots: int) -> Prefix:
     """Beginnings as one, in so many slots: of one row where all of them are the same.
 
-    slots: at least `Known.entered` of each.
+    slots: at least `PrefixMatch.entered` of each.
     """
-    prefixes = [each.beginning.prefix for each in known]
-    counts = torch.tensor([each.entered for each in known], device=prefixes[0].sequence.count.device)
+    prefixes = [each.cached.prefix for each in matches]
+    counts = torch.tensor([each.entered for each in matches], device=prefixes[0].sequence.count.device)
     if all(prefix is prefixes[0] for prefix in prefixes):
         prefixes = prefixes[:1]
     sequences = [prefix.sequence for prefix in prefixes]
@@ -183,9 +183,9 @@ def _stacked(tensors: list[Tensor], slots: int, axis: int, batch: int = 0) -> Te
     return fitting[0] if len(fitting) == 1 else torch.cat(fitting, dim=batch)
 
 
-def begun(
-    asked: Asked, row: int, entered: Tensor, first: Prefix, keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> Beginning:
+def cached_prefix(
+    pending: PendingPrompt, row: int, entered: Tensor, first: Prefix, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> CachedPrefix:
     """What to keep of one row of a prefill.
 
     entered: (n,) places, on the CPU. keys, values: of the layers before the first selection, (B, kv_heads, slots, dim),
@@ -209,4 +209,4 @@ def begun(
     )
     prefix = Prefix(sequence, [own(each) for each in keys], [own(each) for each in values])
     # Ids and places are copied: who asked may write to theirs.
-    return Beginning(asked.ids.cpu().clone(), asked.place.positions, entered.clone(), prefix)
+    return CachedPrefix(pending.ids.cpu().clone(), pending.layout.positions, entered.clone(), prefix)

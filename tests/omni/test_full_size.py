@@ -17,7 +17,7 @@ from omni.decoder import Layer
 from omni.engine import KV
 from omni.layers import directly
 from omni.model import tensor_names
-from omni.prefix import Beginning
+from omni.prefix import CachedPrefix
 from omni.processing.positions import Layout
 from omni.request import Prompt, _windows, fill_pool, whole_prompt
 from omni.reuse import REUSE_BYTES
@@ -134,8 +134,8 @@ def test_prefill_runs_at_full_size(built) -> None:
     clip = torch.full((200,), -1).index_fill(0, torch.arange(9, 153), 0)
     places = Layout(torch.zeros(3, 200, dtype=torch.long), 200, none, torch.arange(9, 153), none, clip)
     ids = torch.zeros(1, 200, dtype=torch.long)
-    request = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
-    staged = prefill(thinker, plan, request, pruned=True)
+    batch = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
+    staged = prefill(thinker, plan, batch, pruned=True)
     cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, 100)
     token, position = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, device="meta")
     next_logits = thinker.decode(token, position, cache)
@@ -183,16 +183,16 @@ def test_cache_of_the_papers_clip(built, capsys: pytest.CaptureFixture[str]) -> 
         method = preset_for(config, retention)
         plan = make_plan(method, decoder.num_layers, prompt.counts(method))
         ids = torch.zeros(1, len(order), dtype=torch.long)
-        request = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
+        batch = fill_pool(plan, prompt, places, ids, features, {}, torch.device("meta"))
         for kv in KV:
-            staged = prefill(thinker, plan, request, pruned=kv == "pruned")
+            staged = prefill(thinker, plan, batch, pruned=kv == "pruned")
             sizes[f"{retention:.0%}, {kv}"] = sum(stored.nbytes for stored in (*staged.keys, *staged.values))
-        first = prefill(thinker, plan, request, pruned=False, keep=True)
+        first = prefill(thinker, plan, batch, pruned=False, keep=True)
         layers = plan.segments[0].layers[1]
         ids = torch.zeros(len(order), dtype=torch.long)
         assert first.first is not None
         prefix = Prefix(first.first.sequence, first.keys[:layers], first.values[:layers])
-        kept[f"{retention:.0%}"] = Beginning(ids, places.positions, ids, prefix).nbytes
+        kept[f"{retention:.0%}"] = CachedPrefix(ids, places.positions, ids, prefix).nbytes
     with capsys.disabled():
         shape = f"{decoder.num_layers} layers of {decoder.hidden_size}"
         for what, held in (("cache", sizes), ("kept", kept)):
