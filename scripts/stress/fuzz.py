@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_targets import TARGETS, Target, damaged
+from fuzz_damage import damaged
+from fuzz_targets import TARGETS, Target
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 

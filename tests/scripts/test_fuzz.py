@@ -45,7 +45,7 @@ def test_damaged_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     damaged()
     assert "error" in kinds
-    for module in ("fuzz", "fuzz_targets"):
+    for module in ("fuzz", "fuzz_damage", "fuzz_targets"):
         sys.modules.pop(module)
 
 
@@ -78,5 +78,5 @@ def test_a_finding_is_kept_and_told(
     assert (tmp_path / "index-1/a.json").is_file()
     assert (tmp_path / "index-1/what.txt").read_text() == "crash\nexit status -11\n"
     assert " crashes, 0 hangs, 0 unexpected" in capsys.readouterr().out
-    for module in ("fuzz", "fuzz_targets"):
+    for module in ("fuzz", "fuzz_damage", "fuzz_targets"):
         sys.modules.pop(module)
