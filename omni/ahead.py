@@ -27,7 +27,7 @@ from omni.processing.frames import Pixels
 from seats.method import Method
 
 
-def is_worthwhile(engine: Engine) -> bool:
+def can_encode_ahead(engine: Engine) -> bool:
     """Whether there is a device that would wait otherwise, and a place for what is encoded. On a CPU the cores that
     would encode are those that read."""
     return engine.device.type != "cpu" and engine.reuses
@@ -42,8 +42,8 @@ class _Clip:
     dropped: bool = False
 
 
-class Ahead:
-    """with Ahead(engine, method) as ahead: … ahead.tell(pixels, frames) …
+class BackgroundEncoder:
+    """with BackgroundEncoder(engine, method) as ahead: … ahead.tell(pixels, frames) …
 
     method: that the clips are encoded for, None where every token stays. The block ends when all that was told of is
     encoded, or, where it is left by an error, at once.
@@ -59,7 +59,7 @@ class Ahead:
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="encoding ahead", daemon=True)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> BackgroundEncoder:
         self.thread.start()
         return self
 

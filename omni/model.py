@@ -17,7 +17,7 @@ from torch import Tensor
 
 import weights
 from omni import one_row
-from omni.ahead import Ahead, is_worthwhile
+from omni.ahead import BackgroundEncoder, can_encode_ahead
 from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
@@ -200,8 +200,8 @@ class Omni:
         reuse is 0. What the other options mean and what is raised: `omni.processing.processor.Processor.prepare`.
         """
         method = self._method(seats)
-        early = encode_while_reading and is_worthwhile(self.engine)
-        with Ahead(self.engine, method) if early else nullcontext() as ahead:
+        early = encode_while_reading and can_encode_ahead(self.engine)
+        with BackgroundEncoder(self.engine, method) if early else nullcontext() as ahead:
             return self.processor.prepare(
                 messages,
                 use_audio_in_video=use_audio_in_video,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni.config import QWEN3, OmniConfig
 from omni.inputs import InputError
-from omni.processing.beside import Beside
+from omni.processing.background import BackgroundTask
 from omni.processing.frames import Pixels, VisionSizes, resize, target_size
 from omni.processing.media import Video, read_image, read_video
 from omni.processing.media.files import is_array, is_file_object, noting, warn
@@ -63,7 +63,7 @@ class Reader:
         """For each part: (1, 3, h, w) uint8 of a picture, the Video of a clip, None of a sound; and the log-mel of its
         sound, None where it has none or is not to be heard. Sound is read beside the pictures."""
         known = [identity(part.source) if self.kept.limit else None for part in parts]
-        with Beside(lambda stopped: self._hear_all(parts, known, options, stopped)) as hearing:
+        with BackgroundTask(lambda stopped: self._hear_all(parts, known, options, stopped)) as hearing:
             if any(is_file_object(part.source) for part in parts):  # it stands at one place at a time
                 hearing.wait()
             seen = [

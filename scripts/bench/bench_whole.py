@@ -97,7 +97,7 @@ def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
 
 def first_token_from_file_row(bench: Bench, clip: Clip) -> dict[str, Any]:
     """From a file of 720p with sound, two frames a second: read, log-mel, encoders, prefill at 10 %."""
-    from omni.processing.beside import Beside
+    from omni.processing.background import BackgroundTask
     from omni.processing.media import read_audio, read_video
 
     blank, config, seconds = bench.inputs(clip), bench.preset(RETENTIONS[-1]), int(clip.seconds)
@@ -113,9 +113,9 @@ def first_token_from_file_row(bench: Bench, clip: Clip) -> dict[str, Any]:
             return log_mel(sound)[None]
 
         def prepared() -> omni.Inputs:
-            with Beside(hear) as beside:
+            with BackgroundTask(hear) as heard:
                 video = read_video(path, size_for=lambda *_: size)
-                return with_media(blank, blank.input_ids, Pixels((video.frames,), sizes, True), beside.wait())
+                return with_media(blank, blank.input_ids, Pixels((video.frames,), sizes, True), heard.wait())
 
         sides = {
             "compiled": partial(bench.once, lambda: bench.compiled.prefill(prepared(), seats=config)),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import omni
 from omni import ahead
-from omni.ahead import Ahead
+from omni.ahead import BackgroundEncoder
 from omni.engine import Encoded, Engine
 from omni.inputs import Medium
 from omni.model import Omni
@@ -111,7 +111,7 @@ def test_the_first_batch_is_encoded_before_the_last_frame_is_there(
 ) -> None:
     """Protects: encoding runs beside reading; never ahead of it; what comes of it is what a whole clip gives."""
     clip = make_clip(engine)
-    with Ahead(engine, method) as early:
+    with BackgroundEncoder(engine, method) as early:
         decode(clip, early.tell, count=15)
         assert batches.done == 0  # eight grids are sixteen frames
         decode(clip, early.tell, count=16, after=15)
@@ -129,7 +129,7 @@ def test_the_first_batch_is_encoded_before_the_last_frame_is_there(
 def test_several_clips_one_after_another(engine: Engine, method: Method, selects: bool) -> None:
     """Protects: a clip that is read before the one before is encoded loses nothing."""
     clips, wanted = [make_clip(engine) for _ in range(3)], method if selects else None
-    with Ahead(engine, wanted) as early:
+    with BackgroundEncoder(engine, wanted) as early:
         for seed, clip in enumerate(clips):
             decode(clip, early.tell, seed)
     assert all(is_right(engine, clip, wanted) for clip in clips)
@@ -138,7 +138,7 @@ def test_several_clips_one_after_another(engine: Engine, method: Method, selects
 def test_what_is_read_again_is_encoded_again(engine: Engine, method: Method, batches: Batches) -> None:
     """Protects: of a damaged file, whose frames come a second time and are others, nothing of the first is kept."""
     first, again = make_clip(engine), make_clip(engine)
-    with Ahead(engine, method) as early:
+    with BackgroundEncoder(engine, method) as early:
         decode(first, early.tell, seed=1, count=20)
         batches.wait_for(1)
         decode(again, early.tell, seed=2)
@@ -152,7 +152,7 @@ def test_reading_that_fails_ends_it(
 ) -> None:
     """Protects: the reader's own error is what is raised; no thread stays, nothing half done is kept."""
     clip, before = make_clip(engine), threading.active_count()
-    with pytest.raises(error, match="of the file"), Ahead(engine, method) as early:
+    with pytest.raises(error, match="of the file"), BackgroundEncoder(engine, method) as early:
         decode(clip, early.tell, count=20)
         batches.wait_for(1)
         raise error("of the file")
@@ -168,7 +168,7 @@ def test_errors_of_the_encoder(engine: Engine, method: Method, monkeypatch: pyte
             raise error
 
         monkeypatch.setattr(engine.thinker.vision, "encode_batch", raised)
-        with Ahead(engine, method) as early:
+        with BackgroundEncoder(engine, method) as early:
             decode(make_clip(engine), early.tell)
 
     fail(torch.OutOfMemoryError("Tried to allocate 1.00 GiB."))
@@ -181,14 +181,14 @@ def test_what_is_known_is_not_encoded_again(engine: Engine, method: Method, batc
     """Protects: a next question about a clip costs no encoder, be it told of at once and as a whole."""
     clip = make_clip(engine)
     for _ in range(2):
-        with Ahead(engine, method) as early:
+        with BackgroundEncoder(engine, method) as early:
             decode(clip, early.tell, after=0 if not len(engine.kept) else FRAMES - 1)
     assert batches.done == 3
 
 
 def test_others_use_the_device_meanwhile(engine: Engine, method: Method, batches: Batches) -> None:
     """Protects: while a file is read, which may take minutes, no other thread waits for its encoding."""
-    with Ahead(engine, method) as early:
+    with BackgroundEncoder(engine, method) as early:
         decode(make_clip(engine), early.tell, count=20)
         batches.wait_for(1)
         other = threading.Thread(target=lambda: engine.attempt(lambda: None))
@@ -204,8 +204,8 @@ def test_a_question_about_a_file(checkpoint: Path, clip: Path, monkeypatch: pyte
     content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": "What?"}]
     asked: Any = [{"role": "user", "content": content}]
     expected = plain.generate(plain.prepare(asked), seats=0.2, max_new_tokens=4, stop_token_ids=[]).tokens
-    assert not ahead.is_worthwhile(model.engine)  # on a CPU
-    monkeypatch.setattr("omni.model.is_worthwhile", lambda engine: engine.reuses)
+    assert not ahead.can_encode_ahead(model.engine)  # on a CPU
+    monkeypatch.setattr("omni.model.can_encode_ahead", lambda engine: engine.reuses)
     encoded = model.prepare(asked, encode_while_reading=True, seats=0.2)
     assert len(model.engine.kept) == 1
     seen: list[Any] = []

@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Beside(Generic[T]):
-    """with Beside(task) as beside: … beside.wait()
+class BackgroundTask(Generic[T]):
+    """with BackgroundTask(task) as running: … running.wait()
 
     task(stopped) → what `wait` returns; it should look at `stopped()` now and then, which tells that nobody waits any
     more: the block was left. Where both fail, the error of the task is raised, as if it had been done first.
@@ -26,7 +26,7 @@ class Beside(Generic[T]):
     def wait(self) -> T:
         return self.job.result()
 
-    def __enter__(self) -> Beside[T]:
+    def __enter__(self) -> BackgroundTask[T]:
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from omni.processing.beside import Beside
+from omni.processing.background import BackgroundTask
 
 
 def until_stopped(stopped: Callable[[], bool]) -> str:
@@ -26,9 +26,9 @@ def test_it_runs_beside_the_block() -> None:
         assert other.wait(60)
         return threading.get_ident()
 
-    with Beside(task) as beside:
+    with BackgroundTask(task) as running:
         other.set()
-        assert beside.wait() != threading.get_ident()
+        assert running.wait() != threading.get_ident()
 
 
 def test_its_error_goes_first() -> None:
@@ -38,19 +38,19 @@ def test_its_error_goes_first() -> None:
         time.sleep(0.05)
         raise ValueError("of the task")
 
-    with pytest.raises(ValueError, match="of the task"), Beside(fail):
+    with pytest.raises(ValueError, match="of the task"), BackgroundTask(fail):
         raise KeyError("of the block")
-    with pytest.raises(ValueError, match="of the task"), Beside(fail) as beside:
-        beside.wait()
-    with pytest.raises(KeyError), Beside(lambda _: 1):
+    with pytest.raises(ValueError, match="of the task"), BackgroundTask(fail) as running:
+        running.wait()
+    with pytest.raises(KeyError), BackgroundTask(lambda _: 1):
         raise KeyError("of the block")
 
 
 def test_an_interrupt_stops_it() -> None:
     """Protects: nobody who interrupts waits for hours of sound."""
-    beside = Beside(until_stopped)
+    running = BackgroundTask(until_stopped)
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), beside:
+    with pytest.raises(KeyboardInterrupt), running:
         raise KeyboardInterrupt
-    assert beside.wait() == "stopped"
+    assert running.wait() == "stopped"
     assert threading.active_count() == before - 1
