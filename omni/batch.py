@@ -129,7 +129,7 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
         some = options.batch if groups is None else max(1, round(options.batch * len(groups.ends) / len(groups.order)))
         rows = source.rows(ray.data, groups).repartition(target_num_rows_per_block=some)
         prepared = rows.map_batches(
-            Prepare,
+            PrepareWorker,
             fn_constructor_args=(options, pool, ray.put(journal.ids)),
             batch_size=1,
             batch_format="pyarrow",
@@ -137,7 +137,7 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
             num_cpus=1,
         )
         answered = prepared.map_batches(
-            Answer,
+            ModelReplica,
             fn_constructor_args=(options, pool),
             batch_size=2 * some,
             batch_format="pyarrow",
@@ -200,7 +200,7 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
     return Pool(decoders, replicas, threads, reserved=1, device=device)
 
 
-class Prepare:
+class PrepareWorker:
     """Reads media and makes tensors: one of the processes on CPUs."""
 
     def __init__(self, options: argparse.Namespace, pool: Pool, done: Any) -> None:
@@ -353,8 +353,8 @@ def reason(error: Exception) -> str:
     return str(error) if isinstance(error, (*ERRORS, MemoryError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
-class Answer:
-    """A replica of the model."""
+class ModelReplica:
+    """Answers with a model of its own: one of the processes on a GPU, or on cores set aside."""
 
     def __init__(self, options: argparse.Namespace, pool: Pool) -> None:
         torch.set_num_threads(pool.threads)
@@ -370,8 +370,8 @@ class Answer:
         )
 
     def __call__(self, table: Any) -> dict[str, Any]:
-        """Packs of `Prepare` → answers as lines of JSON. Rows of one plan and the same settings run together: first
-        those of each pack, then those that are alone in theirs."""
+        """Packs of `PrepareWorker` → answers as lines of JSON. Rows of one plan and the same settings run together:
+        first those of each pack, then those that are alone in theirs."""
         lines: list[str] = []
         alone: dict[Any, list[tuple[dict[str, Any], Inputs]]] = {}
         for rows, tensors in zip(table["row"].to_pylist(), table["tensors"].to_pylist(), strict=True):

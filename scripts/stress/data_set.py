@@ -116,7 +116,7 @@ class Batch:
 
 
 def replicas_running() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "^ray::.*Answer"], capture_output=True, text=True).stdout
+    found = subprocess.run(["pgrep", "-f", "^ray::.*ModelReplica"], capture_output=True, text=True).stdout
     return [int(number) for number in found.split()]
 
 

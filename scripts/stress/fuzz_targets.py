@@ -335,11 +335,11 @@ def read_rows(folder: Path, name: str) -> None:
 
 @cache
 def preparer(folder: Path) -> Any:
-    from omni.batch import Pool, Prepare, argument_parser
+    from omni.batch import Pool, PrepareWorker, argument_parser
 
     arguments = ["--model", str(folder / "model"), str(folder / "questions.jsonl"), str(folder / "a.jsonl")]
     pool = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
-    return Prepare(argument_parser().parse_intermixed_args(arguments), pool, set())
+    return PrepareWorker(argument_parser().parse_intermixed_args(arguments), pool, set())
 
 
 TARGETS = {

@@ -18,7 +18,7 @@ from test_rows import read, write
 import omni
 from omni import rows as omni_rows
 from omni.answer import method_of
-from omni.batch import Answer, Pool, Prepare, argument_parser, main, pack, unpack
+from omni.batch import ModelReplica, Pool, PrepareWorker, argument_parser, main, pack, unpack
 from omni.inputs import InputError
 from omni.processing import reader
 from omni.processing.frames import Pixels
@@ -46,7 +46,7 @@ def options(checkpoint: Path, questions: Path, *more: str) -> argparse.Namespace
 @pytest.mark.parametrize("media", [5, {"a.png": 1}, ["a.png", None], [["a.png"]], True])
 def test_media_are_paths(tmp_path: Path, checkpoint: Path, media: Any) -> None:
     """Protects: a row's mistake is said in our words."""
-    prepare = Prepare(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
+    prepare = PrepareWorker(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
     with pytest.raises(InputError, match="media must be a path, a list of paths, or null"):
         prepare.prepared({"id": 1, "question": "?", "media": media})
 
@@ -57,7 +57,7 @@ def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
     rows = [{"id": n, "question": f"a\u2028b\x85c{n}"} for n in range(2)]
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     path.write_bytes(b"\n".join([lines[0], b'{"id": "\xff"}', b"", lines[1]]))
-    prepare = Prepare(options(checkpoint, path), ALONE, set())
+    prepare = PrepareWorker(options(checkpoint, path), ALONE, set())
     source = Source(path)
     ids, unreadable = source.scan()
     assert ids == [0, 1] and [row["id"] for row in unreadable] == ["line 2"]
@@ -78,7 +78,7 @@ def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path,
         {"id": "done", "media": None, "question": "?"},
     ]
     given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
-    prepare, answer = Prepare(given, ALONE, {"done"}), Answer(given, ALONE)
+    prepare, answer = PrepareWorker(given, ALONE, {"done"}), ModelReplica(given, ALONE)
     source = Source(given.questions)
     source.scan()
     made = [prepare(pyarrow.table({"start": [start]})) for start in source.starts]
@@ -104,7 +104,7 @@ def test_answers_together_are_those_one_by_one(tmp_path: Path, checkpoint: Path,
 def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, checkpoint: Path, clip: Path) -> None:
     """Columns start and end cut a row's media, and do not keep it from being answered beside others; file:// is read;
     no row has anything fetched, whatever columns it has: that is the command line's to allow."""
-    prepare = Prepare(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
+    prepare = PrepareWorker(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
     made = [
         prepare.prepared({"id": 1, "media": clip.as_uri(), "question": "What?", "start": start, "end": start + 2})
         for start in (0, 1.5)
@@ -160,7 +160,7 @@ def test_rows_about_the_same_media_become_groups(
     assert source.repeats()
     groups = source.groups()
     assert groups is not None
-    prepare = Prepare(options(checkpoint, path), ALONE, set())
+    prepare = PrepareWorker(options(checkpoint, path), ALONE, set())
     table = source.rows(Tables, groups)
     found = [prepare.rows(row) for row in table.to_pylist()]
     assert [[row["id"] for row in some] for some in found] == [
@@ -201,7 +201,7 @@ def test_a_group_is_read_once_and_its_rows_fail_alone(
     rows[3]["seed"] = -1
     path = write(tmp_path / "q.jsonl", *rows)
     given = options(checkpoint, path, "--fps", "1", "--max-frames", "4")
-    prepare, answer = Prepare(given, ALONE, {4}), Answer(given, ALONE)
+    prepare, answer = PrepareWorker(given, ALONE, {4}), ModelReplica(given, ALONE)
     source = Source(path)
     source.scan()
     calls: list[int] = []
@@ -236,7 +236,7 @@ def test_a_file_that_changes_meanwhile_is_two(tmp_path: Path, checkpoint: Path) 
     Image.new("RGB", (56, 56), "red").save(path)
     rows = [{"id": number, "media": "a.png", "question": f"{number}?"} for number in range(3)]
     questions = write(tmp_path / "q.jsonl", {"id": "gone", "media": "a.png", "question": 1}, *rows)
-    prepare = Prepare(options(checkpoint, questions), ALONE, set())
+    prepare = PrepareWorker(options(checkpoint, questions), ALONE, set())
     source, prepared = Source(questions), prepare.prepared
     source.scan()
 
