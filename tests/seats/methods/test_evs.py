@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompts import flat, media, picked
+from prompts import described, drawn, flat, media, picked
 
 from seats.methods.evs import EVS
 
@@ -38,6 +38,27 @@ def test_what_differs_from_the_frame_before(seed: int, sizes: list[int], ratio: 
     kept, _ = EVS(video_ratio=ratio, audio_ratio=0.5).before(video, None)
     frames = [video.features[0, t, :size].tolist() for t, size in enumerate(sizes)]
     assert picked(kept, video, 0) == keep_by_loop(frames, clips, ratio)
+
+
+FIRST = list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "others"),
+    [
+        (0.1, []),
+        (0.3, [23, 25, 32, 33, 49, 51, 61, 62, 66]),
+        (0.45, [16, 17, 20, 21, 23, 25, 32, 33, 35, 36, 40, 43, 45, 47, 49, 50, 51, 61, 62, 66]),
+    ],
+)
+def test_keeps_what_vllm_keeps(ratio: float, others: list[int]) -> None:
+    """What `compute_retention_mask` of vllm/multimodal/evs.py, github.com/vllm-project/vllm at 094f1178, gave.
+
+    video_size_thw (6, 6, 8), spatial_merge_size 2, q 1 - ratio: six frames of 12 tokens, of which the first stays.
+    """
+    video = described(drawn(1, 72, 16), width=12)
+    kept, _ = EVS(video_ratio=ratio, audio_ratio=0.5).before(video, None)
+    assert picked(kept, video, 0) == FIRST + others
 
 
 def test_a_still_clip_keeps_its_first_frame_and_what_moves() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompts import drawn
 
 from seats.methods.pyramiddrop import PyramidDrop
 from seats.plan import Counts
+from seats.relevance import relevance
 from seats.selection import AUDIO, TEXT, VIDEO
 
 
@@ -53,6 +55,34 @@ def test_each_stage_keeps_the_most_relevant(seed: int, kinds: list[int], ratios:
         left = [left[n] for n in sorted(expected)]
         media = method.left(media, step, counts)
         assert sum(kinds[i] != TEXT for i in left) <= media
+
+
+def test_keeps_what_the_authors_code_keeps() -> None:
+    """What `pdrop_rank_drop` of llava/model/modeling_llama_pdrop.py, github.com/Cooperx521/PyramidDrop at 6444f304,
+    gave, called for its stages 0, 1 and 2 with image_token_ratio_list [1, 0.5, 0.25, 0.125].
+
+    32 tokens of a picture after 3 of text and before 4; two heads, no norm, no rotation. At other shares counts differ
+    by rounding: that code cuts off λ^k of all tokens to a whole number, here λ of those left is rounded.
+    """
+    hidden, left = drawn(1, 39, 8), list(range(39))
+    found = []
+    method = PyramidDrop(video_ratio=0.46875, audio_ratio=0.5)
+    for stage, step in enumerate(method.steps(28)):
+        some = hidden[left]
+        query, keys = (
+            (tokens @ drawn(seed + stage, 8, 8).T).view(1, -1, 2, 4).transpose(1, 2)
+            for seed, tokens in ((11, some[-1:]), (21, some))
+        )
+        scores = relevance(query, keys, torch.ones(1, len(left), dtype=torch.bool))
+        kind = torch.tensor([[VIDEO if 3 <= token < 35 else TEXT for token in left]], dtype=torch.uint8)
+        keep = method.after(scores, kind, step, 1)[0]
+        left = [token for token, stays in zip(left, keep.tolist(), strict=True) if stays]
+        found.append([token - 3 for token in left if 3 <= token < 35])
+    assert found == [
+        [2, 3, 4, 6, 7, 8, 11, 12, 19, 20, 22, 24, 25, 26, 27, 29],
+        [2, 3, 4, 8, 12, 25, 26, 27],
+        [3, 12, 25, 27],
+    ]
 
 
 def test_what_is_out_of_reach() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompts import CHANNELS, media, picked
+from prompts import CHANNELS, described, drawn, media, picked
 from torch import Tensor
 
 from seats.methods.vidcom2 import VidCom2
@@ -57,6 +58,26 @@ def test_more_of_frames_that_stand_out(seed: int, clips: list[tuple[int, int]], 
         for frame, chosen in zip(frames, keep_clip(frames, ratio), strict=True):
             expected += [at + i for i in chosen]
             at += len(frame)
+    assert picked(kept, video, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (0.15, [3, 13, 16, 29, 32, 33, 41, 46, 52, 53, 66, 67, 90, 91]),
+        (0.25, [3, 6, 13, 16, 25, 29, 32, 33, 34, 36, 41, 44, 46, 52, 53, 56, 66, 67, 77, 90, 91, 95]),
+    ],
+)
+def test_keeps_what_the_authors_code_keeps(ratio: float, expected: list[int]) -> None:
+    """What token_compressor/vidcom2/vidcom2.py, github.com/xuyang-liu16/VidCom2 at 944a17d1 (of the branch omni,
+    19981d9e, the same file), gave: its functions in the order in which models/qwen2_5_vl.py calls them.
+
+    base_scale is ratio, 16 tokens to a frame: five frames about one thing and, third, one about another, which keeps 4
+    where the others keep 2, and 7 where they keep 3.
+    """
+    alike = (0.3 * drawn(1, 80, 16) + drawn(5, 1, 16)).view(5, 16, 16)
+    video = described(torch.cat((alike[:2], drawn(3, 1, 16, 16), alike[2:])).flatten(0, 1), width=16)
+    kept, _ = VidCom2(video_ratio=ratio, audio_ratio=0.5).before(video, None)
     assert picked(kept, video, 0) == expected
 
 
