@@ -10,6 +10,7 @@ has, in token_counts, what its answer cost: `Costs`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from omni.processing.media.addresses import scheme_of
 from omni.protocol import (
     OURS,
     PROTOCOLS,
+    Reading,
     most_frames,
     pixel_bounds,
     published_method,
@@ -307,7 +309,7 @@ class SeatsOmni(lmms):
         for message in messages:
             content = message["content"]
             if not isinstance(content, str):
-                content = [part_of(part) for part in content]
+                content = [piece for part in content for piece in pieces_of(part_of(part), self.reading)]
             ours.append({"role": message["role"], "content": content})
         system = system_message(task) if self.published and self.system_prompt is None else self.system_prompt
         if system is not None:
@@ -391,3 +393,17 @@ def part_of(part: dict[str, Any]) -> dict[str, Any]:
         source = source["array"], source["sampling_rate"]
     stretch = {f"{kind}_{name}": part.get(f"{name}_time") for name in ("start", "end")}
     return {"type": kind, kind: source, **stretch}
+
+
+def pieces_of(part: dict[str, Any], reading: Reading) -> list[dict[str, Any]]:
+    """A part; of a sound by itself that comes decoded all pieces of the length that is heard of one, since the paper's
+    authors cut the sound of clips alone. A last piece of less than a tenth of a second may be no token and is left out.
+    """
+    length = reading.sound_seconds
+    if length is None or part["type"] != "audio" or not isinstance(part["audio"], tuple):
+        return [part]
+    if part["audio_start"] is not None or part["audio_end"] is not None:
+        return [part]
+    samples, rate = part["audio"]
+    count = max(1, math.ceil((max(torch.as_tensor(samples).shape) / rate - 0.1) / length))
+    return [{**part, "audio_start": length * n, "audio_end": length * (n + 1)} for n in range(count)]

@@ -1,7 +1,8 @@
 """How the tables of arXiv 2605.20035 were measured, where that differs from how clips are read and asked about here.
 
 By the public code of its authors (github.com/xxayt/SEATS) with the versions that it pins, transformers 4.57.1 among
-them. What stays ours: statistics of Stage I are in float32, theirs in bfloat16, and frames are scaled by Pillow.
+them. What stays ours: statistics of Stage I are in float32, theirs in bfloat16, and frames are scaled by Pillow, which
+rounds each time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ INSTRUCTION = " Please analyze the video carefully and select the most appropria
 FRAME_TOKENS = (128, 144)
 """Tokens' worth of pixels that a frame has at least and at most."""
 TOTAL_TOKENS = 24576
-"""Tokens' worth of pixels of a clip, two frames to a grid: more than 341 frames are made smaller for it."""
+"""Tokens' worth of pixels of a clip, two frames to a grid: of more than 341 frames each has less, down to 1.05 times
+the least."""
+AGAIN_TOKENS = (128, 768)
+"""Likewise the bounds of a frame that is scaled a second time."""
 SOUND_SECONDS = 300
 """Of a clip's sound, what is heard."""
 
@@ -39,10 +43,12 @@ PUBLISHED_RATIOS = {("omnizip", 0.35): None, ("omnizip", 0.25): (0.25, 0.25)}
 class Reading:
     """told_fps: where it is given, frames lie at even distances from a clip's first to its last, as qwen-omni-utils
     takes them (`torch.linspace`, rounded), and the model is told this rate whatever the true one is. sound_seconds: of
-    a sound, no more is heard."""
+    a sound, no more is heard. again_tokens: where it is given, a clip's frames, scaled as asked, are scaled once more
+    where these have fewer or more tokens' worth of pixels than that."""
 
     told_fps: float | None = None
     sound_seconds: int | None = None
+    again_tokens: tuple[int, int] | None = None
 
     @property
     def sound_samples(self) -> int | None:
@@ -65,13 +71,28 @@ def published_reading(config: Any) -> Reading:
 
     1.0 s per temporal grid with Qwen2.5-Omni, 2.0 s with Qwen3-Omni: the processors' defaults, whatever the clip.
 
-    Sound is cut at 300 s: the extractors' chunk, which the authors set for Qwen3-Omni, cuts in their version.
+    Sound: the processors call WhisperFeatureExtractor with its own truncation=True, which cuts to `n_samples`
+    (transformers 4.57.1, models/whisper/feature_extraction_whisper.py): 300 s in the file of Qwen2.5-Omni, and what
+    lmms_eval/models/simple/qwen3_omni_zip.py of the authors' code sets for Qwen3-Omni, whose file says 30 s. So
+    "chunks of 300 s" are cut, too: of 310 s of either family 30,000 frames of log-mel come out. Sounds by themselves,
+    which the tables do not have, the authors ask in pieces of 300 s.
+
+    Frames are scaled twice. First qwen-omni-utils does, within the bounds of `pixel_bounds`. Rounded down to whole
+    tokens a frame may have less than the least: one of 16:9 in a clip of more than 341 frames has 8 x 15 tokens, one of
+    21:9 in any clip 7 x 18. Then Qwen2VLVideoProcessor (4.57.1) brings it within 128 and 768 tokens, `size` of
+    both processors' `videos_kwargs`: to 9 x 16 and to 8 x 19.
     """
-    return Reading(told_fps=1.0 if config.family == QWEN3 else 2.0, sound_seconds=SOUND_SECONDS)
+    told_fps = 1.0 if config.family == QWEN3 else 2.0
+    return Reading(told_fps=told_fps, sound_seconds=SOUND_SECONDS, again_tokens=AGAIN_TOKENS)
 
 
 def system_message(task: str) -> str:
-    """What goes before a question of this task of lmms-eval."""
+    """What goes before a question of this task of lmms-eval.
+
+    Nothing before those that are neither WorldSense's nor Daily-Omni's: so in the authors' code since a8e37a3
+    (2026-07-24). Before that, from 5a24fdd (2026-06-07) to 584ef03, the persona stood there, without the instruction:
+    a pair of brackets was taken away.
+    """
     return PERSONA + INSTRUCTION if "worldsense" in task or "daily" in task else ""
 
 
@@ -85,7 +106,10 @@ def most_frames(task: str, config: Any) -> int:
 
 
 def pixel_bounds(factor: int) -> dict[str, int]:
-    """min_pixels, max_pixels and total_pixels of `Omni.prepare`. factor: pixels along the side of a token."""
+    """min_pixels, max_pixels and total_pixels of `Omni.prepare`. factor: pixels along the side of a token.
+
+    `published_reading` says what becomes of a frame that these leave too small.
+    """
     least, most = FRAME_TOKENS
     return {
         "min_pixels": least * factor**2,

@@ -228,7 +228,7 @@ def sampled_fps(count: int, duration: float, fps: float) -> float:
     return fps if 0 <= duration * fps - count < 2 else count / duration
 
 
-def target_size(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def target_size(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: float) -> tuple[int, int]:
     """The multiples of `factor` nearest to (height, width), scaled to a product within the bounds.
 
     Equal to `smart_resize` of the public code. Raises MediaError for shapes more than 200 times as long as
@@ -253,14 +253,18 @@ def target_size(height: int, width: int, *, factor: int = 28, min_pixels: int, m
     return size
 
 
-def clip_max_pixels(num_frames: int, sizes: VisionSizes) -> int:
+def clip_max_pixels(num_frames: int, sizes: VisionSizes) -> float:
     """The most pixels a frame may have in a clip of `num_frames`, so that the whole clip stays in bounds.
 
     The clip's budget, shared evenly, is `video_total_pixels` or else 90 % of `max_video_tokens` tokens' worth; a frame
-    keeps at least 1.05 times the minimum. `cap_pixels_per_frame` of transformers, `total_pixels` of qwen-omni-utils.
+    keeps at least 1.05 times the minimum. `cap_pixels_per_frame` of transformers, which makes the share whole,
+    `total_pixels` of qwen-omni-utils, which does not.
     """
-    total = sizes.video_total_pixels or int(sizes.max_video_tokens * sizes.factor**2 * 0.9)
-    share = total * sizes.temporal_patch_size // num_frames
+    share: float
+    if sizes.video_total_pixels is None:
+        share = int(sizes.max_video_tokens * sizes.factor**2 * 0.9) * sizes.temporal_patch_size // num_frames
+    else:
+        share = sizes.video_total_pixels / num_frames * sizes.temporal_patch_size
     return max(min(sizes.video_max_pixels, share), int(sizes.video_min_pixels * 1.05))
 
 

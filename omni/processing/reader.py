@@ -18,6 +18,7 @@ from omni.processing.media import Video, read_image, read_video
 from omni.processing.media.files import is_array, is_file_object, noting, warn
 from omni.processing.media.identity import Identity, identity
 from omni.processing.media.sound import PastEndError, listen
+from omni.processing.media.video import SizeFor
 from omni.processing.mel import LogMel
 from omni.processing.parts import Part
 from omni.reuse import LRUCache
@@ -160,12 +161,14 @@ class Reader:
             if on_pixels is not None:
                 on_pixels(Pixels((frames,), bounds, of_clip=True), done)
 
-        size_for = sizes.clip_size if size is None else lambda *_: size
+        first = sizes.clip_size if size is None else lambda *_: size
+        again = _again(first, sizes, options["reading"].again_tokens)
+        scaled = {"size_for": first} if again is None else {"through_for": first, "size_for": again}
         video = self._once(
             part,
             known,
-            ("video", sizes, size, *asked.items()),
-            lambda: read_video(source, **asked, size_for=size_for, on_frames=on_frames),
+            ("video", sizes, size, options["reading"].again_tokens, *asked.items()),
+            lambda: read_video(source, **asked, **scaled, on_frames=on_frames),
         )
         if shown is None:
             on_frames(video.frames, len(video.frames))
@@ -255,6 +258,14 @@ def _part_sizes(sizes: VisionSizes, part: Part) -> VisionSizes:
         return bounded(sizes, least, most, total)
     except InputError as error:
         raise InputError(f"{part.where}: {error}") from None
+
+
+def _again(first: SizeFor, sizes: VisionSizes, tokens: tuple[int, int] | None) -> SizeFor | None:
+    """The size of a frame that has had its first: with no fewer and no more tokens' worth of pixels than these."""
+    if tokens is None:
+        return None
+    least, most = (count * sizes.factor**2 for count in tokens)
+    return lambda *clip: target_size(*first(*clip), factor=sizes.factor, min_pixels=least, max_pixels=most)
 
 
 def _stated_size(part: Part, sizes: VisionSizes) -> tuple[int, int] | None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import omni
 import seats
 from omni.inputs import InputError
 from omni.processing.frames import patchify, resize, target_size
 from omni.processing.prompt import clip_block
+from omni.protocol import Reading
 from seats import preset_for
 from seats.methods.random import Random
+from tests.omni.processing.clips import numbered_frame, tone, write_clip
 
 
 class CacheHook:
@@ -296,19 +303,117 @@ def test_as_published(
     assert min(costs[f"{step}_seconds"] for step in ("encode", "prefill", "decode")) >= 0
 
 
-def test_prompts_longer_than_the_context(lmms: ModuleType, checkpoint: Path) -> None:
-    """The paper's are run all the same; ours are refused."""
-    content = [{"type": "text", "text": "word " * 600}]
-    for protocol in ("paper", "ours"):
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """176 s of 16:9 pictures, 440 of them, with 310 s of sound."""
+    return write_clip(
+        tmp_path_factory.mktemp("long") / "clip.mkv",
+        440,
+        Fraction(5, 2),
+        sound=tone(440, 310, 16_000)[None],
+        rate=16_000,
+        sound_codec="pcm_s16le",
+        draw=lambda number: numbered_frame(number, (270, 480)),
+    )
+
+
+def grown(height: int, width: int, side: int) -> tuple[int, int]:
+    """To 128 tokens' worth of pixels at least, in whole tokens."""
+    factor = max(1.0, math.sqrt(128 * side**2 / (height * width)))
+    return math.ceil(height * factor / side) * side, math.ceil(width * factor / side) * side
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "count", "told", "first"),
+    # 24,576 tokens for 352 frames, two of which make a grid, are 139.6 to a frame: at 16:9 8 x 15, and so below 128.
+    # Where a token is of 32 x 32 pixels, 128 are more than 270 x 480 pixels: 9 x 16.
+    [("qwen2.5", 28, 352, 1.0, (8 * 28, 15 * 28)), ("qwen3", 32, 196, 2.0, (9 * 32, 16 * 32))],
+)
+def test_long_clips_as_published(
+    lmms: ModuleType,
+    write_checkpoint: Callable[[str], Path],
+    long_clip: Path,
+    family: str,
+    side: int,
+    count: int,
+    told: float,
+    first: tuple[int, int],
+) -> None:
+    """Of more than 341 frames and of more than 300 s of sound, by plain arithmetic: which frames, scaled to what size
+    by way of which, seconds per grid, how much sound, and every id."""
+    evaluated = lmms.SeatsOmni(
+        pretrained=str(write_checkpoint(family)), device="cpu", dtype="float32", protocol="paper", retention=1
+    )
+    inputs = evaluated.prepare([{"role": "user", "content": question_about(long_clip)}], "videomme")
+
+    size = grown(*first, side)
+    assert size == (9 * side, 16 * side)
+    with av.open(str(long_clip)) as file:
+        decoded = [frame.to_image() for frame in file.decode(video=0)]
+    assert len(decoded) == 440
+    picked = [round(number * 439 / (count - 1)) for number in range(count)]
+    (frames,) = inputs.held("pixel_values_videos").frames
+    assert frames.shape == (count, 3, *size)
+    for number in range(0, count, 9):
+        expected = decoded[picked[number]].resize(first[::-1], Image.Resampling.BICUBIC)
+        expected = expected.resize(size[::-1], Image.Resampling.BICUBIC)
+        assert torch.equal(frames[number], torch.from_numpy(np.array(expected)).permute(2, 0, 1)), number
+    patch = side // 2
+    assert inputs.video_grid_thw.tolist() == [[count // 2, size[0] // patch, size[1] // patch]]
+    assert inputs.video_second_per_grid.tolist() == [told]
+
+    assert inputs.input_features.shape == (1, 128, 30_000)
+    assert inputs.feature_attention_mask.sum() == 30_000
+    tokenizer = evaluated.model.tokenizer
+    kinds = ("VIDEO", "AUDIO") if family == "qwen2.5" else ("video_pad", "audio_pad")
+    marks = ("bos", "eos") if family == "qwen2.5" else ("start", "end")
+    video, audio = (tokenizer.encode(f"<|{kind}|>") for kind in kinds)
+    opened, closed = (tokenizer.encode(f"<|vision_{mark}|>") for mark in marks)
+    begins, ends = (tokenizer.encode(f"<|audio_{mark}|>") for mark in marks)
+    grid, grids = video * 144, count // 2
+    if family == "qwen2.5":  # 25 tokens of sound a second, in turns of 2 s, two grids
+        turns = (2 * grid + 50 * audio) * (grids // 2) + 50 * audio * (150 - grids // 2)
+    else:  # 13 a second, so 26 to a grid
+        turns = (grid + 26 * audio) * grids + audio * (3_900 - 26 * grids)
+    begin = tokenizer.encode("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+    end = tokenizer.encode("Which?\nA. one\nB. two<|im_end|>\n<|im_start|>assistant\n")
+    assert inputs.input_ids[0].tolist() == begin + opened + begins + turns + ends + closed + end
+
+
+def test_a_sound_by_itself_is_asked_in_pieces(lmms: ModuleType, checkpoint: Path) -> None:
+    """As the paper's authors ask: all of it, 300 s to a piece; with true times it is one."""
+    sound = {"array": tone(440, 310, 8_000), "sampling_rate": 8_000}
+    content = [{"type": "audio", "url": sound}, {"type": "text", "text": "What?"}]
+    for protocol, lengths in (("paper", [30_000, 1_000]), ("ours", [31_000])):
         evaluated = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", retention=1, protocol=protocol)
-        if protocol == "ours":
-            decoder = replace(evaluated.model.config.decoder, max_position_embeddings=200)
-            evaluated.model.thinker.config = replace(evaluated.model.config, decoder=decoder)
-            with pytest.raises(InputError, match="together more than the model's 200"):
-                ask(evaluated, [content], {"max_new_tokens": 1})
-        else:
-            assert evaluated.model.thinker.config.decoder.max_position_embeddings > 10**6
-            ask(evaluated, [content], {"max_new_tokens": 1})
+        inputs = evaluated.prepare([{"role": "user", "content": content}])
+        assert inputs.feature_attention_mask.sum(dim=1).tolist() == lengths
+        tokens = sum(((length - 1) // 2 - 1) // 2 + 1 for length in lengths)
+        assert (inputs.input_ids == evaluated.model.config.tokens.audio).sum() == tokens
+    part = lmms.part_of(content[0])
+    for array in (tone(440, 300.05, 8_000), tone(440, 0.05, 8_000)):
+        (piece,) = lmms.pieces_of({**part, "audio": (array, 8_000)}, evaluated.reading)
+        (piece,) = lmms.pieces_of({**part, "audio": (array, 8_000)}, Reading(sound_seconds=300))
+        assert piece["audio_start"] == 0
+    stretch = {**part, "audio_start": 3}
+    assert lmms.pieces_of(stretch, Reading(sound_seconds=300)) == [stretch]
+
+
+def test_prompts_longer_than_the_context(lmms: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    """The paper's are run all the same; ours are refused. Of one checkpoint, whose limit is 200."""
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = (folder / "config.json").read_text()
+    small = re.sub(r'("max_position_embeddings": )\d+', r"\g<1>200", config)
+    assert small != config
+    (folder / "config.json").write_text(small)
+    content = [{"type": "text", "text": "word " * 600}]
+    evaluated = lmms.SeatsOmni(pretrained=str(folder), device="cpu", retention=1)
+    with pytest.raises(InputError, match="together more than the model's 200"):
+        ask(evaluated, [content], {"max_new_tokens": 1})
+    evaluated = lmms.SeatsOmni(pretrained=str(folder), device="cpu", retention=1, protocol="paper")
+    (found,) = ask(evaluated, [content], {"max_new_tokens": 1})
+    costs = found.token_counts.to_dict()
+    assert costs["input_tokens"] > 600 and costs["output_tokens"] == 1
 
 
 def test_a_registered_method_is_known_by_its_name(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ def read_video(
     end: float | None = None,
     told_fps: float | None = None,
     size_for: SizeFor | None = None,
+    through_for: SizeFor | None = None,
     on_frames: OnFrames | None = None,
 ) -> Video:
     """The frames that the family's rule takes from a clip (`frames.sample_indices`), upright, as RGB.
@@ -75,8 +76,9 @@ def read_video(
     `omni.protocol.Reading`.
     size_for: (number of frames, height, width) → the (height, width) that each frame is resized to as it
     comes (`VisionSizes.clip_size`): memory holds what is returned and the few frames in hand (`IN_HAND`), however long
-    the clip. on_frames: called each time with all frames of the clip and how many of them are there, the first ones;
-    with others where the file turns out to need reading anew.
+    the clip. through_for: likewise, a size that each is resized to before that. on_frames: called each time with all
+    frames of the clip and how many of them are there, the first ones; with others where the file turns out to need
+    reading anew.
 
     The file is read once without decoding, for the times of its frames. Where these can be trusted, only what leads
     from a keyframe to a wanted frame is read, and of that only the wanted and what others are made from is decoded
@@ -88,16 +90,17 @@ def read_video(
     a wanted frame that is lost is replaced by the one before it. Raises MediaError where nothing is left.
     """
     wish = Wish(fps, min_frames, max_frames, nframes, start, end, told_fps=told_fps)
+    scaling = _Scaling(size_for, through_for, on_frames)
     if isinstance(source, (tuple, list)) or is_array(source):
-        return _given(source, wish, size_for, on_frames)
+        return _given(source, wish, scaling)
     with open_animation(source) as animation:
         if animation is not None:
             sample = animation.timeline().sample(wish, animation.name)
-            with _Frames(sample, size_for, on_frames) as frames:
+            with _Frames(sample, scaling) as frames:
                 for picture in animation.frames(list(dict.fromkeys(sample.indices))):
                     frames.add(picture)
             return frames.video()
-    return _contained(source, wish, size_for, on_frames)
+    return _contained(source, wish, scaling)
 
 
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -108,15 +111,25 @@ BYTES_PER_PIXEL = 12
 """Of a picture in hand: decoded, as RGB and as Pillow has it, or scaled in one direction."""
 
 
+class _Scaling(NamedTuple):
+    """`read_video`'s options of that name."""
+
+    size_for: SizeFor | None = None
+    through_for: SizeFor | None = None
+    on_frames: OnFrames | None = None
+
+
 class _Frames:
     """The wanted frames as they come, each scaled, beside those that are still decoded, and put where it belongs."""
 
-    def __init__(self, sample: Sample, size_for: SizeFor | None, on_frames: OnFrames | None) -> None:
-        self.sample, self.size_for, self.on_frames = sample, size_for, on_frames
+    def __init__(self, sample: Sample, scaling: _Scaling) -> None:
+        self.sample = sample
+        self.size_for, self.through_for, self.on_frames = scaling
         # A wish for more frames than there are repeats them.
         self.repeats = deque(Counter(sample.indices).values())
         self.frames: Tensor | None = None
         self.size = (0, 0)
+        self.through: tuple[int, int] | None = None
         self.placed = self.done = self.lost = 0
         self.pool = ThreadPoolExecutor(THREADS)
         self.scaling: deque[tuple[int, Future[None]]] = deque()
@@ -143,6 +156,7 @@ class _Frames:
             shape = picture.shape[1:] if isinstance(picture, Tensor) else (picture.height, picture.width)
             self.size = (shape[0], shape[1])
             target = self.size_for(count, *self.size) if self.size_for else self.size
+            self.through = self.through_for(count, *self.size) if self.through_for else None
             try:
                 self.frames = torch.empty(count, 3, *target, dtype=torch.uint8)
             except RuntimeError as error:
@@ -154,7 +168,7 @@ class _Frames:
         while len(self.scaling) >= at_once:
             self._finish()
         into = self.frames[self.placed : self.placed + repeats]
-        self.scaling.append((repeats, self.pool.submit(_scale, picture, into)))
+        self.scaling.append((repeats, self.pool.submit(_scale, picture, into, self.through)))
         self.placed += repeats
         self.lost += repeats * (not intact)
 
@@ -186,8 +200,12 @@ class _Frames:
         return Video(self.frames, self.sample.fps, self.sample.duration, self.size)
 
 
-def _scale(picture: Any, into: Tensor) -> None:
-    """A frame of PyAV, a picture of Pillow or (3, H, W) uint8 → into (n, 3, h, w), n times."""
+def _scale(picture: Any, into: Tensor, through: tuple[int, int] | None = None) -> None:
+    """A frame of PyAV, a picture of Pillow or (3, H, W) uint8 → into (n, 3, h, w), n times, by way of a size."""
+    if through is not None and through != tuple(into.shape[2:]):
+        first = torch.empty(1, 3, *through, dtype=torch.uint8)
+        _scale(picture, first)
+        picture = first[0]
     if isinstance(picture, Tensor):
         into[0] = resize(picture[None], (into.shape[2], into.shape[3]))[0]
     else:
@@ -337,7 +355,7 @@ def _end(times: Sequence[float], end: float) -> float:
     return times[-1] + max((times[-1] - times[0]) / max(len(times) - 1, 1), 1e-3)
 
 
-def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frames: OnFrames | None) -> Video:
+def _contained(source: Any, wish: Wish, scaling: _Scaling) -> Video:
     """The frames of a container: sought where its stamps can be trusted, else read through, at most twice."""
     with open_container(source) as (container, name):
         scan = _scan(container, require_pictures(container, name), name)
@@ -347,7 +365,7 @@ def _contained(source: Any, wish: Wish, size_for: SizeFor | None, on_frames: OnF
     while True:
         sample = scan.timeline(times, end).sample(wish, name)
         wanted = [times[index] for index in dict.fromkeys(sample.indices)]
-        with _Frames(sample, size_for, on_frames) as frames, open_container(source) as (container, name):
+        with _Frames(sample, scaling) as frames, open_container(source) as (container, name):
             decoder = Decoder(require_pictures(container, name))
             if seek:
                 numbers = scan.numbers(wanted)
@@ -442,7 +460,7 @@ class _Through:
         return found, end if rest else _end(found, self.end)
 
 
-def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frames: OnFrames | None) -> Video:
+def _given(source: Any, wish: Wish, scaling: _Scaling) -> Video:
     """The frames of an array or a list."""
     if not isinstance(source, tuple) or len(source) != 2:
         kind = "a list of frames" if isinstance(source, list) else "an array of frames"
@@ -466,7 +484,7 @@ def _given(source: Any, wish: Wish, size_for: SizeFor | None, on_frames: OnFrame
         raise MediaError("a clip without a single frame has nothing to sample.")
     timeline = Timeline([number / rate for number in range(total)], total / rate, (rate,))
     sample = timeline.sample(replace(wish, every=isinstance(given, list)), "the clip")
-    with _Frames(sample, size_for, on_frames) as frames:
+    with _Frames(sample, scaling) as frames:
         for index in dict.fromkeys(sample.indices):
             frames.add(read_image(pictures[index]))
     return frames.video()

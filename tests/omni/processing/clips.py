@@ -50,6 +50,7 @@ def write_clip(
     sound: np.ndarray | None = None,
     rate: int = 44_100,
     sound_start: float = 0.0,
+    sound_codec: str = "aac",
     rotation: int = 0,
     faststart: bool = False,
     container: str | None = None,
@@ -70,7 +71,7 @@ def write_clip(
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         audio = None
         if sound is not None:
-            audio = file.add_stream("aac", rate=rate, layout="stereo" if len(sound) == 2 else "mono")
+            audio = file.add_stream(sound_codec, rate=rate, layout="stereo" if len(sound) == 2 else "mono")
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(draw(number), format="rgb24")
             frame.pts = number if times is None else round(times[number] * 1000)

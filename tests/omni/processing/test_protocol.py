@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clips import number_of, tone, write_clip
+from PIL import Image
 
+import omni
+from omni.processing.frames import VisionSizes
 from omni.processing.media import read_video
 from omni.processing.media.timeline import Timeline, Wish
-from omni.protocol import OURS, Reading, most_frames, pixel_bounds, published_method, require_row, system_message
+from omni.processing.reader import bounded
+from omni.protocol import (
+    OURS,
+    Reading,
+    most_frames,
+    pixel_bounds,
+    published_method,
+    published_reading,
+    require_row,
+    system_message,
+)
 
 
 class Released:
@@ -55,6 +69,35 @@ def test_frames_of_a_file(tmp_path: Path) -> None:
     video = read_video(path, told_fps=2.0)
     assert [number_of(frame) for frame in video.frames] == linspace(50, 10)
     assert video.fps == 2.0
+
+
+@pytest.mark.parametrize(("family", "side"), [("qwen2.5", 28), ("qwen3", 32)])
+def test_frames_that_are_too_small_are_scaled_again(
+    write_checkpoint: Callable[[str], Path], family: str, side: int
+) -> None:
+    """21:9: 144 tokens at most are 7 x 18 in whole ones, fewer than 128, so these are scaled to 8 x 19. A clip as it is
+    read otherwise keeps the first size."""
+    model = omni.load(str(write_checkpoint(family)), device="cpu")
+    drawn = np.random.default_rng(0).integers(0, 256, (4, 9 * side, 21 * side, 3), dtype=np.uint8)
+    messages = [{"role": "user", "content": [{"type": "video", "video": (drawn, 2.0)}]}]
+    bounds = pixel_bounds(side)
+    for reading, sizes in (
+        (published_reading(model.config), ((7 * side, 18 * side), (8 * side, 19 * side))),
+        (OURS, ((7 * side, 18 * side),)),
+    ):
+        inputs = model.processor.prepare(messages, **bounds, reading=reading)
+        (frames,) = inputs.held("pixel_values_videos").frames
+        for number, frame in enumerate(drawn):
+            picture = Image.fromarray(frame)
+            for height, width in sizes:
+                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            assert torch.equal(frames[number], torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def test_a_share_of_pixels_is_no_whole_number() -> None:
+    """As in qwen-omni-utils: 24,576 tokens' worth for 360 frames, two to a grid, are 107,042.1 pixels to a frame."""
+    sizes = bounded(VisionSizes(), **pixel_bounds(28))
+    assert sizes.clip_size(360, 148, 1110) == (4 * 28, 32 * 28)
 
 
 def test_sound_is_cut() -> None:
