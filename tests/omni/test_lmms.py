@@ -389,7 +389,7 @@ def test_a_sound_by_itself_is_asked_in_pieces(lmms: ModuleType, checkpoint: Path
         inputs = evaluated.prepare([{"role": "user", "content": content}])
         assert inputs.feature_attention_mask.sum(dim=1).tolist() == lengths
         tokens = sum(((length - 1) // 2 - 1) // 2 + 1 for length in lengths)
-        assert (inputs.input_ids == evaluated.model.config.tokens.audio).sum() == tokens
+        assert (inputs.input_ids == evaluated.model.tokenizer.encode("<|AUDIO|>")[0]).sum() == tokens
     part = lmms.part_of(content[0])
     for array in (tone(440, 300.05, 8_000), tone(440, 0.05, 8_000)):
         (piece,) = lmms.pieces_of({**part, "audio": (array, 8_000)}, evaluated.reading)
