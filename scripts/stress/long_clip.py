@@ -31,9 +31,9 @@ from seats import preset_for
 
 SIZE, FPS, RATE = 96, 4, 16_000
 NEW = 32
-BOUND = 2816 * MIB
-"""What the process may take at most for an hour: 400 MiB are libraries and model, 1200 the tensors of the request (768
-frames of 336 x 336 pixels as float32, and the spectrum), the rest embeddings of 145,000 tokens, a few times over."""
+BOUND = 2048 * MIB
+"""What the process may take at most for an hour: 270 MiB are libraries and model, 430 the tensors of the request (768
+frames of 336 x 336 pixels as bytes, and the spectrum), the rest embeddings of 145,000 tokens, a few times over."""
 
 
 def make_long_clip(path: Path, seconds: float, width: int = SIZE, height: int = SIZE) -> None:
