@@ -67,7 +67,7 @@ _by_sum: dict[torch.dtype, bool] = {}
 
 
 def by_sum(dtype: torch.dtype) -> bool:
-    """Whether one row is multiplied by `matrix_vector` on this CPU: `one_row.choose` measures it."""
+    """Whether one row is multiplied by `matrix_vector` on this CPU: `gemv.choose` measures it."""
     return _by_sum.get(dtype, True)
 
 
@@ -145,7 +145,7 @@ def row_product(
     x: (in,). weight: (out, in). added: (out,). gated: silu of the product's first half times the second, (out / 2,).
     float32: in float32 from the product on, else rounded to the dtype of x at the end.
     """
-    from omni.row_kernels import product_on_device
+    from omni.gemv_kernels import product_on_device
 
     return product_on_device(x, weight, added, norm, eps, gated, float32)
 

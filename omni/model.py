@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import weights
-from omni import one_row
+from omni import gemv
 from omni.ahead import BackgroundEncoder, can_encode_ahead
 from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
@@ -492,7 +492,7 @@ def load(
     names = tensor_names(config, layout)
     transposed = False
     if device.type == "cpu":
-        transposed = one_row.for_model(thinker, dtype, compiled=compile).transposed
+        transposed = gemv.for_model(thinker, dtype, compiled=compile).transposed
     weights.fill(
         thinker,
         folder,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from omni.row_kernels import experts_of_rows
+from omni.gemv_kernels import experts_of_rows
 
 
 @dataclass(frozen=True)

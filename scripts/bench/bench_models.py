@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import weights
-from omni import one_row
+from omni import gemv
 from omni.config import OmniConfig, read_config
 from omni.model import tensor_names
 from omni.thinker import Thinker
@@ -215,7 +215,7 @@ def without_wrappers(name: str) -> str:
 def as_loaded(thinker: Thinker, *, compiled: bool) -> Thinker:
     """The thinker as `omni.load` lays it out on this machine: on a CPU perhaps with tall matrices transposed."""
     weight = thinker.embedding.weight
-    if weight.device.type != "cpu" or not one_row.for_model(thinker, weight.dtype, compiled=compiled).transposed:
+    if weight.device.type != "cpu" or not gemv.for_model(thinker, weight.dtype, compiled=compiled).transposed:
         return thinker
     own = copy.deepcopy(thinker)
     for parameter in own.parameters():

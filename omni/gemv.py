@@ -1,4 +1,4 @@
-"""The fastest product of one row on this CPU, measured: decoding is little else."""
+"""The fastest matrix-vector product (GEMV), that of one row, on this CPU, measured: decoding is little else."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ SMALL = 2**28
 
 
 @dataclass(frozen=True)
-class OneRow:
-    """transposed: tall matrices lie with contiguous outputs. by_sum: those that lie the usual way are multiplied by
-    `layers.matrix_vector`, where that is compiled."""
+class GemvLayout:
+    """How matrices lie for matrix-vector products, and what multiplies them.
+
+    transposed: tall matrices lie with contiguous outputs. by_sum: those that lie the usual way are multiplied by
+    `layers.matrix_vector`, where that is compiled.
+    """
 
     transposed: bool
     by_sum: bool
 
 
-def for_model(model: nn.Module, dtype: torch.dtype, *, compiled: bool) -> OneRow:
+def for_model(model: nn.Module, dtype: torch.dtype, *, compiled: bool) -> GemvLayout:
     """What a model with parameters of this dtype is laid out for."""
     if sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize < SMALL:
-        return OneRow(transposed=dtype == torch.float32 and not compiled, by_sum=compiled)
+        return GemvLayout(transposed=dtype == torch.float32 and not compiled, by_sum=compiled)
     return choose(dtype, compiled=compiled)
 
 
 @cache
-def choose(dtype: torch.dtype, *, compiled: bool) -> OneRow:
+def choose(dtype: torch.dtype, *, compiled: bool) -> GemvLayout:
     """Measures PyTorch's product of a tall and a wide matrix as in a SwiGLU, the tall one lying either way, and what
     the compiler makes of the sum; takes a quarter of a second, and some more to compile. Once per process.
 
@@ -66,12 +69,12 @@ def choose(dtype: torch.dtype, *, compiled: bool) -> OneRow:
         seconds = measure(ways)
     # Of the sum only the tall matrix is measured: what it takes is by the byte.
     totals = {
-        OneRow(transposed=False, by_sum=False): seconds["tall"] + seconds["wide"],
-        OneRow(transposed=True, by_sum=False): seconds["transposed"] + seconds["wide"],
+        GemvLayout(transposed=False, by_sum=False): seconds["tall"] + seconds["wide"],
+        GemvLayout(transposed=True, by_sum=False): seconds["transposed"] + seconds["wide"],
     }
     if compiled:
-        totals[OneRow(transposed=False, by_sum=True)] = 1.5 * seconds["sum"]
-        totals[OneRow(transposed=True, by_sum=True)] = seconds["transposed"] + 0.5 * seconds["sum"]
+        totals[GemvLayout(transposed=False, by_sum=True)] = 1.5 * seconds["sum"]
+        totals[GemvLayout(transposed=True, by_sum=True)] = seconds["transposed"] + 0.5 * seconds["sum"]
     best = min(totals, key=lambda way: totals[way])
     if compiled:
         layers.sum_one_row(dtype, best.by_sum)

@@ -1,4 +1,4 @@
-"""Products of one row in Triton, which read each weight once: of dense layers and of a token's experts."""
+"""Matrix-vector products (GEMV) in Triton, which read each weight once: of dense layers and of a token's experts."""
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def"
 
 from __future__ import annotations

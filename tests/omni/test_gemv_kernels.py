@@ -1,4 +1,4 @@
-"""Products of one row: kernels equal plain products, and what is chosen by measurement."""
+"""Matrix-vector products: kernels equal plain products."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni import layers, one_row
+from omni import layers
 from omni.layers import RMSNorm, SwiGLU
 from tests.kernels import compiled_for_hopper, interpreted, needs_triton
 
 KERNELS = """
 import torch
 import torch.nn.functional as F
-from omni import row_kernels
+from omni import gemv_kernels
 from tests.omni.test_moe import loop_over
 
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
@@ -32,16 +32,16 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 ((added, norm, 1e-6, False, True), exact[1] @ normed + exact[2]),
                 ((None, norm, 1e-6, True, False), F.silu(gate) * up),
             ):
-                got = row_kernels.product_by_kernel(x, weight, *arguments, tile)
+                got = gemv_kernels.product_by_kernel(x, weight, *arguments, tile)
                 assert got.dtype == (torch.float32 if arguments[-1] else dtype)
                 torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
                 if not arguments[-1]:
-                    got = row_kernels.product_by_library(x, weight, *arguments)
+                    got = gemv_kernels.product_by_library(x, weight, *arguments)
                     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
     x, residual = torch.randn(2, 2, 40).to(dtype)
     gate_up, down = 0.2 * torch.randn(5, 48, 40).to(dtype), 0.2 * torch.randn(5, 40, 24).to(dtype)
     shares, chosen = torch.randn(2, 5).softmax(-1).topk(3)
-    got = row_kernels.experts_of_rows(x, shares.to(dtype), chosen, gate_up, down, residual)
+    got = gemv_kernels.experts_of_rows(x, shares.to(dtype), chosen, gate_up, down, residual)
     expected = residual.float() + loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 """
@@ -56,7 +56,7 @@ def test_kernels_equal_products_under_tritons_interpreter() -> None:
 @needs_triton
 def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     """16 bytes of the matrix at a time, and no register spilt."""
-    from omni import row_kernels
+    from omni import gemv_kernels
 
     types = dict.fromkeys(("x", "norm", "weight", "weights", "added", "out", "inner", "shares"), "*bf16")
     types |= {"chosen": "*i32", "residual": "*bf16", "eps": "fp32"}
@@ -68,13 +68,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
         assert all("v4.b32" in line for line in loads)
         assert not code.metadata.global_scratch_size
 
-    for rows, columns, warps in row_kernels.TILES:
-        check(row_kernels.row_kernel, {"added": None, "GATED": True, "ROWS": rows, "COLUMNS": columns}, warps)
-        check(row_kernels.row_kernel, {"norm": None, "GATED": False, "ROWS": rows, "COLUMNS": columns}, warps)
+    for rows, columns, warps in gemv_kernels.TILES:
+        check(gemv_kernels.row_kernel, {"added": None, "GATED": True, "ROWS": rows, "COLUMNS": columns}, warps)
+        check(gemv_kernels.row_kernel, {"norm": None, "GATED": False, "ROWS": rows, "COLUMNS": columns}, warps)
     sizes = {"PER_TOKEN": 8, "HIDDEN": 2048, "SIZE": 768}
     for kernel, (rows, columns, warps) in (
-        (row_kernels.gate_up_rows_kernel, row_kernels.GATE_UP),
-        (row_kernels.down_rows_kernel, row_kernels.DOWN),
+        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP),
+        (gemv_kernels.down_rows_kernel, gemv_kernels.DOWN),
     ):
         check(kernel, {**sizes, "ROWS": rows, "COLUMNS": columns}, warps)
 
@@ -87,51 +87,6 @@ def test_products_take_a_norm_before_and_a_sum_after() -> None:
     weight, bias = torch.randn(8, 16), torch.randn(8)
     got = layers.linear(x, weight, bias, norm=norm, residual=torch.ones(1, 3, 8))
     torch.testing.assert_close(got, 1 + F.linear(norm(x), weight, bias))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "compiled", "expected"),
-    [
-        ({"tall": 4, "transposed": 3, "wide": 2}, False, (True, False)),
-        ({"tall": 3, "transposed": 4, "wide": 2}, False, (False, False)),
-        ({"tall": 4, "transposed": 3, "wide": 2, "sum": 2}, True, (False, True)),
-        ({"tall": 4, "transposed": 2, "wide": 2, "sum": 3}, True, (True, True)),
-        ({"tall": 4, "transposed": 3, "wide": 2, "sum": 5}, True, (True, False)),
-        ({"tall": 2, "transposed": 3, "wide": 1, "sum": 5}, True, (False, False)),
-    ],
-)
-def test_the_fastest_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], compiled: bool, expected: tuple[bool, bool]
-) -> None:
-    """Of layouts and products together; compiled code reads what was chosen."""
-    monkeypatch.setattr(one_row, "BYTES", 2**20)
-    monkeypatch.setattr(one_row, "measure", lambda ways: {name: seconds[name] for name in ways})
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(layers, "_by_sum", {})
-    chosen = one_row.choose.__wrapped__(torch.float32, compiled=compiled)
-    assert (chosen.transposed, chosen.by_sum) == expected
-    assert layers.by_sum(torch.float32) == (expected[1] if compiled else True)
-
-
-def test_measuring_takes_turns_and_gives_up_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of its own."""
-    now, calls = [0.0], []
-    monkeypatch.setattr("omni.one_row.time.perf_counter", lambda: now[0])
-
-    def takes(name: str, *seconds: float) -> Any:
-        left = list(seconds)
-
-        def run() -> torch.Tensor:
-            calls.append(name)
-            now[0] += left.pop(0) if len(left) > 1 else left[0]
-            return torch.empty(0)
-
-        return run
-
-    measured = one_row.measure({"a": takes("a", 5, 3, 4), "b": takes("b", 2, 1), "slow": takes("slow", 30)})
-    assert measured == {"a": 3, "b": 1, "slow": 30}
-    assert calls[:5] == ["a", "b", "slow", "a", "b"]
-    assert calls.count("slow") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
