@@ -93,7 +93,10 @@ class Shown:
 
 
 class Conversation:
-    """messages: what was said. waiting: parts of the next message, media named since. files: what was fetched."""
+    """What `--chat` holds between two lines: the model, what was said so far, and media named for the next question.
+
+    messages: what was said. waiting: parts of the next message, media named since. files: what was fetched.
+    """
 
     def __init__(self, options: argparse.Namespace, files: ExitStack) -> None:
         self.options, self.files = options, files

@@ -150,6 +150,9 @@ def chunks_on_a_cpu(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) ->
 
 
 class Layer(nn.Module):
+    """One layer of the text decoder: attention and an MLP or experts, each after a norm and added to what it was given
+    (transformers' `Qwen2_5OmniDecoderLayer`, `Qwen3OmniMoeThinkerTextDecoderLayer`)."""
+
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

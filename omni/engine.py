@@ -43,6 +43,8 @@ class Prefill:
     """A prompt that went through the decoder. logits: (vocab,) float32 of the next token.
 
     kept: the surviving original positions after each selection step, in order; empty where every token is kept.
+    tokens: of the prompt by kind, under "text", "image", "video" and "audio". segments: how many of them each run of
+    decoder layers between two selections saw, from the first layer to the last; where every token is kept one number.
     relevance: for each step after the first, float32 scores of the positions that it chose from, those of `kept`
     before it; None where it leaves text alone. config: the model's. method: what chose them, None where every token is
     kept. cache and next_position are what decoding continues from. macs, full_macs: multiply-accumulates of this
@@ -86,8 +88,10 @@ class Encoded:
 
 
 class Engine:
-    """compiled: the graphs, or None. eager_until_warm: what has no graph yet runs without, except inside `warming`.
+    """Runs prefills and decoding steps of one thinker, eagerly or as graphs: of several requests together, and one
+    after the other whichever threads ask. Keeps what later requests need not compute again.
 
+    compiled: the graphs, or None. eager_until_warm: what has no graph yet runs without, except inside `warming`.
     reuse: bytes that may be kept between requests: what encoders made of media (`Encoded`, by their digest), and what
     became of the beginnings of prompts (`CachedPrefix`).
     """

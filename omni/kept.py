@@ -126,7 +126,8 @@ class Tile:
 
 
 def explain(inputs: Inputs, prefill: Prefill) -> str:
-    """A table in plain text: tokens and multiply-accumulates by stage, tokens by window. Errors: `read`."""
+    """What each stage of a prefill kept, as a table in plain text to print: tokens and multiply-accumulates by stage,
+    then tokens by window. inputs: what was prefilled. Errors: `read`."""
     view = read(inputs, prefill)
     shown = [kind for kind in KINDS if view.stages[0].tokens[kind]]
     rows = [["stage", "layers", "tokens", "left", *shown, "multiply-acc.", "every token"]]

@@ -19,6 +19,7 @@ Call = Callable[..., Any]
 
 
 def directly(method: Callable[..., Any], *arguments: Any) -> Any:
+    """The plain `Call`: runs a method as it is, where nothing is compiled."""
     return method(*arguments)
 
 

@@ -58,9 +58,12 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures of one answer. Seconds are wall-clock; `prefill_seconds` ends with the first token.
+    """Figures of one answer. Seconds are wall-clock, of the whole batch; `prefill_seconds` ends with the first token.
 
-    segments: tokens that runs of decoder layers saw, from the first layer to the last; one where every token is kept.
+    tokens: of the prompt by kind, under "text", "image", "video" and "audio", before anything is selected.
+    segments: how many of them each run of decoder layers between two selections saw, from the first layer to the last;
+    where every token is kept one number, the length of the prompt.
+    cache_bytes: of this answer's keys and values in all layers, the room for new tokens included.
     macs, full_macs: multiply-accumulates of this prefill, and of one with every token, both as if nothing was known.
     reused_tokens: tokens of the prompt that did not run again, as an earlier request began alike (`load`'s reuse).
     """
@@ -134,7 +137,12 @@ class Generation:
 
 
 class Omni:
-    """One checkpoint in memory. Made by `omni.load`."""
+    """One checkpoint in memory, as `omni.load` makes it: the thinker with its processor and tokenizer.
+
+    First `prepare` makes tensors, `Inputs`, of messages and media. Then `generate` answers them, `stream` yields the
+    answer's text as it comes, and `prefill` alone gives the next token's logits and what token selection kept. Inputs
+    may be asked again, with other settings too; any thread may ask.
+    """
 
     def __init__(
         self,
@@ -193,11 +201,32 @@ class Omni:
         encode_while_reading: bool = False,
         seats: Selection | None = None,
     ) -> Inputs:
-        """Messages in the chat format, with media parts, → the tensors of one request, on the CPU.
+        """Messages in the chat format, with media parts, → the tensors of one request, on the CPU:
 
+            model.prepare([{"role": "user", "content": [
+                {"type": "video", "video": "clip.mp4", "video_start": 60, "video_end": 90},
+                {"type": "text", "text": "What happens?"},
+            ]}])
+
+        messages: each of a "system", "user" or "assistant"; its content a text, or parts of the types "text", "image",
+        "audio" and "video". A medium is a path, an address, bytes, a file object, an array or a PIL image
+        (`omni.processing.media.files`). Its own settings stand beside it, under the names of qwen-omni-utils, and go
+        before the options here (`omni.processing.parts.KEYS`): fps, nframes, max_frames, video_start, audio_track, ...
+        use_audio_in_video: whether clips are heard; one without sound is seen alone.
+        fps, max_frames: frames that are taken of a second of a clip, and of all of it at most.
+        min_pixels, max_pixels: of a frame or picture; the checkpoint's unless given. total_pixels: of all that the
+        model sees of a clip, two frames to a grid, which lowers max_pixels of long ones.
+        urls: whether http:// and https:// addresses are fetched; else they are refused.
+        on_frame: called with (frames done, frames in all) of each clip while it is decoded.
         encode_while_reading: whether clips are encoded while they are read, for an answer with these `seats`
         (`prefill`), which then finds them encoded (`omni.ahead`). Not on a CPU, whose cores read, nor where `load`'s
-        reuse is 0. What the other options mean and what is raised: `omni.processing.processor.Processor.prepare`.
+        reuse is 0.
+        What was read before, and has not changed since, is not read again: requests may share their tensors, which are
+        not to be written to.
+        Raises omni.inputs.InputError for parts, settings and keys that mean nothing, omni.processing.frames.MediaError
+        for media that cannot be read, ChatTemplateError (omni.processing.chat_template) for messages that are malformed
+        and templates that fail, and TokenizerError and ConfigError where the checkpoint's own files are missing or
+        damaged; each a ValueError.
         """
         method = self._method(seats)
         early = encode_while_reading and can_encode_ahead(self.engine)
@@ -283,9 +312,16 @@ class Omni:
         text_tokens: int = 100,
     ) -> None:
         """Makes the graphs for clips with sound of so many seconds and frames of height × width pixels, for a first
-        question and the next.
+        question and the next, by answering about blank ones. Of a model that `load` was told to compile; of another
+        there is nothing to make.
 
-        text_tokens: around the clip. Others of the same plan find the graphs ready.
+        A graph serves every request of one plan: the lengths of a prefill, rounded up a ladder, which follow from how
+        many tokens of text, video and sound there are, never from what they show (`seats.plan.StagePlan`). So clips of
+        about this length and size, and questions of about this length, find theirs ready.
+        seats, kv: as the requests to come have them. max_new_tokens: likewise, as their cache has that much room.
+        fps, max_frames: as `prepare` takes them. text_tokens: around the clip, the question and the template's own.
+        Drops what is kept of media and prompts for later questions (`load`'s reuse), as `forget` does, but not what was
+        read of files.
         """
         with self.engine.warming():
             for length in seconds:

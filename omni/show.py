@@ -41,7 +41,8 @@ KIND_COLOURS = {"text": "#9aa4b2", "image": "#14b8a6", "video": "#3b82f6", "audi
 
 @dataclass(frozen=True)
 class Page:
-    """What each stage kept, as a page of its own; a notebook shows it where it is a cell's value."""
+    """An HTML page that draws what each stage kept of a prompt, made by `omni.show`; a notebook shows it where it is a
+    cell's value. html: the whole page, which needs no other file."""
 
     html: str = field(repr=False)
 

@@ -26,6 +26,11 @@ ENCODERS = {QWEN2_5: (Qwen25VisionEncoder, Qwen25AudioEncoder), QWEN3: (Qwen3Vis
 
 
 class Thinker(nn.Module):
+    """The parameters of a checkpoint and what runs them one step at a time: encoders, embedding, decoder layers, head.
+
+    The stages of a prefill, with what a method selects between the layers, are in `omni.stages`.
+    """
+
     def __init__(self, config: OmniConfig) -> None:
         super().__init__()
         self.config = config

@@ -1,0 +1,1 @@
+"""How requests run: compiled code, CUDA graphs, sampling, and blank requests to warm up with."""
