@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,11 +52,67 @@ def test_answers_are_those_of_evaluate(
     column = [each["name"] for each in result["rows"]].index(row)
     expected = [answer["texts"][column] for answer in result["answers"]]
     (samples,) = tmp_path.rglob("*samples_small_world.jsonl")
-    found = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, samples.open())}
+    logged = [json.loads(line) for line in samples.open()]
+    found = {sample["doc_id"]: sample["filtered_resps"] for sample in logged}
     assert [found[number] for number in range(len(expected))] == expected
+    require_costs(logged, retention)
     (summary,) = tmp_path.rglob("*results.json")
     accuracy = json.loads(summary.read_text())["results"]["small_world"]["accuracy,none"]
     row_of = result["rows"][column]
     groups = [row_of[group] for group in ("choice", "free")]
     right = sum(group["mean"] * group["questions"] for group in groups)
     assert accuracy == pytest.approx(100 * right / sum(group["questions"] for group in groups))
+
+
+def require_costs(logged: list[dict[str, Any]], retention: float) -> None:
+    """Each sample of the log says what its answer cost."""
+    for sample in logged:
+        (costs,) = sample["token_counts"]
+        kept = costs["kept_tokens"]
+        if retention == 1:
+            assert costs["macs"] == costs["full_macs"] and kept == [costs["input_tokens"]]
+        else:
+            assert 0 < costs["macs"] < costs["full_macs"] and costs["input_tokens"] > kept[0] > kept[-1] > 0
+        assert 1 <= costs["output_tokens"] <= 16
+        assert all(costs[f"{step}_seconds"] >= 0 for step in ("encode", "prefill", "decode"))
+        assert costs["prefill_seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EVAL.is_file(), reason="needs the environment of make eval")
+def test_the_papers_table_of_a_log(folder: Path, tmp_path: Path) -> None:
+    """Under the paper's protocol, with the small world in the place of WorldSense, so that its frames and its system
+    message are asked for: what `paper.py` gathers is what the logs have."""
+    tasks = tmp_path / "scripts" / "tasks"
+    tasks.mkdir(parents=True)
+    (tmp_path / "scripts" / "tiny").symlink_to(ROOT / "scripts/tiny")
+    (tasks / "utils.py").write_text((ROOT / "scripts/tasks/utils.py").read_text())
+    task = (ROOT / "scripts/tasks/small_world.yaml").read_text()
+    (tasks / "task.yaml").write_text(task.replace("task: small_world", "task: worldsense_omni"))
+    rows = {}
+    for retention, kept in ((1, "every-token"), (0.1, "seats-10")):
+        out = folder / "benchmarks/paper/paper/qwen2.5" / kept / "worldsense"
+        run(
+            [
+                *(str(EVAL), "-m", "lmms_eval", "--model", "seats_omni", "--batch_size", "1"),
+                *("--model_args", f"pretrained=tiny,device=cpu,protocol=paper,retention={retention}"),
+                *("--include_path", str(tasks), "--tasks", "worldsense_omni"),
+                *("--log_samples", "--output_path", str(out)),
+            ],
+            cwd=folder,
+        )
+        (samples,) = out.rglob("*samples_worldsense_omni.jsonl")
+        logged = [json.loads(line) for line in samples.open()]
+        require_costs(logged, retention)
+        costs = [sample["token_counts"][0] for sample in logged]
+        (summary,) = out.rglob("*results.json")
+        accuracy = json.loads(summary.read_text())["results"]["worldsense_omni"]["accuracy,none"]
+        tera = sum(each["macs"] for each in costs) / len(costs) / 1e12
+        seconds = statistics.median(each["prefill_seconds"] for each in costs)
+        rows[retention] = (
+            f"| {retention:.0%} | run (1 of 5) | {tera:.1f} | {accuracy:.1f} |  |  |  |  |  |  | {seconds:.2f} |"
+        )
+    command = [sys.executable, str(ROOT / "scripts/tasks/paper.py"), "--gather", "--families", "qwen2.5"]
+    done = subprocess.run(command, cwd=folder, env=os.environ | OFFLINE, capture_output=True, text=True, check=True)
+    print(done.stdout)
+    assert all(row in done.stdout for row in rows.values()), (rows, done.stdout)
