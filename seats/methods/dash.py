@@ -48,7 +48,8 @@ class DASH(OmniZip):
     segment of less than two of its frames whole. Here that is treated like any other, or all shapes, which are made
     before the data is known, would have to hold nearly all of a clip. At two frames a second, where 30 tokens of sound
     last longer than a grid, only the last segment of a prompt can be so short. A prompt without sound keeps video_ratio
-    of every grid, there 15 points more, 65 % at most. Attention of sound is within the encoder's windows.
+    of every grid, there 15 points more, 65 % at most. Where nothing would be left of a grid, or of all sound, a token
+    is. Attention of sound is within the encoder's windows.
 
     Raises ValueError for a ratio outside (0, 1], where least_removed and most_removed do not rise within [0, 1], and
     for `shortest` below 1.
@@ -69,14 +70,16 @@ class DASH(OmniZip):
         least = self.removed
         if sum(audio):
             least = min(max(self.removed - GUIDANCE / 2, self.least_removed), self.most_removed)
-        of_video = left(torch.tensor(video, dtype=torch.long), least).sum()
+        of_video = grid_counts(torch.tensor(video, dtype=torch.long), least).sum()
         return int(of_video + sum(self.sound_counts(torch.tensor(sum(audio))))), 0
+
+    def sound_counts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        dominant, anchors = super().sound_counts(tokens)
+        return torch.where(dominant + anchors > 0, dominant, tokens.clamp(max=1)), anchors
 
     def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
         if audio is None:
-            if video is None:
-                return None, None
-            return self.cut_segments(video, torch.zeros_like(video.sizes), self.removed), None
+            return None if video is None else self.cut_segments(video, 0 * video.sizes, self.removed), None
         sound = self.sound_kept(audio, video)
         return None if video is None else self.guided(video, audio, sound.keep), sound
 
@@ -122,7 +125,11 @@ class DASH(OmniZip):
         number = grid - torch.where(begins, grid, 0).cummax(dim=1).values
         crowd = crowding(video.features.flatten(0, 1), video.sizes.flatten(), self.neighbours)
         scores = torch.where((number % 2 == 0)[..., None], -crowd.view(video.received.shape), -likeness(video))
-        return Kept(highest(scores, video.there, left(video.sizes, removed)))
+        return Kept(highest(scores, video.there, grid_counts(video.sizes, removed)))
+
+
+def grid_counts(sizes: Tensor, removed: float | Tensor) -> Tensor:
+    return left(sizes, removed).maximum(sizes.clamp(max=1))
 
 
 def to_previous(audio: Media) -> Tensor:

@@ -20,7 +20,8 @@ class PyramidDrop(ByRelevance):
     share of the first stage, a quarter. A decoder of three layers or less has fewer stages. both: `ByRelevance`.
 
     The authors' λ is 0.5, on average 47 %. They rank by the projections of the layer after, on what enters it; here, as
-    with other methods, by those of the layer before, on its output.
+    with other methods, by those of the layer before, on its output. They cut off λ^k of all tokens to a whole number;
+    here λ of those that are left is rounded.
     """
 
     def steps(self, num_layers: int) -> list[Step]:
