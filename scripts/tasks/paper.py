@@ -229,11 +229,14 @@ def main() -> None:
         for run in able:
             command = run.command(options.processes, options.batch, options.limit)
             print(shlex.join(command), flush=True)
-            if options.run and run.score() is None and (status := subprocess.run(command).returncode):
-                raise SystemExit(
-                    f"{run.family}, {run.task}, {run.method} at {run.retention:.0%} ended with status {status}: "
-                    "lmms-eval says why above. What has a result is not run again: mend it and give the same command."
-                )
+            if options.run and run.score() is None:
+                status = subprocess.run(command).returncode
+                if status or run.score() is None:  # lmms-eval says what went wrong and ends with 0
+                    raise SystemExit(
+                        f"{run.family}, {run.task}, {run.method} at {run.retention:.0%} has left no result (status "
+                        f"{status}): lmms-eval says why above. What has one is not run again: mend it and give the same "
+                        "command."
+                    )
         if not able:
             raise SystemExit("nothing of what was asked can be run.")
     if options.gather or options.run:

@@ -89,10 +89,15 @@ def test_commands_and_what_is_left_out(
         said("--method", "omnizip", "--retention", "0.1")
 
 
-def test_a_run_that_fails_is_said_in_a_sentence(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [3, 0])
+def test_a_run_that_fails_is_said_in_a_sentence(
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """lmms-eval ends with 0 whatever went wrong."""
     monkeypatch.setattr(sys, "argv", ["paper.py", "--run", "--tasks", "worldsense", "--retention", "0.35"])
-    monkeypatch.setattr(paper.Run, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(SystemExit, match=r"qwen2\.5, worldsense, seats at 35% ended with status 3.*the same command"):
+    monkeypatch.setattr(paper.Run, "command", lambda *_: [sys.executable, "-c", f"raise SystemExit({status})"])
+    said = rf"qwen2\.5, worldsense, seats at 35% has left no result \(status {status}\).*the same command"
+    with pytest.raises(SystemExit, match=said):
         paper.main()
 
 
