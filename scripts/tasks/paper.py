@@ -234,8 +234,8 @@ def main() -> None:
                 if status or run.score() is None:  # lmms-eval says what went wrong and ends with 0
                     raise SystemExit(
                         f"{run.family}, {run.task}, {run.method} at {run.retention:.0%} has left no result (status "
-                        f"{status}): lmms-eval says why above. What has one is not run again: mend it and give the same "
-                        "command."
+                        f"{status}): lmms-eval says why above. What has one is not run again: mend it and give the "
+                        "same command."
                     )
         if not able:
             raise SystemExit("nothing of what was asked can be run.")
