@@ -45,11 +45,11 @@ class DASH(OmniZip):
     What differs: a frame is a temporal grid, and a grid is of the segment that its first token falls into. In the
     authors' code (github.com/laychou666/DASH) a frame is half a grid, as it counts the frames of the clip, of which the
     encoder joins two; it cuts frames anew from each bound on, and what is left over of a segment goes. It keeps a
-    segment of less than two of its frames whole. Here that is treated like any other, or all shapes, which are made
-    before the data is known, would have to hold nearly all of a clip. At two frames a second, where 30 tokens of sound
-    last longer than a grid, only the last segment of a prompt can be so short. A prompt without sound keeps video_ratio
-    of every grid, there 15 points more, 65 % at most. Where nothing would be left of a grid, or of all sound, a token
-    is. Attention of sound is within the encoder's windows.
+    segment of less than two of its frames whole: at two frames a second, where 30 tokens of sound last longer than a
+    grid, that is the last of a prompt at most; where frames are sparser it may be each, and all shapes, which are made
+    before the data is known, would have to hold nearly all of a clip. Here it is treated like any other. A prompt
+    without sound keeps video_ratio of every grid, there 15 points more, 65 % at most. Where nothing would be left of a
+    grid, or of all sound, a token is. Attention of sound is within the encoder's windows.
 
     Raises ValueError for a ratio outside (0, 1], where least_removed and most_removed do not rise within [0, 1], and
     for `shortest` below 1.
