@@ -73,9 +73,9 @@ def published_reading(config: Any) -> Reading:
 
     Sound: the processors call WhisperFeatureExtractor with its own truncation=True, which cuts to `n_samples`
     (transformers 4.57.1, models/whisper/feature_extraction_whisper.py): 300 s in the file of Qwen2.5-Omni, and what
-    lmms_eval/models/simple/qwen3_omni_zip.py of the authors' code sets for Qwen3-Omni, whose file says 30 s. So
-    "chunks of 300 s" are cut, too: of 310 s of either family 30,000 frames of log-mel come out. Sounds by themselves,
-    which the tables do not have, the authors ask in pieces of 300 s.
+    lmms_eval/models/simple/qwen3_omni_zip.py of the authors' code sets for Qwen3-Omni, whose file says 30 s. What lies
+    past this chunk is cut, it becomes no second one: of 310 s, of either family, 30,000 frames of log-mel come out.
+    Sounds by themselves, which the tables do not have, the authors ask in pieces of 300 s.
 
     Frames are scaled twice. First qwen-omni-utils does, within the bounds of `pixel_bounds`. Rounded down to whole
     tokens a frame may have less than the least: one of 16:9 in a clip of more than 341 frames has 8 x 15 tokens, one of
