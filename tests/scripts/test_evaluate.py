@@ -60,12 +60,12 @@ def test_the_interval_is_that_of_clips() -> None:
 
 def test_without_windows_the_most_relevant_of_all_stay() -> None:
     """One window is the method's own case of it; with many, nobody is kept for the window's sake."""
-    import evaluate
+    from settings import ABLATIONS
 
     torch.manual_seed(0)
     kind = torch.tensor([[TEXT] * 2 + ([VIDEO] * 6 + [AUDIO] * 4) * 3 + [TEXT] * 3], dtype=torch.uint8)
     scores = torch.rand(kind.shape)
-    config = evaluate.ABLATIONS["no windows"](seats.preset("qwen2.5-omni-7b"))
+    config = ABLATIONS["no windows"](seats.preset("qwen2.5-omni-7b"))
     keep = config.after(scores, kind, Step(1, 0.3, 0.5), 3)
     for medium, count in ((VIDEO, round(0.3 * 18)), (AUDIO, round(0.5 * 12)), (TEXT, 5)):
         there = (kind == medium)[0].nonzero().flatten()
@@ -117,9 +117,9 @@ def test_removed_media_leave_what_text_alone_gives() -> None:
 
 def test_every_setting_is_what_it_says() -> None:
     """Methods at their retention, what cannot run said and not raised, ablations apart from the method itself."""
-    import evaluate
+    from settings import Setting, method_of, settings
 
-    found = evaluate.settings(["seats", "random"], [0.35, 0.1], 0.1)
+    found = settings(["seats", "random"], [0.35, 0.1], 0.1)
     assert [setting.name for setting in found[:6]] == [
         "every token",
         "every token, no video",
@@ -129,11 +129,11 @@ def test_every_setting_is_what_it_says() -> None:
         "random 35%",
     ]
     model = omni.load("tiny", device="cpu")
-    methods = [evaluate.method_of(setting, model) for setting in found]
+    methods = [method_of(setting, model) for setting in found]
     assert methods[:3] == [None, None, None]
     assert len(set(methods[3:])) == len(methods[3:]) - 6  # of the pruned cache, which is no method of its own
     with pytest.raises(ValueError, match="FastV cannot keep"):
-        evaluate.method_of(evaluate.Setting("fastv", 0.1), model)
+        method_of(Setting("fastv", 0.1), model)
 
 
 def test_rows_of_another_run_about_the_same_questions_are_taken() -> None:
