@@ -21,6 +21,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 import omni
 from omni.config import DTYPES, MAX_TOKENS
+from omni.engine import KV
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, Omni
 from omni.processing.media.addresses import scheme_of
@@ -36,7 +37,7 @@ from omni.protocol import (
     system_message,
 )
 from seats.method import Method
-from seats.methods import method_for
+from seats.methods import method_for, require_name
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -154,6 +155,16 @@ class SeatsOmni(lmms):
             raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}.")
         if on_error not in (None, *ON_ERROR):
             raise InputError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}.")
+        require_name(method)
+        # Said here: where failures count as empty, it would leave nothing but empty answers.
+        if kv not in (None, *KV):
+            raise InputError(f"kv must be one of {', '.join(KV)}, not {kv!r}.")
+        for name, value in (("retention", retention), ("fps", fps)):
+            if not 0 < number(value) < math.inf:
+                raise InputError(f"{name} must be a number above 0, not {value!r}.")
+        for name, count in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if not 1 <= number(count) < math.inf:
+                raise InputError(f"{name} must be 1 or more, not {count!r}.")
         from accelerate import Accelerator
 
         accelerator = Accelerator()
@@ -172,7 +183,8 @@ class SeatsOmni(lmms):
         self.published = protocol == "paper"
         self.on_error = on_error or ("empty" if self.published else "stop")
         self.kv = kv or ("pruned" if self.published else "layerwise")
-        given = {"video_ratio": video_ratio, "audio_ratio": audio_ratio}
+        ratios = {"video_ratio": video_ratio, "audio_ratio": audio_ratio}
+        given = {name: None if ratio is None else float(ratio) for name, ratio in ratios.items()}
         everything = float(retention) == 1 and set(given.values()) <= {None, 1}
         self.method: Method | None
         if everything:
@@ -181,6 +193,9 @@ class SeatsOmni(lmms):
             self.method = published_method(method, self.model.config, float(retention))
         else:
             self.method = method_for(method, self.model.config, float(retention), **given)
+        least = self.model.processor.sizes.min_frames
+        if max_frames is not None and not least <= number(max_frames) < math.inf:
+            raise InputError(f"max_frames must be {least} or more, not {max_frames!r}.")
         self.max_frames = None if max_frames is None else int(max_frames)
         pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
         self.reading = OURS
@@ -341,6 +356,14 @@ class SeatsOmni(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("seats_omni answers one question at a time.")
+
+
+def number(value: Any) -> float:
+    """Of a setting, which may be a text; not a number where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def lift_context_limit(model: Omni) -> None:

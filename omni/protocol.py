@@ -13,7 +13,7 @@ from typing import Any
 
 from omni.config import QWEN3
 from seats.method import Method
-from seats.methods import method_for
+from seats.methods import method_for, require_name
 
 PROTOCOLS = ("ours", "paper")
 
@@ -120,6 +120,7 @@ def pixel_bounds(factor: int) -> dict[str, int]:
 
 def published_method(name: str, config: Any, retention: float) -> Method | None:
     """A row of the tables, None for every token. Raises ValueError where the tables have no such row, and why."""
+    require_name(name)
     if retention not in RETENTIONS:
         at = ", ".join(f"{kept:.0%}" for kept in RETENTIONS)
         raise ValueError(f"the paper's tables are at {at} alone, not at {retention:.4g}; protocol=ours takes any.")
@@ -138,6 +139,7 @@ def published_method(name: str, config: Any, retention: float) -> Method | None:
 def require_row(name: str, config: Any, retention: float, frames: int, protocol: str = "paper") -> None:
     """Raises ValueError where a protocol cannot run a row: by the settings alone, or on a clip of so many frames
     (`require_room`)."""
+    require_name(name)
     seconds = frames // 2
     if protocol == "paper":
         method, seconds = published_method(name, config, retention), min(seconds, SOUND_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,4 +77,20 @@ def test_what_cannot_be_registered_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Loose must be a dataclass that is frozen"):
         seats.register("loose", Loose)  # type: ignore[arg-type]
-    assert "loose" not in names()
+
+    @dataclass(frozen=True)
+    class Ratios:
+        video_ratio: float
+        audio_ratio: float
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listed(Random):
+        some: list[int] = field(default_factory=list)
+
+    with pytest.raises(TypeError, match=r"Ratios is no method: it lacks needs, .*before.* of seats\.method\.Method"):
+        seats.register("ratios", Ratios)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Listed must be hashable, and so its fields: unhashable type: 'list'"):
+        seats.register("listed", Listed)
+    with pytest.raises(TypeError, match="what makes a method is called with video_ratio and audio_ratio"):
+        seats.register("made", Random(video_ratio=0.5, audio_ratio=0.5))  # type: ignore[arg-type]
+    assert not {"loose", "ratios", "listed", "made"} & set(names())

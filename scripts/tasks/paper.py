@@ -25,6 +25,7 @@ from typing import Any
 
 from omni.config import QWEN2_5, QWEN3
 from omni.protocol import PROTOCOLS, RETENTIONS, most_frames, pixel_bounds, require_row
+from seats.methods import names
 
 OUT = Path("benchmarks/paper")
 TASKS_FOLDER = Path(__file__).parent
@@ -205,7 +206,9 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--retention", nargs="+", type=float, default=list(RETENTIONS), help="1 is every token")
-    parser.add_argument("--method", default="seats", help="of seats.methods (default: %(default)s)")
+    parser.add_argument(
+        "--method", choices=names(), default="seats", metavar="NAME", help="of seats.methods (default: %(default)s)"
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="how to ask (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="GPUs (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="questions together (default: %(default)s)")

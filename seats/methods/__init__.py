@@ -50,21 +50,37 @@ def names() -> tuple[str, ...]:
     return ("seats", *METHODS)
 
 
+def require_name(name: str) -> None:
+    """Raises ValueError where there is no such method."""
+    if name not in names():
+        raise ValueError(f"No method {name!r}; choose one of {', '.join(names())}.")
+
+
 def register(name: str, make: Callable[..., Method]) -> None:
     """Makes a method known by a name, from anywhere, until the program ends: docs/methods.md.
 
     make: called with video_ratio and audio_ratio, returns the method. Raises ValueError for a name that is taken or is
-    no word of small letters, digits and hyphens, TypeError where `make` does not return a frozen dataclass that is
-    compared by its values: a method is a part of the key of graphs and of what is kept between questions.
+    no word of small letters, digits and hyphens, TypeError where `make` does not return a `seats.method.Method`, or one
+    that is no frozen dataclass, compared by its values and hashable: a method is a part of the key of graphs and of
+    what is kept between questions.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name)):
         raise ValueError(f"the name of a method is of small letters, digits and hyphens, not {name!r}.")
     if name in names():
         raise ValueError(f"there is a method {name!r} already: choose another name.")
+    if not callable(make):
+        raise TypeError(f"what makes a method is called with video_ratio and audio_ratio; {make!r:.80} cannot be.")
     method = make(video_ratio=0.5, audio_ratio=0.5)
     parameters = getattr(method, "__dataclass_params__", None)
     if parameters is None or not (parameters.frozen and parameters.eq):
         raise TypeError(f"{type(method).__name__} must be a dataclass that is frozen and compared by its values.")
+    lacking = [part for part in vars(Method) if not part.startswith("_") and not hasattr(method, part)]
+    if lacking:
+        raise TypeError(f"{type(method).__name__} is no method: it lacks {', '.join(lacking)} of seats.method.Method.")
+    try:
+        hash(method)
+    except TypeError as error:
+        raise TypeError(f"{type(method).__name__} must be hashable, and so its fields: {error}.") from None
     METHODS[name] = make
 
 
@@ -81,8 +97,7 @@ def method_for(
     name: one of `names`. config, retention: `seats.preset_for`. Raises ValueError for another name, and where the
     method or the preset cannot run so.
     """
-    if name not in names():
-        raise ValueError(f"No method {name!r}; choose one of {', '.join(names())}.")
+    require_name(name)
     preset = preset_for(config, retention)
     preset = replace(
         preset,

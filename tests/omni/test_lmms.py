@@ -481,6 +481,23 @@ def test_rows_that_are_not_published_are_refused_at_once(lmms: ModuleType) -> No
         made(on_error="skip")
 
 
+def test_settings_that_no_request_can_run_with_are_refused_at_once(lmms: ModuleType) -> None:
+    """Protects: a run of nothing but empty answers, or one of other settings than were given."""
+    for said, settings in {
+        "No method 'best'; choose one of seats": {"method": "best", "retention": 1},
+        "kv must be one of layerwise, pruned, not 'prune'": {"kv": "prune"},
+        "retention must be a number above 0, not 'all'": {"retention": "all"},
+        "fps must be a number above 0, not nan": {"fps": math.nan},
+        "batch_size must be 1 or more, not 0": {"batch_size": 0},
+        "max_new_tokens must be 1 or more, not 0": {"max_new_tokens": 0},
+        r"max_frames must be \d or more, not 1": {"max_frames": 1},
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            lmms.SeatsOmni(pretrained="tiny", device="cpu", protocol="paper", **settings)
+    evaluated = lmms.SeatsOmni(pretrained="tiny", device="cpu", video_ratio="0.2", batch_size="2")
+    assert (evaluated.method.video_ratio, evaluated.batch_size) == (0.2, 2)
+
+
 def test_rows_that_cannot_be_run_are_refused_before_the_first_question(
     lmms: ModuleType, checkpoint: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

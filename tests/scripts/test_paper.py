@@ -89,6 +89,18 @@ def test_commands_and_what_is_left_out(
         said("--method", "omnizip", "--retention", "0.1")
 
 
+def test_a_method_that_is_none_is_refused(
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where every token is kept, and where nothing is run."""
+    for words in (["--retention", "1"], ["--gather"]):
+        monkeypatch.setattr(sys, "argv", ["paper.py", "--method", "best", *words])
+        with pytest.raises(SystemExit):
+            paper.main()
+        assert "argument --method: invalid choice: 'best'" in capsys.readouterr().err
+    assert "No method 'best'" in paper.Run("qwen2.5", "worldsense", "best", 1.0).refusal()
+
+
 @pytest.mark.parametrize("status", [3, 0])
 def test_a_run_that_fails_is_said_in_a_sentence(
     paper: ModuleType, monkeypatch: pytest.MonkeyPatch, status: int
