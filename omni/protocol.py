@@ -82,7 +82,7 @@ def published_reading(config: Any) -> Reading:
     21:9 in any clip 7 x 18. Then Qwen2VLVideoProcessor (4.57.1) brings it within 128 and 768 tokens, `size` of
     both processors' `videos_kwargs`: to 9 x 16 and to 8 x 19.
 
-    Clips of one to three frames, which the tables hardly have, have four here, some of them twice
+    Clips of one to three frames have four here, some of them twice
     (`omni.processing.frames.sample_indices`); qwen-omni-utils takes two of two or three and refuses one.
     """
     told_fps = 1.0 if config.family == QWEN3 else 2.0
