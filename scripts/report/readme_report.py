@@ -92,7 +92,9 @@ def cells(found: Found | None, paper: str) -> tuple[str, ...]:
     theirs, than = faster.get("transformers"), {"every token": "every token", "first": "the first"}
     others = [f", {faster[side]['median']:.1f}× {name}" for side, name in than.items() if side in faster]
     said = time(ours) + "".join(others)
-    size = "" if found.section.endswith(RELEASED) else f" (random model, {found.section})"
+    if found.name.startswith("first token from a file") and "preparing alone" in seconds:
+        said += f", {time(seconds['preparing alone'])} of it reading"
+    size = "" if found.section.endswith(RELEASED) else f" ({found.name}, random model, {found.section})"
     return (
         said,
         f"{time(seconds['transformers'])}, {theirs['median']:.1f}×" if theirs and "transformers" in seconds else "",
