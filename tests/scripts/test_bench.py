@@ -422,8 +422,11 @@ def test_what_the_new_rows_found_is_on_the_page() -> None:
     result["sections"] = {"qwen2.5 0.5B float32": section}
     said, _ = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
     assert "| prefill, 10 % kept | not measured |" in said, "a small model's"
-    where = "[a GPU](benchmarks/results/a-gpu.json) (random model, qwen2.5 0.5B float32), 2026-01-02"
-    assert f"| second question | 2 s, 9.0× the first |  |  | {where} |" in said
+    where, run = "[a GPU](benchmarks/results/a-gpu.json)", "random model, qwen2.5 0.5B float32), 2026-01-02"
+    assert f"| second question | 2 s, 9.0× the first |  |  | {where} (second question of 8 s, {run} |" in said
+    rows["first token from a file of 9 s"] = plain | {"seconds": {"compiled": 4.0, "preparing alone": 0.5}}
+    said, _ = headline([result]).split("| **Qwen3-Omni-30B-A3B** |")
+    assert "| first token, from a file | 4 s, 500 ms of it reading |" in said
 
 
 def test_the_documents_say_what_the_result_files_say() -> None:
