@@ -75,6 +75,12 @@ def test_nothing_imports_scripts_or_tests() -> None:
         assert not {each.split(".")[0] for each in imports(name)} & {"scripts", "tests", "conftest"}, name
 
 
+def test_tests_import_from_no_conftest() -> None:
+    """Each folder has one, and of those that pytest is given together only one has the name."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert "from " + "conftest import" not in path.read_text(encoding="utf-8"), path
+
+
 def test_processing_knows_no_model() -> None:
     """Files become tensors without encoders, decoder or engine."""
     for name in modules():

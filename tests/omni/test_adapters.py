@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, as_batch, make_request
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import omni
 from omni.generate import main
+from tests.omni.pairs import FAMILIES, Pair, as_batch, make_request
 from weights import CheckpointError
 
 peft = pytest.importorskip("peft")

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
 
 import omni
 from omni import chat
 from omni.arguments import CLIP
 from omni.generate import main, split_words
 from seats import preset_for
+from tests.omni.pairs import ENVIRONMENT
 
 SMALL = {"fps": 1, "max_frames": 4}
 

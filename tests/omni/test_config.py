@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SOUND, SOUND3, TEXT, TEXT3, VISION, VISION3
 
 import omni
 import omni.config as config_module
 from omni.config import DEFAULTS, VISION_ROPE_THETA, ConfigError, read_config, read_sampling
+from tests.omni.pairs import SOUND, SOUND3, TEXT, TEXT3, VISION, VISION3
 from weights import CheckpointError, save_sharded
 
 BASE: dict[str, Any] = {
@@ -58,7 +58,7 @@ BASE3: dict[str, Any] = {
 }
 
 
-# transformers writes into the sections of conftest when it makes models of them.
+# transformers writes into the sections of pairs when it makes models of them.
 BASE, BASE3 = copy.deepcopy((BASE, BASE3))
 
 

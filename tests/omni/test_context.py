@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Pair, make_request
 
 import omni
 from omni.config import OmniConfig
@@ -19,6 +18,7 @@ from omni.request import read_prompt, whole_prompt
 from seats import preset_for
 from seats.method import Method
 from seats.methods import NAMES, method_for
+from tests.omni.pairs import Pair, make_request
 
 PARTS = [("text", 30), ("video", 8, 6, 8, 1.0, 1600), ("text", 20)]
 NEW = 16

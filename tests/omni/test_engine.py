@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, captures_without_a_gpu, make_request
 from test_golden import STOP, load, read_request
 from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
@@ -22,6 +21,7 @@ from omni.layers import directly
 from omni.model import Omni
 from omni.runtime.graphs import renewed
 from seats.methods import METHODS
+from tests.omni.pairs import FAMILIES, Pair, captures_without_a_gpu, make_request
 
 MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
 

@@ -19,7 +19,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
 from PIL import Image
 
 import omni
@@ -33,6 +32,7 @@ from omni.generate import main, split_words
 from seats import preset_for
 from seats.methods import NAMES
 from seats.methods.random import Random
+from tests.omni.pairs import ENVIRONMENT
 
 
 def run(checkpoint: Path, *arguments: str | Path) -> int:

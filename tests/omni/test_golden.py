@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, GOLDEN
 from safetensors.torch import load_file
 
 import omni
 from seats.methods import METHODS
+from tests.omni.pairs import FAMILIES, GOLDEN
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data beside this checkout")
 REQUESTS = sorted(path for family in FAMILIES for path in (GOLDEN / family).glob("*_*.safetensors"))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, captures_without_a_gpu, make_request
 
 import omni
 from omni import engine, stages
@@ -24,6 +23,7 @@ from omni.processing.reasoning import AnswerStream
 from omni.runtime import graphs
 from omni.thinker import Thinker
 from seats import preset_for
+from tests.omni.pairs import FAMILIES, Pair, captures_without_a_gpu, make_request
 
 REQUEST = [("text", 9), ("video", 4, 6, 8, 1.0, 500), ("text", 6)]
 NEW = 8

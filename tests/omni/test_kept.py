@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, make_request
 from test_stages import LAYERS, REQUESTS
 
 import seats.selection
@@ -15,6 +14,7 @@ from omni.kept import audio_spans, draw_tiles, explain, lay_tiles, read
 from omni.processing.frames import QWEN3_OMNI_SIZES, VisionSizes, patchify
 from omni.processing.positions import layout
 from seats.config import SeatsConfig
+from tests.omni.pairs import FAMILIES, Pair, make_request
 
 SETTINGS = SeatsConfig(  # every step drops some
     video_ratio=0.2,

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, make_request
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import omni
+from tests.omni.pairs import FAMILIES, Pair, make_request
 from weights import CheckpointError, save_sharded
 
 REQUEST = [("text", 5), ("image", 6, 8), ("video", 3, 6, 6, 1.0, 420), ("text", 4)]

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, make_request
 
 import omni
 from omni.encoders import vision
 from omni.model import Omni
 from seats.methods import METHODS, method_for
+from tests.omni.pairs import FAMILIES, Pair, make_request
 
 SETTINGS = {"max_new_tokens": 6}
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
 from safetensors.torch import save_file
 
 import omni
@@ -25,6 +24,7 @@ from omni.processing.processor import Processor
 from omni.processing.tokenizer import TokenizerError
 from omni.runtime.sampling import Sampling, pick
 from seats import method_for, preset_for
+from tests.omni.pairs import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
 
 REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
 

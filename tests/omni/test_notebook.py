@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+
+from tests.omni.pairs import ENVIRONMENT
 
 pytest.importorskip("nbconvert", reason="no Jupyter here: pip install nbconvert ipykernel")
 pytest.importorskip("ipykernel", reason="no kernel for Jupyter here: pip install ipykernel")

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, as_batch, make_request
 from torch import Tensor, nn
 
 import omni
@@ -25,6 +24,7 @@ from omni.decoder import attend
 from omni.layers import float32_linear
 from omni.model import Omni
 from omni.processing.positions import layout
+from tests.omni.pairs import FAMILIES, Pair, as_batch, make_request
 
 BIASES = (0, 5, 20, 60)
 HALVES = (torch.bfloat16, torch.float16)

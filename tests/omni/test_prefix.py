@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, captures_without_a_gpu, make_request, text_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_golden import load, read_request
@@ -24,6 +23,7 @@ from omni.inputs import Medium
 from omni.model import Omni
 from omni.thinker import Thinker
 from seats.methods import METHODS, method_for
+from tests.omni.pairs import FAMILIES, Pair, captures_without_a_gpu, make_request, text_ids
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 
 from omni.config import read_config
 from omni.model import tensor_names
 from omni.processing.chat_template import apply_chat_template
 from omni.processing.processor import Processor
 from omni.thinker import Thinker
+from tests.omni.pairs import ROOT
 
 RELEASED = ROOT.parent / "shared" / "data" / "checkpoints"
 NAMES = ("Qwen2.5-Omni-3B", "Qwen3-Omni-30B-A3B-Instruct")

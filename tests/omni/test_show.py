@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, make_request
 from test_kept import MEDIA, MIXED, SETTINGS
 from test_stages import LAYERS, REQUESTS
 
@@ -25,6 +24,7 @@ from omni.kept import explain
 from omni.show import MOST_TILES, show
 from seats.method import Method
 from seats.methods import method_for
+from tests.omni.pairs import FAMILIES, Pair, make_request
 
 MINUTE = [("text", 12), ("video", 60, 24, 24, 1.0, 6000), ("text", 12)]
 

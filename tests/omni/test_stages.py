@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, GOLDEN, Pair, make_request
 from einops import rearrange
 from test_golden import STOP, load, read_request
 from torch import Tensor
@@ -26,6 +25,7 @@ from omni.request import PrefillBatch, fill_pool, join, read_prompt, whole_promp
 from omni.rope import multimodal_rotary, rotate
 from seats.config import SeatsConfig
 from seats.plan import StagePlan, make_plan, plan_without_selection
+from tests.omni.pairs import FAMILIES, GOLDEN, Pair, make_request
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden data beside this checkout")
 CASES = [path for family in FAMILIES for path in sorted((GOLDEN / family).glob("case_*.safetensors"))]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_batch
 
 import omni
 import weights
 from omni.arguments import CLIP, QUESTION
 from omni.generate import main
 from seats import preset_for
+from tests.omni.pairs import as_batch
 
 ROOT = Path(__file__).parents[2]
 CLIPS = 10

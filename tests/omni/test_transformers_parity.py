@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Pair, as_batch, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.processing.positions import layout
 from omni.processing.prompt import clip_block
+from tests.omni.pairs import FAMILIES, Pair, as_batch, make_request
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_5": ("qwen2_5", {}),
