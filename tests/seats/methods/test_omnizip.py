@@ -99,6 +99,21 @@ def kept_rows(kept: Kept | None, of: Media | None, row: int) -> list[int]:
     return kept.keep[row][of.there[row]].nonzero().flatten().tolist()
 
 
+def assert_merged(
+    kept: Kept | None, of: Media | None, row: int, sound: Tensor, changed: dict[int, list[float]]
+) -> None:
+    """Anchors are what was merged into them, all other tokens as they were."""
+    if kept is None or of is None or kept.features is None:
+        return
+    expected = sound.clone()
+    for anchor, vector in changed.items():
+        expected[anchor] = torch.tensor(vector)
+    found = kept.features[row][of.there[row]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    unchanged = [token for token in range(len(expected)) if token not in changed]
+    assert torch.equal(found[unchanged], sound[unchanged])
+
+
 # ---- the method's text, in loops
 
 
@@ -237,15 +252,7 @@ def test_equals_loops(seed: int, layouts: tuple[str, str], video: float, audio: 
         wanted, changed = keep_sound(one, method)
         assert kept_rows(kept_sound, sound, row) == wanted
         assert kept_rows(kept_video, frames, row) == keep_video(one, method, wanted)
-        if kept_sound is None or sound is None or kept_sound.features is None:
-            continue
-        expected = one.sound.clone()
-        for anchor, vector in changed.items():
-            expected[anchor] = torch.tensor(vector)
-        found = kept_sound.features[row][sound.there[row]]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        unchanged = [token for token in range(len(expected)) if token not in changed]
-        assert torch.equal(found[unchanged], one.sound[unchanged])
+        assert_merged(kept_sound, sound, row, one.sound, changed)
 
 
 @settings(max_examples=30)
