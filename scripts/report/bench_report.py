@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_report import accuracy_page
-from readme_report import slug, write_figures
+from readme_report import ROOT, slug, write_figures
 
 HEAD = """# Benchmarks
 
@@ -34,7 +34,7 @@ HEADS = (
 
 
 def write_readme(folder: Path) -> None:
-    """README.md and pages/ in a folder of results, and what the project's own README.md says of them."""
+    """README.md and pages/ in a folder of results; of the project's own, benchmarks/, also what its README.md says."""
     results = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
     pages = render(results, accuracy_page(folder))
     (folder / "pages").mkdir(exist_ok=True)
@@ -43,8 +43,8 @@ def write_readme(folder: Path) -> None:
             path.unlink()
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if (folder.parent / "README.md").is_file():
-        write_figures(folder.parent, results)
+    if folder.resolve() == ROOT / "benchmarks":
+        write_figures(ROOT, results)
 
 
 def render(results: list[dict[str, Any]], accuracy: str = "") -> dict[str, str]:

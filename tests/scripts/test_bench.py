@@ -448,6 +448,18 @@ def test_the_documents_say_what_the_result_files_say() -> None:
         assert number == pytest.approx(lines, rel=0.05, abs=100), f"{package}: python scripts/report/readme_report.py"
 
 
+def test_results_elsewhere_leave_the_readme_alone(tmp_path: Path) -> None:
+    """Whoever tries the benchmark with its results beside a README finds nothing of it there."""
+    from bench_report import write_readme
+
+    (tmp_path / ".bench").mkdir()
+    page = tmp_path / "README.md"
+    page.write_bytes((ROOT / "README.md").read_bytes())
+    write_readme(tmp_path / ".bench")
+    assert (tmp_path / ".bench" / "README.md").is_file()
+    assert page.read_bytes() == (ROOT / "README.md").read_bytes()
+
+
 def test_reading_gives_what_the_plain_way_gives() -> None:
     """The row checks that sides have the same pixels, and has a target for each other side."""
     pytest.importorskip("av")
