@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -13,6 +15,7 @@ from omni.config import DecoderConfig
 from omni.layers import HALVES, Linear, RMSNorm, SwiGLU, float32_product, part
 from omni.moe import Experts
 from omni.rope import rotate
+from seats.operators import operator
 
 
 class Attention(nn.Module):
@@ -104,7 +107,10 @@ def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, 
     """
     if q.device.type == "cpu" and q.dtype not in HALVES:
         return attend_at_once(q, key, value, keys, values, written)
-    attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device
+    if q.is_cuda and q.dtype in HALVES and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        attend_chunks: Callable[..., tuple[Tensor, Tensor]] = chunk_attention
+    else:
+        attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device
     mixed, weights = attend_chunks(q, keys, values, rearrange(written, "b (c n) -> b c n", n=CHUNK))
     own = (q.float() * key.float()).sum(dim=-1) * q.shape[-1] ** -0.5
     shares = torch.cat((weights, own.unsqueeze(2)), dim=2).softmax(dim=2).unsqueeze(-1)
@@ -134,6 +140,21 @@ def chunks_on_a_device(q: Tensor, keys: Tensor, values: Tensor, written: Tensor)
     weights = scores.logsumexp(dim=-1)
     shares = (scores - weights.unsqueeze(-1)).exp().to(values.dtype)
     return shares @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK), weights
+
+
+@operator("omni::chunk_attention", device_types="cuda")
+def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in one kernel, which leaves what the chunks yield in float32."""
+    from omni.decoder_kernels import chunks_by_kernel
+
+    return chunks_by_kernel(q, keys, values, written)
+
+
+@chunk_attention.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    (batch, kv_heads, group, dim), chunks = q.shape, written.shape[1]
+    mixed = q.new_empty(batch, kv_heads, chunks, group, dim, dtype=torch.float32)
+    return mixed, q.new_empty(batch, kv_heads, chunks, group, dtype=torch.float32)
 
 
 def chunks_on_a_cpu(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:

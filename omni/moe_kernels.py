@@ -64,8 +64,10 @@ def choose_on_device(logits: Tensor, per_token: int, normalise: bool, dtype: tor
     tokens, experts = logits.shape
     shares = logits.new_empty(tokens, per_token, dtype=dtype)
     chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=logits.device)
-    sizes = (experts, triton.next_power_of_2(experts), per_token, triton.next_power_of_2(per_token), normalise, 4)
-    choose_kernel[(triton.cdiv(tokens, 4),)](logits.contiguous(), shares, chosen, tokens, *sizes, num_warps=1)
+    # A warp takes four tokens, which wait for each other less; of few, one.
+    block = 1 if tokens <= VERY_FEW_TOKENS else 4
+    sizes = (experts, triton.next_power_of_2(experts), per_token, triton.next_power_of_2(per_token), normalise, block)
+    choose_kernel[(triton.cdiv(tokens, block),)](logits.contiguous(), shares, chosen, tokens, *sizes, num_warps=1)
     return shares, chosen
 
 
@@ -159,8 +161,7 @@ def choose_kernel(
     picked = tl.zeros((BLOCK, PICKS), tl.float32)
     numbers = tl.zeros((BLOCK, PICKS), tl.int32)
     for pick in tl.static_range(PER_TOKEN):
-        largest = tl.max(left, axis=1)
-        number = tl.argmax(left, axis=1)
+        largest, number = tl.max(left, axis=1, return_indices=True)
         picked = tl.where(lane[None, :] == pick, largest[:, None], picked)
         numbers = tl.where(lane[None, :] == pick, number[:, None].to(tl.int32), numbers)
         left = tl.where(expert[None, :] == number[:, None], -1.0, left)

@@ -92,6 +92,8 @@ def first_token_row(bench: Bench, clip: Clip) -> dict[str, Any]:
         "preparing alone": partial(bench.once, prepared),
     }
     row = bench.measure(sides).row({name: name for name in sides})
+    if bench.on_gpu:
+        row["profile"] = bench.profile(lambda: bench.compiled.prefill(prepared(), seats=config))
     return row | {"targets": milliseconds(bench, "first token", row)}
 
 
@@ -179,6 +181,8 @@ def second_question_row(bench: Bench, clip: Clip, retention: float) -> dict[str,
         "reused_tokens": reused,
         "kept_bytes": model.engine.kept.nbytes,
     }
+    if bench.on_gpu:
+        row["profile"] = bench.profile(lambda: ask("second", model))
     if retention == RETENTIONS[-1]:
         row["targets"] = [
             limit(
