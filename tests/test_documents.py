@@ -81,3 +81,18 @@ def test_every_script_is_in_a_document() -> None:
     for script in sorted((ROOT / "scripts").rglob("*.py")):
         if "__main__" in script.read_text(encoding="utf-8"):
             assert script.relative_to(ROOT).as_posix() in said, script
+
+
+def test_architecture_names_every_file() -> None:
+    """Each file of the packages, by name, by pattern or in a folder; nothing that is not there; `a/b.py`, `c.py` are in
+    one folder."""
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Which file to open")[2]
+    patterns = []
+    for cell in re.findall(r"(?m)^\| (`[^|]+`) \|", table.partition("\n## ")[0]):
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        folder = first.rstrip("/").rpartition("/")[0]
+        patterns += [first, *(other if "/" in other.rstrip("/") else f"{folder}/{other}" for other in others)]
+    files = [path.relative_to(ROOT) for room in ("omni", "seats", "weights", "scripts") for path in ROOT.glob(f"{room}/**/*.py")]
+    found = {pattern: {file for file in files if file.match(pattern) or f"{file}".startswith(pattern)} for pattern in patterns}
+    assert [pattern for pattern, some in found.items() if not some] == []
+    assert [f"{file}" for file in files if file.name != "__init__.py" and not any(file in some for some in found.values())] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -88,3 +89,31 @@ def test_processing_knows_no_model() -> None:
             rooms = {each for each in own(name) if each.startswith("omni.")}
             others = {each for each in rooms if not each.startswith("omni.processing")}
             assert others <= {"omni.config", "omni.inputs", "omni.protocol", "omni.reuse"}, name
+
+
+COMMANDS = {f"omni.{name}" for name in ("generate", "arguments", "answer", "chat", "batch", "rows", "lmms")}
+ORDER = "thinker request stages prefix engine model".split()
+"""Each may import those before it, none those after it."""
+
+
+def test_the_model_knows_no_command() -> None:
+    """What only command lines and lmms-eval need lies beside the model, which does without."""
+    for name in set(modules()) - COMMANDS:
+        assert not own(name) & COMMANDS, name
+
+
+def test_who_imports_whom_is_as_architecture_says() -> None:
+    assert own("seats.method") == {"seats.counts"}
+    assert own("seats.plan") == {"seats.counts", "seats.method"}
+    for name in ("config", "layers", "reuse"):
+        assert all(each.endswith("_kernels") for each in own(f"omni.{name}") if each.startswith("omni.")), name
+    for index, name in enumerate(ORDER):
+        assert not own(f"omni.{name}") & {f"omni.{later}" for later in ORDER[index + 1 :]}, name
+    parts = [name for name in modules() if re.match(r"omni\.(encoders|decoder|moe|rope|cache|gemv|\w+_kernels)", name)]
+    for name in parts:
+        assert not own(name) & {f"omni.{each}" for each in (*ORDER, "runtime", "context", "kept", "ahead")}, name
+    assert own("omni.rows") == {"omni.arguments", "omni.inputs", "weights.files"}
+    for name, other in (("kept", "engine"), ("ahead", "engine"), ("model", "engine"), ("show", "kept")):
+        assert f"omni.{other}" in own(f"omni.{name}")
+    for name in ("answer", "chat", "batch", "lmms"):
+        assert "omni.model" in own(f"omni.{name}")
