@@ -24,8 +24,7 @@ All sides of a row run in turns on one machine, in one process, with the same ra
 ratio is the median of those of the rounds, with the lowest and the highest; seconds are medians. `matrix rate` is a
 product of two large matrices of the same type, `copy rate` a large copy, bytes read and written: both run in turn
 with the row. Each row is of the newest run that measured it; under `Measured` is which commit that was (`+` and a
-digest: with changes beyond it).
-"""
+digest: with changes beyond it)."""
 PAPER = "the paper's prompt"
 HEADS = (
     "By the paper's count: `seats.prefill_macs`. Of Qwen3-Omni-30B-A3B the estimator of the paper's authors takes "
@@ -95,7 +94,7 @@ def other_tokens(found: dict[str, Any]) -> str:
 def page(result: dict[str, Any], name: str, section: dict[str, Any]) -> str:
     """One model on one machine."""
     notes = [*result.get("notes", []), *checked_lines(result.get("checked"))]
-    lines = [f"# {name} on {result['machine']}", PAGE_HEAD, *notes]
+    lines = [f"# {name} on {result['machine']}", PAGE_HEAD]
     listed = section.get("all_rows", [])
     rows = dict(sorted(section["rows"].items(), key=lambda row: (*listed, row[0]).index(row[0])))
     parts = {
@@ -106,7 +105,7 @@ def page(result: dict[str, Any], name: str, section: dict[str, Any]) -> str:
         ),
         "Seconds": (seconds_table, plan_lines, start_lines, not_run_lines),
         "Where the time goes": (profile_table,),
-        "Measured": (run_lines,),
+        "Measured": (run_lines, lambda _: notes),
     }
     for title, tables in parts.items():
         found = [line for each in tables if (part := each(rows)) for line in ("", *part)]

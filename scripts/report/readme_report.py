@@ -27,8 +27,8 @@ NOT_MEASURED = "not measured"
 class Line(NamedTuple):
     """A line of the table. rows: how the names of rows begin that may fill it: the newest does.
 
-    anywhere: where the released size was not measured, a small model's row stands in, with its machine. of: the family
-    that it is measured of, None for all.
+    anywhere: where the released size was not measured, a small model's row stands below, under its own name. of: the
+    family that it is measured of, None for all.
     """
 
     what: str
@@ -61,8 +61,9 @@ class Found(NamedTuple):
 
 
 def headline(results: list[dict[str, Any]]) -> str:
-    """The table: one line for each model and what was measured of it."""
+    """The table: one line for each model and what was measured of it; then those of small models that stand in."""
     lines = ["| | here | transformers | the paper | measured |", "| --- | --- | --- | --- | --- |"]
+    small: dict[str, list[str]] = {}
     for model, family in MODELS.items():
         lines.append(f"| **{model}** | | | | |")
         for line in LINES:
@@ -70,9 +71,12 @@ def headline(results: list[dict[str, Any]]) -> str:
                 continue
             found = [each for each in rows_of(results, family) if each.name.startswith(line.rows)]
             released = [each for each in found if each.section == family + RELEASED]
-            best = max(released or (found if line.anywhere else []), default=None, key=lambda each: each.measured)
             paper = PAPER_TIMES.get((model, line.what), "")
-            lines.append(f"| {line.what} | {' | '.join(cells(best, paper))} |")
+            lines.append(f"| {line.what} | {' | '.join(cells(newest(released), paper))} |")
+            if line.anywhere and not released and (other := newest(found)):
+                small.setdefault(other.section, []).append(f"| {other.name} | {' | '.join(cells(other, ''))} |")
+    for section, others in small.items():
+        lines += [f"| **A small model in its place: {section}** | | | | |", *others]
     return "\n".join(lines)
 
 
@@ -82,6 +86,10 @@ def rows_of(results: list[dict[str, Any]], family: str) -> Iterator[Found]:
             if section.split()[0] == family:
                 for name, row in content["rows"].items():
                     yield Found(row["run"]["measured"], result["machine"], section, name, row)
+
+
+def newest(found: list[Found]) -> Found | None:
+    return max(found, default=None, key=lambda each: each.measured)
 
 
 def cells(found: Found | None, paper: str) -> tuple[str, ...]:
@@ -94,12 +102,11 @@ def cells(found: Found | None, paper: str) -> tuple[str, ...]:
     said = time(ours) + "".join(others)
     if found.name.startswith("first token from a file") and "preparing alone" in seconds:
         said += f", {time(seconds['preparing alone'])} of it reading"
-    size = "" if found.section.endswith(RELEASED) else f" ({found.name}, random model, {found.section})"
     return (
         said,
         f"{time(seconds['transformers'])}, {theirs['median']:.1f}×" if theirs and "transformers" in seconds else "",
         paper,
-        f"[{found.machine}](benchmarks/results/{slug(found.machine)}.json){size}, {found.measured[:10]}",
+        f"[{found.machine}](benchmarks/results/{slug(found.machine)}.json), {found.measured[:10]}",
     )
 
 
