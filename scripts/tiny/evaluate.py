@@ -1,6 +1,6 @@
 """What token selection costs in accuracy: questions about clips, asked with every token and with fewer.
 
-    python scripts/tiny/world.py .world --split test --count 160
+    python scripts/tiny/world.py .world --split test --count 137
     python scripts/tiny/evaluate.py .world                         # the checkpoint tiny, SEATS
     python scripts/tiny/evaluate.py .world --methods all --workers 16        # on a machine with as many cores
     python scripts/tiny/evaluate.py clips/ --model Qwen/Qwen2.5-Omni-7B --retention 0.35 0.10
