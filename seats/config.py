@@ -146,11 +146,11 @@ PRESETS = {
         window_temperature=0.3,
         rows={0.10: (0.07, 0.45), 0.15: (0.12, 0.50), 0.25: (0.22, 0.60), 0.35: (0.32, 0.70), 1.0: (1.0, 1.0)},
     ),
-    # By scripts/tiny/analyze_layers.py (benchmarks/pages/accuracy.md): text takes in pictures in layers 2 and 3, sound in layer
-    # 5, and needs neither after that. So selections are as late as they can be before the removal. Its clips have more
-    # tokens of sound than of video, so both keep the same share. At a scale of 1.6 the removal alone would bring the
-    # average down to the ratios; above it the selections have something to drop. Here the less the better: before layer
-    # 5 text does not ask for sound, and relevance is no guide to it.
+    # By scripts/tiny/analyze_layers.py (benchmarks/pages/accuracy.md): text takes in pictures in layers 2 and 3, sound
+    # in layer 5, and needs neither after that. So selections are as late as they can be before the removal. Its clips
+    # have more tokens of sound than of video, so both keep the same share. At a scale of 1.6 the removal alone would
+    # bring the average down to the ratios; above it the selections have something to drop. Here the less the better:
+    # before layer 5 text does not ask for sound, and relevance is no guide to it.
     "tiny": Preset(
         num_layers=8,
         hidden_size=192,

@@ -92,7 +92,16 @@ def test_architecture_names_every_file() -> None:
         first, *others = re.findall(r"`([^`]+)`", cell)
         folder = first.rstrip("/").rpartition("/")[0]
         patterns += [first, *(other if "/" in other.rstrip("/") else f"{folder}/{other}" for other in others)]
-    files = [path.relative_to(ROOT) for room in ("omni", "seats", "weights", "scripts") for path in ROOT.glob(f"{room}/**/*.py")]
-    found = {pattern: {file for file in files if file.match(pattern) or f"{file}".startswith(pattern)} for pattern in patterns}
+    files = [
+        path.relative_to(ROOT)
+        for room in ("omni", "seats", "weights", "scripts")
+        for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    found = {
+        pattern: {file for file in files if file.match(pattern) or f"{file}".startswith(pattern)}
+        for pattern in patterns
+    }
     assert [pattern for pattern, some in found.items() if not some] == []
-    assert [f"{file}" for file in files if file.name != "__init__.py" and not any(file in some for some in found.values())] == []
+    assert [
+        f"{file}" for file in files if file.name != "__init__.py" and not any(file in some for some in found.values())
+    ] == []
