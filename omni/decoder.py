@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from omni.cache import CHUNK
 from omni.config import DecoderConfig
-from omni.layers import HALVES, Linear, RMSNorm, SwiGLU, float32_product, part
+from omni.layers import HALVES, Linear, RMSNorm, SwiGLU, compiled_on_a_gpu, float32_product, part
 from omni.moe import Experts
 from omni.rope import rotate
 from seats.operators import operator
@@ -107,7 +107,7 @@ def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, 
     """
     if q.device.type == "cpu" and q.dtype not in HALVES:
         return attend_at_once(q, key, value, keys, values, written)
-    if q.is_cuda and q.dtype in HALVES and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if compiled_on_a_gpu(q):
         attend_chunks: Callable[..., tuple[Tensor, Tensor]] = chunk_attention
     else:
         attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device

@@ -96,10 +96,14 @@ def one_row_on_a_cpu(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1
 
 
+def compiled_on_a_gpu(x: Tensor) -> bool:
+    """Whether x is of 16 bits, compiled, on a GPU, without a gradient: for kernels of our own."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.is_cuda and x.dtype in HALVES
+
+
 def one_row_on_a_gpu(x: Tensor) -> bool:
     """Whether x is one row, compiled, on a GPU: `row_product` takes it, and what comes before and after."""
-    compiled = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return compiled and x.is_cuda and x.dtype in HALVES and x.shape[:-1].numel() == 1
+    return compiled_on_a_gpu(x) and x.shape[:-1].numel() == 1
 
 
 def linear(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from omni import decoder
 from tests.kernels import compiled_for_hopper, interpreted, needs_triton
@@ -78,31 +78,13 @@ def test_kernel_compiles_for_a_gpu_that_is_not_there(kind: str) -> None:
 
 
 def test_what_is_compiled_for_a_gpu_goes_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device that is not there: by types and shapes. A gradient takes the plain way."""
-
-    class Chosen(Exception):  # noqa: N818
-        pass
-
-    def kernel(*arguments: Tensor) -> None:
-        raise Chosen
-
-    def chunks(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> None:
-        mixed, weights = chunk_attention(q, keys, values, written)
-        assert mixed.shape == (2, 4, 3, 7, 128)
-        assert weights.shape == (2, 4, 3, 7)
-        assert mixed.dtype == weights.dtype == torch.float32
-        raise Chosen
-
-    chunk_attention = decoder.chunk_attention
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with FakeTensorMode():
-        q, key, value = (torch.empty(2, 4, n, 128, dtype=torch.bfloat16, device="cuda") for n in (7, 1, 1))
-        stored = torch.empty(2, 4, 3 * decoder.CHUNK, 128, dtype=torch.bfloat16, device="cuda")
-        step = (q, key, value, stored, stored, torch.empty(2, 3 * decoder.CHUNK, dtype=torch.bool, device="cuda"))
-        for name, way, grad in (("chunk_attention", chunks, False), ("chunks_on_a_device", kernel, True)):
-            with monkeypatch.context() as patch, torch.set_grad_enabled(grad), pytest.raises(Chosen):
-                patch.setattr(decoder, name, way)
-                decoder.attend(*step)
+    """A step of a model on a device that is not there: what the kernel is said to yield goes through the rest of it."""
+    monkeypatch.setattr(decoder, "compiled_on_a_gpu", lambda q: True)
+    step = [torch.empty(2, 4, n, 128, dtype=torch.bfloat16, device="meta") for n in (7, 1, 1, 384, 384)]
+    graph = make_fx(decoder.attend)(*step, torch.empty(2, 384, dtype=torch.bool, device="meta"))
+    assert torch.ops.omni.chunk_attention.default in [node.target for node in graph.graph.nodes]
+    got = graph(*step, torch.empty(2, 384, dtype=torch.bool, device="meta"))
+    assert (got.shape, got.dtype) == ((2, 4, 7, 128), torch.bfloat16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
