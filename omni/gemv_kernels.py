@@ -162,6 +162,8 @@ def experts_of_rows(
     gate_up: Tensor,
     down: Tensor,
     residual: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
     tiles: tuple[Tile, Tile] = (GATE_UP, DOWN),
 ) -> Tensor:
     """What `moe.weighted_experts` computes, where hardly two tokens choose the same expert: a token at a time, each
@@ -171,7 +173,9 @@ def experts_of_rows(
     inner, out = x.new_empty(tokens, per_token, size), torch.empty_like(x)
     rows, depth, warps = tiles[0]
     grid = (triton.cdiv(size, rows), tokens * per_token)
-    gate_up_rows_kernel[grid](x, gate_up, chosen, inner, per_token, hidden, size, rows, depth, num_warps=warps)
+    gate_up_rows_kernel[grid](
+        x, norm, gate_up, chosen, inner, eps, per_token, hidden, size, rows, depth, num_warps=warps
+    )
     rows, depth, warps = tiles[1]
     down_rows_kernel[(triton.cdiv(hidden, rows), tokens)](
         inner, down, chosen, shares, residual, out, per_token, hidden, size, rows, depth, num_warps=warps
@@ -182,9 +186,11 @@ def experts_of_rows(
 @triton.jit
 def gate_up_rows_kernel(
     x,
+    norm,
     weights,
     chosen,
     inner,
+    eps,
     PER_TOKEN: tl.constexpr,  # noqa: N803
     HIDDEN: tl.constexpr,  # noqa: N803
     SIZE: tl.constexpr,  # noqa: N803
@@ -199,6 +205,7 @@ def gate_up_rows_kernel(
     there = row < SIZE
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((COLUMNS,), tl.float32)
     begin = weights + expert * (2 * SIZE * HIDDEN) + row[:, None] * HIDDEN
     for at in tl.static_range(0, HIDDEN, COLUMNS):
         real = at + lane < HIDDEN
@@ -206,10 +213,16 @@ def gate_up_rows_kernel(
         gates = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
         ups = tl.load(begin + SIZE * HIDDEN + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
         value = tl.load(x + (place // PER_TOKEN) * HIDDEN + at + lane, mask=real, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += value * value
+            value *= tl.load(norm + at + lane, mask=real, other=0.0).to(tl.float32)
         gate += gates.to(tl.float32) * value[None, :]
         up += ups.to(tl.float32) * value[None, :]
-    result = tl.sum(gate, axis=1)
-    result = result / (1.0 + tl.exp(-result)) * tl.sum(up, axis=1)
+    scale = 1.0
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)
+    result = tl.sum(gate, axis=1) * scale
+    result = result / (1.0 + tl.exp(-result)) * (tl.sum(up, axis=1) * scale)
     tl.store(inner + place * SIZE + row, result.to(inner.dtype.element_ty), mask=there)
 
 

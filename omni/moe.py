@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.config import DecoderConfig
-from omni.layers import RMSNorm, by_sum, float32_linear, matrix_vector, one_row_on_a_cpu
+from omni.layers import (
+    RMSNorm,
+    by_sum,
+    float32_linear,
+    matrix_vector,
+    one_row_on_a_cpu,
+    one_row_on_a_gpu,
+    product_of_one_row,
+)
 from seats.operators import operator
 
 
@@ -31,11 +41,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """residual + the experts of norm(x), (B, S, hidden) all."""
+        added = None if residual is None else residual.flatten(0, 1)
+        if norm is not None and one_row_on_a_gpu(x):  # router and experts divide by the row's norm themselves
+            logits = product_of_one_row(x, self.router.weight, norm=norm, float32=True).unsqueeze(0)
+            shares, chosen = choose(logits, self.per_token, self.normalise, x.dtype)
+            row = (x.flatten(0, 1), shares, chosen, self.gate_up, self.down, added, norm.weight, norm.eps)
+            return weighted_experts(*row).view_as(x)
         tokens = (x if norm is None else norm(x)).flatten(0, 1)
         shares, chosen = self.route(tokens)
         if on_kernels(tokens):
-            residual = None if residual is None else residual.flatten(0, 1)
-            return weighted_experts(tokens, shares, chosen, self.gate_up, self.down, residual).view_as(x)
+            return weighted_experts(tokens, shares, chosen, self.gate_up, self.down, added, None, 0.0).view_as(x)
         out = self._in_turns(tokens, shares, chosen).view_as(x)
         return out if residual is None else residual + out
 
@@ -86,20 +101,28 @@ def _(logits: Tensor, per_token: int, normalise: bool, dtype: torch.dtype) -> tu
 
 @operator("omni::weighted_experts", device_types="cuda")
 def weighted_experts(
-    x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """residual + the sum of each token's experts by share: (n, hidden).
 
-    x, residual: (n, hidden). shares, chosen: (n, num_experts_per_tok), the experts of a token all different.
+    x, residual: (n, hidden). norm: (hidden,), where x is yet to be divided by its root mean square, and multiplied by
+    this. shares, chosen: (n, num_experts_per_tok), the experts of a token all different.
     gate_up: (experts, 2 · size, hidden). down: (experts, hidden, size).
     """
     from omni.moe_kernels import experts_on_device
 
-    return experts_on_device(x, shares, chosen, gate_up, down, residual)
+    return experts_on_device(x, shares, chosen, gate_up, down, residual, norm, eps)
 
 
 @weighted_experts.register_fake
-def _(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,6 +79,8 @@ def experts_on_device(
     gate_up: Tensor,
     down: Tensor,
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
     """What `moe.weighted_experts` computes, without a host read; the launches depend on shapes alone.
@@ -88,7 +91,8 @@ def experts_on_device(
     x, shares, chosen = x.contiguous(), shares.contiguous(), chosen.contiguous()
     residual = None if residual is None else residual.contiguous()
     if len(x) <= VERY_FEW_TOKENS and tiles is None:
-        return experts_of_rows(x, shares, chosen, gate_up, down, residual)
+        return experts_of_rows(x, shares, chosen, gate_up, down, residual, norm, eps)
+    x = x if norm is None else F.rms_norm(x, norm.shape, norm, eps)
     (tokens, hidden), per_token = x.shape, chosen.shape[1]
     experts, _, size = down.shape
     rows = tokens * per_token

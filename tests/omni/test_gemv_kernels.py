@@ -41,9 +41,12 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     x, residual = torch.randn(2, 2, 40).to(dtype)
     gate_up, down = 0.2 * torch.randn(5, 48, 40).to(dtype), 0.2 * torch.randn(5, 40, 24).to(dtype)
     shares, chosen = torch.randn(2, 5).softmax(-1).topk(3)
-    got = gemv_kernels.experts_of_rows(x, shares.to(dtype), chosen, gate_up, down, residual)
-    expected = residual.float() + loop_over(x.float(), shares, chosen, gate_up.float(), down.float())
-    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
+    weights = (gate_up.float(), down.float())
+    for factor in (None, (1 + 0.1 * torch.randn(40)).to(dtype)):
+        got = gemv_kernels.experts_of_rows(x, shares.to(dtype), chosen, gate_up, down, residual, factor, 1e-6)
+        normed = x.float() if factor is None else F.rms_norm(x.float(), factor.shape, factor.float(), 1e-6)
+        expected = residual.float() + loop_over(normed, shares, chosen, *weights)
+        torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 """
 
 
@@ -72,11 +75,12 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
         check(gemv_kernels.row_kernel, {"added": None, "GATED": True, "ROWS": rows, "COLUMNS": columns}, warps)
         check(gemv_kernels.row_kernel, {"norm": None, "GATED": False, "ROWS": rows, "COLUMNS": columns}, warps)
     sizes = {"PER_TOKEN": 8, "HIDDEN": 2048, "SIZE": 768}
-    for kernel, (rows, columns, warps) in (
-        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP),
-        (gemv_kernels.down_rows_kernel, gemv_kernels.DOWN),
+    for kernel, (rows, columns, warps), norm in (
+        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP, {}),
+        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP, {"norm": None}),
+        (gemv_kernels.down_rows_kernel, gemv_kernels.DOWN, {}),
     ):
-        check(kernel, {**sizes, "ROWS": rows, "COLUMNS": columns}, warps)
+        check(kernel, {**sizes, **norm, "ROWS": rows, "COLUMNS": columns}, warps)
 
 
 def test_products_take_a_norm_before_and_a_sum_after() -> None:

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from omni import moe
+from omni.layers import RMSNorm
 from omni.moe import Experts, grouped_product
 from tests.kernels import compiled_for_hopper, interpreted, needs_triton
 
@@ -177,6 +180,33 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     made(moe_kernels.choose_kernel, values, num_warps=1)
     made(moe_kernels.sort_kernel, {"ROWS": 64, "BLOCK": 8192}, num_warps=16)
     made(moe_kernels.sum_kernel, {"PER_TOKEN": 8, "HIDDEN": 2048, "SORTED": True, "BLOCK": 2048}, num_warps=4)
+
+
+def test_a_row_of_a_gpu_is_normed_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled there of one row, on a device that is not: three operators and nothing that norms."""
+    monkeypatch.setattr(moe, "one_row_on_a_gpu", lambda x: True)
+    layer, norm = make_experts().to("meta", torch.bfloat16), RMSNorm(32, 1e-6).to("meta", torch.bfloat16)
+    x = torch.empty(1, 1, 32, dtype=torch.bfloat16, device="meta")
+    graph = make_fx(lambda x, residual: layer(x, norm=norm, residual=residual))(x, x)
+    named = [node.target for node in graph.graph.nodes if str(node.target).startswith("omni.")]
+    assert named == [getattr(torch.ops.omni, name).default for name in ("row_product", "choose", "weighted_experts")]
+    assert not any("mul" in str(node.target) or "rsqrt" in str(node.target) for node in graph.graph.nodes)
+    got = graph(x, x)
+    assert (got.shape, got.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_norms_a_row_where_it_is_read() -> None:
+    """On the device, compiled, against the same in float64."""
+    layer = make_experts(experts=16, per_token=4, hidden=256, size=192).to("cuda", torch.bfloat16)
+    norm, x = RMSNorm(256, 1e-6).to("cuda", torch.bfloat16), torch.randn(1, 1, 256, device="cuda").bfloat16()
+    compiled = torch.compile(lambda x: layer(x, norm=norm, residual=x), fullgraph=True)
+    with torch.inference_mode():
+        got = compiled(x)
+        normed = F.rms_norm(x[0].double(), (256,), norm.weight.double(), 1e-6)
+        shares, chosen = layer.route(norm(x)[0])
+        expected = x[0] + loop_over(normed, shares.double(), chosen, layer.gate_up.double(), layer.down.double())
+    assert (got[0].double() - expected).norm() / expected.norm() < 2e-2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
