@@ -93,7 +93,7 @@ class Inputs:
             self._check("attention_mask", 2)
             if self.attention_mask.shape != self.input_ids.shape:
                 raise InputError("attention_mask must have the shape of input_ids.")
-            self.input_ids = self.input_ids[self.attention_mask.bool()][None]
+            self.input_ids = self.input_ids[self._mask("attention_mask")][None]
             self.attention_mask = None
             if self.input_ids.shape[1] == 0:
                 raise InputError("attention_mask leaves no token.")
@@ -131,7 +131,7 @@ class Inputs:
                 f"feature_attention_mask must be (sounds, frames) of input_features, {(len(mel), mel.shape[2])}, "
                 f"not {tuple(mask.shape)}."
             )
-        real = mask.bool()
+        real = self._mask("feature_attention_mask")
         lengths = real.sum(dim=1)
         if not bool((lengths > 0).all()):
             empty = int((lengths == 0).nonzero()[0]) + 1
@@ -158,6 +158,13 @@ class Inputs:
         if not isinstance(value, Tensor) or value.dim() != dims:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{name} must be a tensor of {dims} dimensions, not {got}.")
+
+    def _mask(self, name: str) -> Tensor:
+        """As bool. One that is to be added to scores, 0 where something is, would be read the wrong way round."""
+        value: Tensor = self.held(name)
+        if not bool(((value == 0) | (value == 1)).all()):
+            raise InputError(f"{name} must be of ones, where something is, and zeros.")
+        return value.bool()
 
     def held(self, name: str) -> Any:
         """What a field holds: of pictures and clips bytes, `Pixels`, as long as nobody asked for patches."""

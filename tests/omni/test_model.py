@@ -431,6 +431,16 @@ def test_tensors_that_make_no_request_are_refused(pair, change: dict[str, Any], 
         pair.model.prefill(replace(inputs, **change))
 
 
+@pytest.mark.parametrize("value", [2, -1, 0.5, -np.inf, np.nan])
+def test_masks_that_are_none(pair, value: float) -> None:
+    """Protects: of a mask that is added to scores, 0 and -inf, the wrong half would be taken."""
+    inputs = make_request(pair, REQUEST)
+    for name, like in (("attention_mask", inputs.input_ids), ("feature_attention_mask", inputs.feature_attention_mask)):
+        mask = torch.ones(like.shape).index_fill(1, torch.arange(3), value)
+        with pytest.raises(InputError, match=f"{name} must be of ones"):
+            replace(inputs, **{name: mask})
+
+
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, list, iter, set])
 def test_stop_tokens_of_any_kind_are_obeyed(pair, kind: Any) -> None:
     inputs = make_request(pair, REQUEST)
