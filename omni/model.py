@@ -132,8 +132,9 @@ class Generation:
         """With its text, so that it can be read where the checkpoint is not."""
         with suppress(TokenizerError, OSError):
             _ = self._parts, self.thought_cut
-            return {**vars(self), "_prompt": self._prompt[:, :0]}
-        return vars(self)
+            return {**vars(self), "_prompt": torch.empty(1, 0, dtype=torch.long)}
+        # A view would take all that it is a view of along, and a GPU be needed to read it.
+        return {**vars(self), "_prompt": self._prompt.cpu().clone()}
 
 
 class Omni:
