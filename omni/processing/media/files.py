@@ -159,8 +159,9 @@ def as_array(source: Any) -> Tensor:
 def as_number(value: Any) -> float:
     """NaN for what is none, such as a text."""
     try:
-        return math.nan if isinstance(value, (str, bytes, bytearray, bool)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = value.item() if is_array(value) else value  # numpy makes numbers of texts in arrays
+        return math.nan if isinstance(value, (str, bytes, bytearray, memoryview, bool)) else float(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
         return math.nan
 
 

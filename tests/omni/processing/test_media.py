@@ -695,7 +695,9 @@ def test_arrays_that_are_no_picture() -> None:
         kind_of(np.zeros((8, 8)))
 
 
-@pytest.mark.parametrize("name", ["p%03d.png", "x%d.mp4", "sound.mp3", "list.txt", "noise.ts", "clip"])
+@pytest.mark.parametrize(
+    "name", ["p%03d.png", "x%d.mp4", "sound.mp3", "list.txt", "noise.ts", "clip", "*.png", "concat:clip.mp4", "x.sdp", "-"]
+)
 def test_content_alone_decides(name: str, clip: Path, tmp_path: Path) -> None:
     """Whatever a file is called: libavformat takes some names for patterns of pictures' names, others for formats."""
     path = tmp_path / name
@@ -705,6 +707,9 @@ def test_content_alone_decides(name: str, clip: Path, tmp_path: Path) -> None:
     assert torch.equal(read_audio(path), read_audio(clip))
     with path.open("rb") as file:
         assert kind_of(file) == "video"
+    memory = io.BytesIO(clip.read_bytes())
+    memory.name = name
+    assert kind_of(memory) == "video"
     path.write_bytes(b"x")
     for read in (kind_of, read_video, read_audio, read_image):
         with pytest.raises(MediaError):
@@ -723,13 +728,16 @@ def test_rates_that_are_none(rate: Any) -> None:
             read_video((frames, rate))
 
 
-@pytest.mark.parametrize("rate", [16_000, 16_000.0, np.int32(16_000), np.array(16_000), torch.tensor(16_000)])
+@pytest.mark.parametrize("rate", [16_000, 16_000.0, np.int32(16_000), np.array(16_000), torch.tensor(16_000), Fraction(32_000, 2)])
 def test_rates_of_every_kind(rate: Any) -> None:
     assert read_audio((torch.zeros(1600), rate)).shape == (1600,)
 
 
+TEXTS_AND_FLAGS = (np.array("16000"), np.str_("16000"), memoryview(b"16000"), np.bool_(True), torch.tensor(True), 1j * np.ones(()))
+
+
 def test_rates_of_several_numbers() -> None:
-    for rate in (torch.tensor([1, 2]), np.array([1, 2]), torch.tensor(math.nan)):
+    for rate in (torch.tensor([1, 2]), np.array([1, 2]), torch.tensor(math.nan), *TEXTS_AND_FLAGS):
         with pytest.raises(MediaError, match="rate must be a whole number"):
             read_audio((torch.zeros(1600), rate))
         with pytest.raises(MediaError, match="frames per second has nothing to sample"):
