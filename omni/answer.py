@@ -36,7 +36,7 @@ ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, Media
 def answer(options: argparse.Namespace) -> None:
     """Prints an answer, and on stderr what it took. Raises one of ERRORS, or MemoryError."""
     if options.show:
-        check_path(options.show)
+        check_path(options.show, options.media)
     with ExitStack() as files:
         options.media = [files.enter_context(fetched(source, urls=options.urls)) for source in options.media]
         conversation = messages(options)  # a file that is not there is known before gigabytes are read

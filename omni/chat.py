@@ -95,13 +95,15 @@ class Shown:
 class Conversation:
     """What `--chat` holds between two lines: the model, what was said so far, and media named for the next question.
 
-    messages: what was said. waiting: parts of the next message, media named since. files: what was fetched.
+    messages: what was said. waiting: parts of the next message, media named since. sources: all media that were named.
+    files: what was fetched.
     """
 
     def __init__(self, options: argparse.Namespace, files: ExitStack) -> None:
         self.options, self.files = options, files
         self.messages: list[dict[str, Any]] = []
         self.waiting: list[dict[str, Any]] = []
+        self.sources: list[Any] = []
         self.last: Shown | None = None
         self.terminal = sys.stdin is not None and sys.stdin.isatty()
         self.refused = self.ended = False
@@ -201,6 +203,7 @@ class Conversation:
         urls = self.options.urls
         local = [self.files.enter_context(fetched(source, urls=urls)) for source in sources]
         self.waiting += [media_part(source, self.options) for source in local]
+        self.sources += local
 
     def media(self, rest: str) -> None:
         sources = paths(rest)
@@ -223,7 +226,7 @@ class Conversation:
             raise InputError("/show draws what was kept for the last answer, and there is none yet.")
         if len(found := paths(rest)) != 1:
             raise InputError("/show takes one path: /show kept.html")
-        path = check_path(found[0])
+        path = check_path(found[0], self.sources)
         sizes = vision_sizes(self.model.folder, self.model.config)
         texts = {"question": last.question, "answer": last.answer, "settings": last.settings}
         show(last.inputs, last.prefill, path, sizes=sizes, **texts)

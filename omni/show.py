@@ -8,7 +8,7 @@ import json
 import os
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -26,6 +26,8 @@ from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
 from omni.kept import AUDIO, IMAGE, KINDS, VIDEO, Tile, View, draw_tiles, lay_tiles, read, short
 from omni.processing.frames import QWEN3_OMNI_SIZES, VisionSizes
+from omni.processing.media.files import named
+from omni.processing.media.identity import is_same_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,9 +121,13 @@ def show(
     return None
 
 
-def check_path(path: str | Path) -> Path:
-    """For callers that want to know before the work is done. Raises InputError as `show` does for its path."""
+def check_path(path: str | Path, media: Iterable[Any] = ()) -> Path:
+    """For callers that want to know before the work is done. Raises InputError as `show` does for its path, and where
+    it is one of these media."""
     path = Path(path)
+    for source in media:
+        if is_same_file(source, path):
+            raise InputError(f"{path} would be written over {named(source)}: name another file.")
     if path.suffix.lower() not in (".html", ".png"):
         raise InputError(f"{path}: what each stage kept is written as .html or .png.")
     try:

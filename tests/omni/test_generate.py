@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import signal
@@ -97,6 +98,26 @@ def test_what_was_kept_is_shown(
     assert capsys.readouterr().err.splitlines() == [
         f"omni-generate: {tmp_path / 'kept.txt'}: what each stage kept is written as .html or .png."
     ]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_is_asked_about_is_not_drawn_over(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch, chat: bool
+) -> None:
+    """By its own name or another."""
+    picture, link = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (56, 56), "red").save(picture)
+    link.symlink_to(picture)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    before = picture.read_bytes()
+    for path in (picture, link, tmp_path / "linked" / "a.png"):
+        if chat:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(f"What?\n/show {path}\n"))
+            assert run(checkpoint, "--chat", "--max-new-tokens", "2", picture) == 1
+        else:
+            assert run(checkpoint, "--show", path, picture.as_uri(), "What?") == 1
+        assert "would be written over" in capsys.readouterr().err.splitlines()[-1]
+        assert picture.read_bytes() == before and link.is_symlink()
 
 
 def test_qwen3_answers_the_same_way(

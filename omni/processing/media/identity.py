@@ -61,6 +61,15 @@ def identity(source: Any) -> Identity | None:
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, MediaError)
 
 
+def is_same_file(source: Any, path: Path) -> bool:
+    """Whether a source is this very file, under whatever name."""
+    try:
+        mine = _path(source)
+        return mine is not None and mine.samefile(path)
+    except _UNREADABLE:
+        return False
+
+
 def _path(source: Any) -> Path | None:
     if not isinstance(source, (str, os.PathLike)):
         return None
