@@ -346,7 +346,7 @@ def test_a_cluster_needs_its_address_alone(tmp_path: Path, checkpoint: Path, cli
     assert found.keys() == {"0", "1", "2"} and found["2"]["error"] and len(found["0"]["tokens"]) == 3
 
 
-@pytest.mark.parametrize("link", ["", "hard", "soft", "partial"])
+@pytest.mark.parametrize("link", ["", "hard", "soft", "partial", "dots", "folder"])
 def test_questions_are_not_written_over(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], link: str
 ) -> None:
@@ -355,7 +355,10 @@ def test_questions_are_not_written_over(
     name = "a.partial.jsonl" if link == "partial" else "q.jsonl"
     questions = tmp_path / name
     questions.write_text('{"id": 1, "question": "?"}\n{"id": 2, "question": "?"}')
-    answers = {"": questions, "partial": tmp_path / "a.parquet"}.get(link, tmp_path / "a.jsonl")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    known = {"": questions, "partial": tmp_path / "a.parquet", "folder": tmp_path / "linked" / name}
+    known["dots"] = tmp_path / "linked" / ".." / tmp_path.name / name
+    answers = known.get(link, tmp_path / "a.jsonl")
     if link == "hard":
         answers.hardlink_to(questions)
     elif link == "soft":

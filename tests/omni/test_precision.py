@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,12 @@ import omni
 from omni import decoder
 from omni.config import OmniConfig
 from omni.decoder import attend
+from omni.encoders.received import received_attention
 from omni.layers import float32_linear
 from omni.model import Omni
+from omni.moe import Experts
 from omni.processing.positions import layout
+from seats.relevance import relevance
 from tests.omni.pairs import FAMILIES, Pair, as_batch, make_request
 
 BIASES = (0, 5, 20, 60)
@@ -158,6 +162,71 @@ def test_decoding_is_as_near_to_float32_as_prefill(make_pair, family: str, bias:
         assert errors.prefill <= 1.5 * errors.sdpa_prefill + 1e-3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoders_are_as_near_to_float32_as_transformers(make_pair, family: str) -> None:
+    """With scores as large in pictures, clips and sounds."""
+
+    def adjusted(whole: Any) -> None:
+        for name, bias in whole.thinker.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            kind = owner.rpartition(".")[2]
+            if leaf == "bias" and ("visual" in name or "audio" in name) and kind in ("q", "k", "qkv", "q_proj", "k_proj"):
+                asked = bias.data[: 2 * len(bias) // 3] if kind == "qkv" else bias.data
+                asked[::4] += 60 * torch.randn_like(asked[::4]).sign()
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+
+    pair: Pair = make_pair(family, adjust=adjusted)
+    inputs = make_request(pair, [("image", 8, 6), ("video", 3, 6, 8, 1.0, 300), ("audio", 220), ("text", 3)])
+    exact = pair.model.thinker.encode(inputs)[0]
+    for dtype in HALVES:
+        rounded = in_dtype(pair.model.thinker, dtype).encode(inputs)[0]
+        reference = in_dtype(pair.reference, dtype)
+        for kind, tokens in exact.items():
+            error = relative(rounded[kind][0], tokens[0])
+            theirs = relative(encoded(reference, inputs, kind), tokens[0])
+            print(f"\n{family} {str(dtype)[6:]} {kind}: {100 * error:.2f} %, transformers {100 * theirs:.2f} %")
+            assert error <= 1.3 * theirs + 1e-3
+
+
+def encoded(thinker: Any, inputs: omni.Inputs, kind: str) -> Tensor:
+    """(n, hidden) that transformers makes of one kind of medium."""
+    with torch.inference_mode():
+        if kind == "audio":
+            mel, mask = inputs.input_features.to(thinker.dtype), inputs.feature_attention_mask
+            return thinker.get_audio_features(mel, mask).last_hidden_state
+        if kind == "image":
+            made = thinker.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
+        else:
+            made = thinker.get_video_features(inputs.pixel_values_videos, inputs.video_grid_thw)
+        return torch.cat(tuple(made.pooler_output))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_known_beginning_is_as_near_to_float32(make_pair, family: str) -> None:
+    """What goes on after positions that are kept multiplies by other functions than a prompt as a whole."""
+
+    def adjusted(whole: Any) -> None:
+        like_released(whole.thinker, 60)
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+
+    pair: Pair = make_pair(family, adjust=adjusted)
+    inputs = make_request(pair, PARTS)
+    other = omni.Inputs(**{**vars(inputs), "input_ids": inputs.input_ids.clone()})
+    other.input_ids[:, 40 - PROMPT :] = 9
+    exact = pair.model.prefill(inputs).logits
+    for dtype in HALVES:
+        model = Omni(in_dtype(pair.model.thinker, dtype), pair.model.folder)
+        whole = relative(model.prefill(inputs).logits, exact)
+        model.forget()
+        model.prefill(other)
+        known = model.prefill(inputs)
+        assert known.reused_tokens > 50
+        print(f"\n{family} {str(dtype)[6:]}: whole {100 * whole:.2f} %, known {100 * relative(known.logits, exact):.2f} %")
+        assert relative(known.logits, exact) <= 1.5 * whole + 1e-3
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("size", [1, 16, 64, 256, 1e5])
 def test_attention_of_a_step_at_large_scores(dtype: torch.dtype, size: float) -> None:
@@ -192,6 +261,40 @@ def test_logits_and_shares_are_not_rounded(dtype: torch.dtype) -> None:
     expected = torch.autograd.grad(((x.double() @ weight.double().T) * direction).sum(), (x, weight))
     for one, other in zip(gradients, expected, strict=True):
         assert relative(one, other.float()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
+def test_the_router_chooses_by_what_is_not_rounded(dtype: torch.dtype) -> None:
+    """Scores around 20, which in bfloat16 are multiples of 1/8: most experts of a token would be alike."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 8, "num_experts": 128, "num_experts_per_tok": 8}
+    experts = Experts(SimpleNamespace(**sizes, norm_topk_prob=True)).to(dtype).requires_grad_(False)
+    tokens = torch.randn(200, 64).to(dtype)
+    experts.router.weight.copy_(torch.randn(128, 64) / 20 + 20 * torch.ones(64) / 64)
+    tokens += (1 - tokens.mean(dim=1, keepdim=True)).to(dtype)
+    shares, chosen = experts.route(tokens)
+    scores = tokens.double() @ experts.router.weight.double().T
+    torch.testing.assert_close(scores.gather(1, chosen), scores.topk(8, dim=-1).values, atol=1e-4, rtol=0)
+    expected = scores.gather(1, chosen).softmax(dim=-1)
+    torch.testing.assert_close(shares.double(), expected, atol=0, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("size", [16, 256, 1e5])
+def test_what_selects_sees_scores_that_are_not_rounded(dtype: torch.dtype, size: float) -> None:
+    """Attention received in an encoder, and what a question looks at: as in float64 of the same numbers."""
+    torch.manual_seed(0)
+    heads, tokens, dim = 4, 90, 64
+    half = size**0.5 * dim**0.25
+    direction = nn.functional.normalize(torch.randn(1, heads, 1, dim), dim=-1)
+    q, k = ((half * direction + torch.randn(1, heads, tokens, dim) / max(1, half / 4)).to(dtype) for _ in range(2))
+    shares = (q.double() @ k.double().mT * dim**-0.5).softmax(dim=-1)
+    for found, exact in (
+        (received_attention(q, k), shares.mean(dim=1).sum(dim=1)),
+        (relevance(q[:, :, -1:], k, torch.ones(1, tokens, dtype=torch.bool)), shares[:, :, -1].mean(dim=1)),
+    ):
+        assert found.dtype == torch.float32
+        assert float((found.double() - exact).norm() / exact.norm()) < 2e-6 * max(100, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=lambda dtype: str(dtype)[6:])
