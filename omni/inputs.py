@@ -158,6 +158,8 @@ class Inputs:
         if not isinstance(value, Tensor) or value.dim() != dims:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{name} must be a tensor of {dims} dimensions, not {got}.")
+        if value.layout != torch.strided or value.is_meta:
+            raise InputError(f"{name} must be a dense tensor with its numbers: neither sparse nor on meta.")
 
     def _mask(self, name: str) -> Tensor:
         """As bool. One that is to be added to scores, 0 where something is, would be read the wrong way round."""
@@ -266,5 +268,8 @@ class Medium:
         return content + repr((self.kind, self.size.tolist())).encode()
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _counts(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return tensor.dtype in INTEGERS

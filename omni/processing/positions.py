@@ -65,7 +65,13 @@ def layout(inputs: Inputs, config: OmniConfig) -> Layout:
             f"input_features has {inputs.input_features.shape[1]} mel bins but the model takes "
             f"{config.audio.num_mel_bins}."
         )
-    sounds = [config.audio.token_count(frames) for frames in inputs.mel_lengths.tolist()]
+    lengths = inputs.mel_lengths.tolist()
+    sounds = [config.audio.token_count(frames) for frames in lengths]
+    if 0 in sounds:
+        number = sounds.index(0)
+        raise InputError(
+            f"sound {number + 1} is too short for a single audio token: {lengths[number]} frames. Leave it out."
+        )
     counts = {
         IMAGE: _token_counts(inputs.image_grid_thw, config),
         VIDEO: _token_counts(inputs.video_grid_thw, config),

@@ -419,6 +419,9 @@ def test_nan_behind_a_short_sound_is_not_read(make_pair) -> None:
         ({"input_ids": torch.zeros(1, 5)}, "must be integers"),
         ({"attention_mask": "left"}, "must be a tensor"),
         ({"attention_mask": torch.zeros(1, 5)}, "must have the shape of input_ids|leaves no token"),
+        ({"input_ids": torch.zeros(1, 5).to_sparse()}, "must be a dense tensor"),
+        ({"feature_attention_mask": torch.ones(1, 420, device="meta")}, "must be a dense tensor"),
+        ({"input_ids": torch.ones(1, 5, dtype=torch.uint64)}, "must be integers"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
@@ -429,6 +432,13 @@ def test_tensors_that_make_no_request_are_refused(pair, change: dict[str, Any], 
     assert inputs.input_features.shape[2] == 420
     with pytest.raises(InputError, match=words):
         pair.model.prefill(replace(inputs, **change))
+
+
+@pytest.mark.parametrize("parts", [[("audio", 1)], [("audio", 200), ("audio", 2)]])
+def test_sounds_without_a_token_are_refused(pair, parts: list[tuple]) -> None:
+    inputs = make_request(pair, [("text", 5), *parts, ("text", 4)])
+    with pytest.raises(InputError, match=rf"sound {len(parts)} is too short for a single audio token"):
+        pair.model.prefill(inputs)
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, -np.inf, np.nan])
