@@ -151,9 +151,12 @@ def is_pil(source: Any) -> bool:
 
 def as_array(source: Any) -> Tensor:
     try:
-        return torch.as_tensor(source).cpu()
+        array = torch.as_tensor(source).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise MediaError(f"{type(source).__name__} is no array of numbers: {error}") from error
+    if array.layout != torch.strided:
+        raise MediaError("an array must be dense, not sparse.")
+    return array
 
 
 def as_number(value: Any) -> float:

@@ -696,7 +696,8 @@ def test_arrays_that_are_no_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["p%03d.png", "x%d.mp4", "sound.mp3", "list.txt", "noise.ts", "clip", "*.png", "concat:clip.mp4", "x.sdp", "-"]
+    "name",
+    ["p%03d.png", "x%d.mp4", "sound.mp3", "list.txt", "noise.ts", "clip", "*.png", "concat:clip.mp4", "x.sdp", "-"],
 )
 def test_content_alone_decides(name: str, clip: Path, tmp_path: Path) -> None:
     """Whatever a file is called: libavformat takes some names for patterns of pictures' names, others for formats."""
@@ -728,12 +729,21 @@ def test_rates_that_are_none(rate: Any) -> None:
             read_video((frames, rate))
 
 
-@pytest.mark.parametrize("rate", [16_000, 16_000.0, np.int32(16_000), np.array(16_000), torch.tensor(16_000), Fraction(32_000, 2)])
+@pytest.mark.parametrize(
+    "rate", [16_000, 16_000.0, np.int32(16_000), np.array(16_000), torch.tensor(16_000), Fraction(32_000, 2)]
+)
 def test_rates_of_every_kind(rate: Any) -> None:
     assert read_audio((torch.zeros(1600), rate)).shape == (1600,)
 
 
-TEXTS_AND_FLAGS = (np.array("16000"), np.str_("16000"), memoryview(b"16000"), np.bool_(True), torch.tensor(True), 1j * np.ones(()))
+TEXTS_AND_FLAGS = (
+    np.array("16000"),
+    np.str_("16000"),
+    memoryview(b"16000"),
+    np.bool_(True),
+    torch.tensor(True),
+    1j * np.ones(()),
+)
 
 
 def test_rates_of_several_numbers() -> None:
@@ -744,7 +754,27 @@ def test_rates_of_several_numbers() -> None:
             read_video((torch.zeros(4, 3, 28, 28, dtype=torch.uint8), rate))
 
 
-@pytest.mark.parametrize("source", [(), (1,), (None,), (None, 2), ((), 2), ([], 2), (1, 2, 3), {}, 3, None, ("a", "b")])
+SPARSE = torch.zeros(1600).to_sparse()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        (),
+        (1,),
+        (None,),
+        (None, 2),
+        ((), 2),
+        ([], 2),
+        (1, 2, 3),
+        {},
+        3,
+        None,
+        ("a", "b"),
+        SPARSE,
+        (SPARSE, 16_000),
+    ],
+)
 def test_what_holds_no_media(source: Any) -> None:
     for read in (read_video, read_audio, read_image):
         with pytest.raises(MediaError):
