@@ -80,8 +80,6 @@ def test_a_relative_folder_outlives_the_working_directory(
     monkeypatch.chdir(tmp_path)
     assert model.folder == checkpoint.resolve()
     assert ask(model).tokens
-    inputs = model.prepare([{"role": "user", "content": "What?"}])
-    assert model.generate(inputs, temperature="checkpoint", **SETTINGS).tokens
 
 
 def test_tables_of_frame_sizes_belong_to_the_model(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,10 +106,14 @@ def test_tables_of_frame_sizes_belong_to_the_model(pair: Pair, monkeypatch: pyte
 def test_tables_of_photographs_are_bounded_and_go_with_the_model() -> None:
     """Of 12 megapixels and the released size of head: 20 MB each, of which few stay."""
     sizes = {"hidden_size": 1280, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112}
-    others = {"depth": 1, "intermediate_size": 3420, "in_channels": 3, "temporal_patch_size": 2, "out_hidden_size": 3584}
-    config = VisionConfig(
-        **sizes, **others, full_attention_blocks=(0,), num_position_embeddings=0, deepstack_blocks=()
-    )
+    others = {
+        "depth": 1,
+        "intermediate_size": 3420,
+        "in_channels": 3,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 3584,
+    }
+    config = VisionConfig(**sizes, **others, full_attention_blocks=(0,), num_position_embeddings=0, deepstack_blocks=())
     with torch.device("meta"):
         encoder = Qwen25VisionEncoder(config)
     tables = [weakref.ref(encoder.layout(216, 288 + 2 * number)) for number in range(5)]

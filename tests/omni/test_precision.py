@@ -170,7 +170,11 @@ def test_encoders_are_as_near_to_float32_as_transformers(make_pair, family: str)
         for name, bias in whole.thinker.named_parameters():
             owner, _, leaf = name.rpartition(".")
             kind = owner.rpartition(".")[2]
-            if leaf == "bias" and ("visual" in name or "audio" in name) and kind in ("q", "k", "qkv", "q_proj", "k_proj"):
+            if (
+                leaf == "bias"
+                and ("visual" in name or "audio" in name)
+                and kind in ("q", "k", "qkv", "q_proj", "k_proj")
+            ):
                 asked = bias.data[: 2 * len(bias) // 3] if kind == "qkv" else bias.data
                 asked[::4] += 60 * torch.randn_like(asked[::4]).sign()
         for parameter in whole.parameters():
@@ -223,7 +227,9 @@ def test_a_known_beginning_is_as_near_to_float32(make_pair, family: str) -> None
         model.prefill(other)
         known = model.prefill(inputs)
         assert known.reused_tokens > 50
-        print(f"\n{family} {str(dtype)[6:]}: whole {100 * whole:.2f} %, known {100 * relative(known.logits, exact):.2f} %")
+        print(
+            f"\n{family} {str(dtype)[6:]}: whole {100 * whole:.2f} %, known {100 * relative(known.logits, exact):.2f} %"
+        )
         assert relative(known.logits, exact) <= 1.5 * whole + 1e-3
 
 
