@@ -171,8 +171,12 @@ class Bench:
     @cached_property
     def matrix(self) -> tuple[float, Seconds]:
         """Operations of a product of two large matrices, and a side that multiplies them."""
-        # PyTorch multiplies half-precision matrices on a CPU without such instructions one number at a time.
-        n = 8192 if self.on_gpu else 3072 if self.dtype == torch.float32 and self.size != "small" else 512
+        if self.on_gpu:
+            n = 8192
+        elif self.size == "small":
+            n = 512
+        else:  # a CPU without instructions for 16 bits takes minutes for what others do at once
+            n = 3072 if self.dtype == torch.float32 else 1024
         a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
         return 2.0 * n**3, self.timed(lambda: a @ b)
 
