@@ -60,6 +60,20 @@ def like_released(thinker: Any, bias: float) -> None:
                 parameter[:, :2] *= 100
 
 
+def round_weights(whole: nn.Module) -> None:
+    """So that they are exact in bfloat16 and in float16."""
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+
+def pair_like_released(make_pair: Any, family: str, bias: float) -> Pair:
+    def adjusted(whole: Any) -> None:
+        like_released(whole.thinker, bias)
+        round_weights(whole)
+
+    return make_pair(family, adjust=adjusted)
+
+
 def relative(logits: Tensor, exact: Tensor) -> float:
     return float((logits.float() - exact).norm() / exact.norm())
 
@@ -130,12 +144,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
 def measure(make_pair: Any, family: str, bias: float) -> dict[torch.dtype, Errors]:
     """Of one model, whose weights are exact in bfloat16 and in float16."""
 
-    def adjusted(whole: Any) -> None:
-        like_released(whole.thinker, bias)
-        for parameter in whole.parameters():
-            parameter.data = parameter.data.bfloat16().float()
-
-    pair: Pair = make_pair(family, adjust=adjusted)
+    pair = pair_like_released(make_pair, family, bias)
     config = pair.model.config
     inputs = make_request(pair, PARTS)
     exact = theirs(pair.reference, inputs, config, decode=False)
@@ -177,8 +186,7 @@ def test_encoders_are_as_near_to_float32_as_transformers(make_pair, family: str)
             ):
                 asked = bias.data[: 2 * len(bias) // 3] if kind == "qkv" else bias.data
                 asked[::4] += 60 * torch.randn_like(asked[::4]).sign()
-        for parameter in whole.parameters():
-            parameter.data = parameter.data.bfloat16().float()
+        round_weights(whole)
 
     pair: Pair = make_pair(family, adjust=adjusted)
     inputs = make_request(pair, [("image", 8, 6), ("video", 3, 6, 8, 1.0, 300), ("audio", 220), ("text", 3)])
@@ -210,12 +218,7 @@ def encoded(thinker: Any, inputs: omni.Inputs, kind: str) -> Tensor:
 def test_a_known_beginning_is_as_near_to_float32(make_pair, family: str) -> None:
     """What goes on after positions that are kept multiplies by other functions than a prompt as a whole."""
 
-    def adjusted(whole: Any) -> None:
-        like_released(whole.thinker, 60)
-        for parameter in whole.parameters():
-            parameter.data = parameter.data.bfloat16().float()
-
-    pair: Pair = make_pair(family, adjust=adjusted)
+    pair = pair_like_released(make_pair, family, 60)
     inputs = make_request(pair, PARTS)
     other = omni.Inputs(**{**vars(inputs), "input_ids": inputs.input_ids.clone()})
     other.input_ids[:, 40 - PROMPT :] = 9
