@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omni.moe_kernels import INTERPRETED
+from omni.kernels import INTERPRETED
 
 
 def chunks_by_kernel(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:

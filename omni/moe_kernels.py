@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from omni.gemv_kernels import experts_of_rows
+from omni.kernels import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,6 @@ class Tile:
     swapped: bool = False
     """The matrix is the left operand: matrix units take 64 rows of the left one at a time, and of the right one 8."""
 
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Triton's interpreter, without a GPU, takes bfloat16 in products for integers: they are widened there."""
 
 FEW_TOKENS = 16
 """So few tokens are a tile of every expert that one of them chose, and need no sorting."""
