@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,13 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One position, (B, 1, hidden), after those in a cache (`attend`) → x and what attention of norm(x) adds to it;
         keys and values as `prefill`."""
+        if compiled_on_a_gpu(x):
+            norms = [None if each is None else each.weight for each in (self.query_norm, self.key_norm)]
+            eps = 0.0 if self.query_norm is None else self.query_norm.eps
+            cos, sin = (rearrange(table, "b 1 1 half -> b half") for table in rotary)
+            qkv = rearrange(self.qkv(x, norm=norm), "b 1 rows -> b rows")
+            mixed, k, v = cached_attention(qkv, *norms, eps, cos, sin, keys, values, written)
+            return self.output(mixed.unsqueeze(1), residual=x), k, v
         q, k, v = self.project(x, rotary, norm)
         mixed = attend(rearrange(q, "b (kv group) 1 d -> b kv group d", kv=self.kv_heads), k, v, keys, values, written)
         return self.output(rearrange(mixed, "b kv group d -> b 1 (kv group d)"), residual=x), k, v
@@ -107,10 +114,7 @@ def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, 
     """
     if q.device.type == "cpu" and q.dtype not in HALVES:
         return attend_at_once(q, key, value, keys, values, written)
-    if compiled_on_a_gpu(q):
-        attend_chunks: Callable[..., tuple[Tensor, Tensor]] = chunk_attention
-    else:
-        attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device
+    attend_chunks = chunks_on_a_cpu if q.device.type == "cpu" else chunks_on_a_device
     mixed, weights = attend_chunks(q, keys, values, rearrange(written, "b (c n) -> b c n", n=CHUNK))
     own = (q.float() * key.float()).sum(dim=-1) * q.shape[-1] ** -0.5
     shares = torch.cat((weights, own.unsqueeze(2)), dim=2).softmax(dim=2).unsqueeze(-1)
@@ -142,19 +146,34 @@ def chunks_on_a_device(q: Tensor, keys: Tensor, values: Tensor, written: Tensor)
     return shares @ rearrange(values, "b kv (c n) d -> b kv c n d", n=CHUNK), weights
 
 
-@operator("omni::chunk_attention", device_types="cuda")
-def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in one kernel, which leaves what the chunks yield in float32."""
-    from omni.decoder_kernels import chunks_by_kernel
+@operator("omni::cached_attention", device_types="cuda")
+def cached_attention(
+    qkv: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    written: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of `Attention.decode` between its two products.
 
-    return chunks_by_kernel(q, keys, values, written)
+    qkv: (B, (heads + 2 kv_heads) · dim). query_norm, key_norm: (dim,), weights, where heads are normed. cos, sin:
+    (B, dim / 2). The rest: `attend`. Returns what attention yields, (B, heads · dim), and the position's own key,
+    normed and turned, and value, (B, kv_heads, 1, dim).
+    """
+    from omni.decoder_kernels import cached_attention_by_kernels
+
+    return cached_attention_by_kernels(qkv, query_norm, key_norm, eps, cos, sin, keys, values, written, CHUNK)
 
 
-@chunk_attention.register_fake
-def _(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    (batch, kv_heads, group, dim), chunks = q.shape, written.shape[1]
-    mixed = q.new_empty(batch, kv_heads, chunks, group, dim, dtype=torch.float32)
-    return mixed, q.new_empty(batch, kv_heads, chunks, group, dtype=torch.float32)
+@cached_attention.register_fake
+def _(qkv: Tensor, _1: Any, _2: Any, _3: float, _4: Tensor, _5: Tensor, keys: Tensor, _6: Tensor, _7: Tensor) -> Any:
+    batch, kv_heads, _, dim = keys.shape
+    own = [qkv.new_empty(batch, kv_heads, 1, dim) for _ in range(2)]
+    return qkv.new_empty(batch, qkv.shape[1] - 2 * kv_heads * dim), *own
 
 
 def chunks_on_a_cpu(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
