@@ -66,6 +66,8 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig, window_grids
         for grids, height, width in grids_thw
     ]
     sounds = [_windows(config.audio.token_count(frames), AUDIO_WINDOW) for frames in inputs.mel_lengths.tolist()]
+    # One token of each run tells as much of windows as all of them.
+    begins = F.pad((kind[1:] != kind[:-1]) | (layout.clip[1:] != layout.clip[:-1]), (1, 0), value=True).nonzero()[:, 0]
     return Prompt(
         text=(kind == TEXT).nonzero().flatten(),
         video=layout.video,
@@ -74,7 +76,7 @@ def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig, window_grids
         audio_sizes=tuple(chain(*sounds)),
         video_clips=tuple(chain(*([clip] * len(sizes) for clip, sizes in enumerate(videos)))),
         audio_clips=tuple(chain(*([clip] * len(sizes) for clip, sizes in enumerate(sounds)))),
-        windows=count_windows(kind, layout.clip),
+        windows=count_windows(kind[begins], layout.clip[begins]),
     )
 
 

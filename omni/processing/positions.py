@@ -5,7 +5,6 @@ Time-aligned multimodal positions (arXiv 2503.20215, section 2.3; transformers' 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
@@ -111,14 +110,19 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
     is_mark = (ids == config.token_ids.vision_start) | (ids == config.token_ids.audio_start)
     opens = F.pad(is_mark[:-1] & (kinds[1:] > 0), (0, 1))
     opens_both = F.pad((ids[:-1] == config.token_ids.vision_start) & (ids[1:] == config.token_ids.audio_start), (0, 1))
-    stops = [*((kinds > 0) | opens | opens_both).nonzero().flatten().tolist(), len(ids)]
+    stops = ((kinds > 0) | opens | opens_both).nonzero().flatten()
+
+    def stop_after(place: int) -> int:
+        at = int(torch.searchsorted(stops, place))
+        return int(stops[at]) if at < len(stops) else len(ids)
+
     positions = torch.empty(3, len(ids), dtype=_dtype(config))
     clip, clips = torch.full((len(ids),), -1), 0
     place, start = 0, positions.new_zeros(())  # the next token and its position
     while place < len(ids):
         marks = 2 if opens_both[place] else int(opens[place])
         if not marks and not kinds[place]:
-            end = stops[bisect_left(stops, place)]
+            end = stop_after(place)
             positions[:, place:end] = torch.arange(end - place) + start
             place, start = end, start + (end - place)
             continue
@@ -140,7 +144,7 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
             clip[first:end] = clips
             clips += 1
         start = block[:, run:].max() + 1
-        place = min(end + marks, stops[bisect_left(stops, end)])  # as many marks close
+        place = min(end + marks, stop_after(end))  # as many marks close
         if place > end:
             positions[:, end:place] = steps[: place - end] + start
             start = positions[0, place - 1] + 1
@@ -153,13 +157,16 @@ def _interleave(frames: Tensor, sound: Tensor, kinds: Tensor, config: OmniConfig
     What follows counts on from that run, be it frames or sound, and not from the furthest position.
     kinds: of the prompt's tokens from the block's first on.
     """
-    block = torch.cat([frames, sound], dim=1)
-    kinds = kinds[: block.shape[1]]
-    _require(kinds[kinds != AUDIO], VIDEO, frames.shape[1])
-    _require(kinds[kinds == AUDIO], AUDIO, sound.shape[1])
+    kinds = kinds[: frames.shape[1] + sound.shape[1]]
+    is_frame, is_sound = kinds == VIDEO, kinds == AUDIO
+    if int(is_frame.sum()) != frames.shape[1] or int(is_sound.sum()) != sound.shape[1]:
+        raise _wrong_block()
     # Qwen3-Omni sorts the positions, whatever their places hold: rounding may have sorted the ids otherwise.
-    is_frame = take_turns(frames[0], sound[0]) if config.family == QWEN3 else kinds == VIDEO
-    block[:, is_frame], block[:, ~is_frame] = frames, sound
+    if config.family == QWEN3:
+        is_frame = take_turns(frames[0], sound[0])
+    block = frames.new_empty(3, len(kinds))
+    block.index_copy_(1, is_frame.nonzero().flatten(), frames)
+    block.index_copy_(1, is_frame.logical_not().nonzero().flatten(), sound)
     changes = (is_frame != is_frame[-1]).nonzero().flatten()
     return block, int(changes[-1]) + 1 if len(changes) else 0
 
@@ -176,7 +183,11 @@ def _take(queues: dict[int, deque[Tensor]], kind: int) -> Tensor:
 
 def _require(found: Tensor, kind: int, count: int) -> None:
     if len(found) != count or bool((found != kind).any()):
-        raise InputError("a media block of the prompt is not as long as its media: check its placeholders.")
+        raise _wrong_block()
+
+
+def _wrong_block() -> InputError:
+    return InputError("a media block of the prompt is not as long as its media: check its placeholders.")
 
 
 def _token_counts(grid_thw: Tensor | None, config: OmniConfig) -> list[int]:
