@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omni.kernels import await_inputs, overlapping
+
 Tile = tuple[int, int, int]
 """Rows of a matrix that a program multiplies, columns that it reads at a time, and its warps."""
 
@@ -55,7 +57,9 @@ def product_by_kernel(
     rows = rows // 2 if gated else rows
     out = x.new_empty(rows, dtype=torch.float32 if float32 else x.dtype)
     grid = (triton.cdiv(rows, block),)
-    row_kernel[grid](x, norm, weight, added, out, rows, columns, eps, gated, block, depth, num_warps=warps)
+    row_kernel[grid](
+        x, norm, weight, added, out, rows, columns, eps, gated, block, depth, num_warps=warps, **overlapping(x.device)
+    )
     return out
 
 
@@ -103,6 +107,38 @@ def fastest(x: Tensor, weight: Tensor, *arguments: Any) -> Tile | None:
     return min(tiles, key=lambda tile: min(seconds(tile) for _ in range(3)))
 
 
+@triton.jit
+def read_once(rows, there, column, columns):
+    """Columns of the rows that begin at these places and are there: (ROWS, COLUMNS), zeros past the last one."""
+    mask = there[:, None] & (column < columns)[None, :]
+    return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def weights_at(rows, rows_up, norm, there, column, columns):
+    """What a program reads of the matrix, of its other half if that is there, and of the norm, if there is one."""
+    part, part_up, factor = read_once(rows, there, column, columns), None, None
+    if rows_up is not None:
+        part_up = read_once(rows_up, there, column, columns)
+    if norm is not None:
+        factor = tl.load(norm + column, mask=column < columns, other=0.0)
+    return part, part_up, factor
+
+
+@triton.jit
+def add_products(total, total_up, squares, x, read, column, columns):
+    """Adds to the sums these columns of x times what `weights_at` read, and to the squares if there is a norm."""
+    part, part_up, factor = read
+    value = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
+    if factor is not None:
+        squares += value * value
+        value *= factor.to(tl.float32)
+    total += part.to(tl.float32) * value[None, :]
+    if part_up is not None:
+        total_up += part_up.to(tl.float32) * value[None, :]
+    return total, total_up, squares
+
+
 @triton.jit(do_not_specialize=["rows"])
 def row_kernel(
     x,
@@ -116,29 +152,24 @@ def row_kernel(
     GATED: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """ROWS results. The norm's divisor is that of the whole row, so it comes after the product."""
+    """ROWS results. The norm's divisor is that of the whole row, so it comes after the product. The first
+    weights are read while the kernel before ends."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, COLUMNS)
     there = row < rows
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     total_up = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
-    begin = weight + row.to(tl.int64)[:, None] * columns
-    begin_up = begin + rows.to(tl.int64) * columns
-    for at in range(0, columns, COLUMNS):
-        real = at + lane < columns
-        mask = there[:, None] & real[None, :]
-        part = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            part_up = tl.load(begin_up + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        value = tl.load(x + at + lane, mask=real, other=0.0).to(tl.float32)
-        if norm is not None:
-            squares += value * value
-            value *= tl.load(norm + at + lane, mask=real, other=0.0).to(tl.float32)
-        total += part.to(tl.float32) * value[None, :]
-        if GATED:
-            total_up += part_up.to(tl.float32) * value[None, :]
+    begin = weight + row.to(tl.int64) * columns
+    begin_up = begin + rows.to(tl.int64) * columns if GATED else None
+    read = weights_at(begin, begin_up, norm, there, lane, columns)
+    await_inputs(OVERLAPS)
+    total, total_up, squares = add_products(total, total_up, squares, x, read, lane, columns)
+    for at in range(COLUMNS, columns, COLUMNS):
+        read = weights_at(begin, begin_up, norm, there, at + lane, columns)
+        total, total_up, squares = add_products(total, total_up, squares, x, read, at + lane, columns)
     scale = 1.0
     if norm is not None:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
@@ -171,14 +202,15 @@ def experts_of_rows(
     """
     (tokens, hidden), (_, per_token), size = x.shape, chosen.shape, down.shape[2]
     inner, out = x.new_empty(tokens, per_token, size), torch.empty_like(x)
+    overlap = overlapping(x.device)
     rows, depth, warps = tiles[0]
     grid = (triton.cdiv(size, rows), tokens * per_token)
     gate_up_rows_kernel[grid](
-        x, norm, gate_up, chosen, inner, eps, per_token, hidden, size, rows, depth, num_warps=warps
+        x, norm, gate_up, chosen, inner, eps, per_token, hidden, size, rows, depth, num_warps=warps, **overlap
     )
     rows, depth, warps = tiles[1]
     down_rows_kernel[(triton.cdiv(hidden, rows), tokens)](
-        inner, down, chosen, shares, residual, out, per_token, hidden, size, rows, depth, num_warps=warps
+        inner, down, chosen, shares, residual, out, per_token, hidden, size, rows, depth, num_warps=warps, **overlap
     )
     return out
 
@@ -196,8 +228,10 @@ def gate_up_rows_kernel(
     SIZE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """silu(gate) · up in ROWS channels of one expert of a token."""
+    await_inputs(OVERLAPS)  # the kernel before chose the experts
     place = tl.program_id(1)
     expert = tl.load(chosen + place).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -206,24 +240,35 @@ def gate_up_rows_kernel(
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
-    begin = weights + expert * (2 * SIZE * HIDDEN) + row[:, None] * HIDDEN
+    begin = weights + expert * (2 * SIZE * HIDDEN) + row * HIDDEN
+    row_of_x = x + (place // PER_TOKEN) * HIDDEN
     for at in tl.static_range(0, HIDDEN, COLUMNS):
-        real = at + lane < HIDDEN
-        mask = there[:, None] & real[None, :]
-        gates = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        ups = tl.load(begin + SIZE * HIDDEN + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        value = tl.load(x + (place // PER_TOKEN) * HIDDEN + at + lane, mask=real, other=0.0).to(tl.float32)
-        if norm is not None:
-            squares += value * value
-            value *= tl.load(norm + at + lane, mask=real, other=0.0).to(tl.float32)
-        gate += gates.to(tl.float32) * value[None, :]
-        up += ups.to(tl.float32) * value[None, :]
+        read = weights_at(begin, begin + SIZE * HIDDEN, norm, there, at + lane, HIDDEN)
+        gate, up, squares = add_products(gate, up, squares, row_of_x, read, at + lane, HIDDEN)
     scale = 1.0
     if norm is not None:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)
     result = tl.sum(gate, axis=1) * scale
     result = result / (1.0 + tl.exp(-result)) * (tl.sum(up, axis=1) * scale)
     tl.store(inner + place * SIZE + row, result.to(inner.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def tiles_of_expert(
+    weights,
+    chosen,
+    row,
+    there,
+    HIDDEN: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """Rows of the second matrix of the expert whose number is at `chosen`: (ROWS, COLUMNS) each."""
+    begin = weights + tl.load(chosen).to(tl.int64) * (HIDDEN * SIZE) + row * SIZE
+    parts = ()
+    for at in tl.static_range(0, SIZE, COLUMNS):
+        parts += (read_once(begin, there, at + tl.arange(0, COLUMNS), SIZE),)
+    return parts
 
 
 @triton.jit
@@ -239,24 +284,26 @@ def down_rows_kernel(
     SIZE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """ROWS channels of a token's sum over its experts, by share and in their order."""
+    """ROWS channels of a token's sum over its experts, by share and in their order. The first one's weights are read
+    while the kernel before ends, which itself waited for the one that wrote `chosen` and `shares`."""
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, COLUMNS)
     there = row < HIDDEN
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    parts = tiles_of_expert(weights, chosen + token * PER_TOKEN, row, there, HIDDEN, SIZE, COLUMNS)
+    await_inputs(OVERLAPS)
     for pick in tl.static_range(PER_TOKEN):
         place = token * PER_TOKEN + pick
-        expert = tl.load(chosen + place).to(tl.int64)
         share = tl.load(shares + place).to(tl.float32)
-        begin = weights + expert * (HIDDEN * SIZE) + row[:, None] * SIZE
+        if pick > 0:
+            parts = tiles_of_expert(weights, chosen + place, row, there, HIDDEN, SIZE, COLUMNS)
         for at in tl.static_range(0, SIZE, COLUMNS):
             real = at + lane < SIZE
-            mask = there[:, None] & real[None, :]
-            part = tl.load(begin + (at + lane)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
             value = tl.load(inner + place * SIZE + at + lane, mask=real, other=0.0).to(tl.float32) * share
-            total += part.to(tl.float32) * value[None, :]
+            total += parts[at // COLUMNS].to(tl.float32) * value[None, :]
     result = tl.sum(total, axis=1)
     if residual is not None:
         result += tl.load(residual + token * HIDDEN + row, mask=there, other=0.0).to(tl.float32)

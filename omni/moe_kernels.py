@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from omni.gemv_kernels import experts_of_rows
-from omni.kernels import INTERPRETED
+from omni.kernels import INTERPRETED, await_inputs, overlapping
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ def choose_on_device(logits: Tensor, per_token: int, normalise: bool, dtype: tor
     tokens, experts = logits.shape
     shares = logits.new_empty(tokens, per_token, dtype=dtype)
     chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=logits.device)
-    # A warp takes four tokens, which wait for each other less; of few, one.
-    block = 1 if tokens <= VERY_FEW_TOKENS else 4
-    sizes = (experts, triton.next_power_of_2(experts), per_token, triton.next_power_of_2(per_token), normalise, block)
-    choose_kernel[(triton.cdiv(tokens, block),)](logits.contiguous(), shares, chosen, tokens, *sizes, num_warps=1)
+    lanes = triton.next_power_of_2(experts)
+    choose_kernel[(tokens,)](
+        logits.contiguous(), shares, chosen, experts, lanes, per_token, normalise, num_warps=max(1, lanes // 32),
+        **overlapping(logits.device),
+    )  # fmt: skip
     return shares, chosen
 
 
@@ -93,7 +94,7 @@ def experts_on_device(
     x = x if norm is None else F.rms_norm(x, norm.shape, norm, eps)
     (tokens, hidden), per_token = x.shape, chosen.shape[1]
     experts, _, size = down.shape
-    rows = tokens * per_token
+    rows, overlap = tokens * per_token, overlapping(x.device)
     first, second = tiles or choose_tiles(x, rows / experts)
     is_sorted = tokens > FEW_TOKENS
     # Of these many tiles some are empty: see `sort_kernel`.
@@ -101,7 +102,7 @@ def experts_on_device(
     order, places = torch.empty(2, rows if is_sorted else 0, dtype=torch.int32, device=x.device)
     table = torch.empty(slots if is_sorted else 0, 3, dtype=torch.int32, device=x.device)
     if is_sorted:
-        sort_kernel[(experts,)](chosen, order, places, table, rows, first.rows, 8192, num_warps=16)
+        sort_kernel[(experts,)](chosen, order, places, table, rows, first.rows, 8192, num_warps=16, **overlap)
     inner, parts = x.new_empty(rows, size), x.new_empty(rows, hidden)
     # Gate and up take turns, so that one thread has both of a channel; the second product's rows are as they are.
     turns = gate_up.unflatten(1, (2, size)).transpose(1, 2)
@@ -114,10 +115,12 @@ def experts_on_device(
         blocks = (tile.rows, tile.columns, tile.depth, tile.swapped)
         grid = (slots * triton.cdiv(2 * weights.shape[1], tile.columns),)
         weights = TensorDescriptor.from_tensor(weights, [1, tile.columns // 2, 2, tile.depth])
-        kernel[grid](weights, *arguments, *sizes, *blocks, num_warps=tile.warps, num_stages=stages_that_fit(tile, x))
+        options = {"num_warps": tile.warps, "num_stages": stages_that_fit(tile, x), **overlap}
+        kernel[grid](weights, *arguments, *sizes, *blocks, **options)
     out = torch.empty_like(x)
     block = triton.next_power_of_2(hidden)
-    sum_kernel[(tokens,)](parts, shares, places, residual, out, per_token, hidden, is_sorted, block, num_warps=4)
+    sizes = (per_token, hidden, is_sorted, block)
+    sum_kernel[(tokens,)](parts, shares, places, residual, out, *sizes, num_warps=4, **overlap)
     return out
 
 
@@ -136,47 +139,50 @@ def shared_memory(device: int) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def choose_kernel(
     logits,
     shares,
     chosen,
-    tokens,
     EXPERTS: tl.constexpr,  # noqa: N803
     LANES: tl.constexpr,  # noqa: N803
     PER_TOKEN: tl.constexpr,  # noqa: N803
-    PICKS: tl.constexpr,  # noqa: N803
     NORMALISE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """The largest shares of a token's softmax, one after another; equal ones by number. All different even if not
-    numbers."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert, lane = tl.arange(0, LANES), tl.arange(0, PICKS)
-    real = (token < tokens)[:, None]
-    at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
-    score = tl.load(logits + at, mask=real & (expert < EXPERTS)[None, :], other=float("-inf")).to(tl.float32)
-    score = tl.exp(score - tl.max(score, axis=1)[:, None])
-    share = score / tl.sum(score, axis=1)[:, None]
-    left = tl.where(share >= 0, share, 0.0)
-    left = tl.where((expert < EXPERTS)[None, :], left, -1.0)
-    picked = tl.zeros((BLOCK, PICKS), tl.float32)
-    numbers = tl.zeros((BLOCK, PICKS), tl.int32)
-    for pick in tl.static_range(PER_TOKEN):
-        largest, number = tl.max(left, axis=1, return_indices=True)
-        picked = tl.where(lane[None, :] == pick, largest[:, None], picked)
-        numbers = tl.where(lane[None, :] == pick, number[:, None].to(tl.int32), numbers)
-        left = tl.where(expert[None, :] == number[:, None], -1.0, left)
+    """The largest shares of a token's softmax, in order; equal ones by number. All different even if not numbers.
+
+    An expert's rank is how many are before it, counted by a thread each, so that all places are known at once: one
+    after another, the largest of what is left would take as long as a large product.
+    """
+    await_inputs(OVERLAPS)
+    token, expert = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
+    score = tl.load(logits + token * EXPERTS + expert, mask=expert < EXPERTS, other=float("-inf")).to(tl.float32)
+    score = tl.exp(score - tl.max(score, axis=0))
+    share = score / tl.sum(score, axis=0)
+    share = tl.where(share >= 0, share, 0.0)
+    share = tl.where(expert < EXPERTS, share, -1.0)
+    other = share[:, None]
+    is_before = (other > share[None, :]) | ((other == share[None, :]) & (expert[:, None] < expert[None, :]))
+    rank = tl.sum(is_before.to(tl.int32), axis=0)
     if NORMALISE:
-        picked = picked / tl.sum(picked, axis=1)[:, None]
-    to = token.to(tl.int64)[:, None] * PER_TOKEN + lane[None, :]
-    real = real & (lane < PER_TOKEN)[None, :]
-    tl.store(shares + to, picked.to(shares.dtype.element_ty), mask=real)
-    tl.store(chosen + to, numbers, mask=real)
+        share /= tl.sum(tl.where(rank < PER_TOKEN, share, 0.0), axis=0)
+    to = token * PER_TOKEN + rank
+    tl.store(shares + to, share.to(shares.dtype.element_ty), mask=rank < PER_TOKEN)
+    tl.store(chosen + to, expert, mask=rank < PER_TOKEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sort_kernel(chosen, order, places, table, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def sort_kernel(
+    chosen,
+    order,
+    places,
+    table,
+    rows,
+    ROWS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
+):
     """Finds the rows of an expert, one program for each: counts those of lower experts, then puts its own behind them.
 
     chosen: (rows,) experts. order: (rows,) int32, the rows sorted by expert, each expert's as they were; places:
@@ -185,6 +191,7 @@ def sort_kernel(chosen, order, places, table, rows, ROWS: tl.constexpr, BLOCK: t
     Tiles of expert e begin at (rows of lower experts) // ROWS + e, so that no expert need know the tiles of another:
     there is room for all, and the rest have no rows.
     """
+    await_inputs(OVERLAPS)
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros((BLOCK,), tl.int32)
@@ -292,8 +299,10 @@ def gate_up_kernel(
     COLUMNS: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
     SWAPPED: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """silu(gate) · up of a tile's rows, COLUMNS / 2 channels of it, into `inner` at the rows' places."""
+    await_inputs(OVERLAPS)
     blocks: tl.constexpr = (2 * SIZE + COLUMNS - 1) // COLUMNS
     slot = tl.program_id(0) // blocks
     if SORTED:
@@ -332,8 +341,10 @@ def down_kernel(
     COLUMNS: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
     SWAPPED: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A tile's rows of `inner` times the expert's second matrix, COLUMNS channels, into `parts` at the rows' places."""
+    await_inputs(OVERLAPS)
     blocks: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     slot = tl.program_id(0) // blocks
     if SORTED:
@@ -361,8 +372,10 @@ def sum_kernel(
     HIDDEN: tl.constexpr,  # noqa: N803
     SORTED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """Adds up the parts of a token by share, in float32 and in the order of its experts."""
+    await_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,26 @@ def compiled_for_hopper(
     kinds = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
     hints = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.startswith(aligned)}
     return compile(ASTSource(kernel, kinds, dict(values), hints), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def place_of_wait(code: Any) -> int:
+    """Where in its PTX a kernel waits for the one before: once on all paths, then it lets the next one begin, and it
+    stores nothing before."""
+    ptx = code.asm["ptx"]
+    marks = re.findall(r"griddepcontrol\.wait|griddepcontrol\.launch_dependents|st\.global|\bret;", ptx)
+    assert marks[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    assert not any("griddepcontrol" in mark for mark in marks[2:])
+    return int(ptx.index("griddepcontrol.wait"))
+
+
+def bytes_spilt(code: Any, folder: Path) -> int:
+    """Of a thread's memory: what its registers do not hold."""
+    from triton import knobs
+
+    (folder / "cubin").write_bytes(code.asm["cubin"])
+    command = (knobs.nvidia.cuobjdump.path, "-res-usage", folder / "cubin")
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
 def interpreted(code: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 
 from omni import layers
 from omni.layers import RMSNorm, SwiGLU
-from tests.kernels import compiled_for_hopper, interpreted, needs_triton
+from tests.kernels import bytes_spilt, compiled_for_hopper, interpreted, needs_triton, place_of_wait
 
 KERNELS = """
 import torch
@@ -57,30 +59,32 @@ def test_kernels_equal_products_under_tritons_interpreter() -> None:
 
 
 @needs_triton
-def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
-    """16 bytes of the matrix at a time, and no register spilt."""
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """16 bytes of the matrix at a time, the first of them before it waits for the kernel before; no register spilt."""
     from omni import gemv_kernels
 
     types = dict.fromkeys(("x", "norm", "weight", "weights", "added", "out", "inner", "shares"), "*bf16")
     types |= {"chosen": "*i32", "residual": "*bf16", "eps": "fp32"}
 
-    def check(kernel: Any, values: dict[str, Any], warps: int) -> None:
-        code = compiled_for_hopper(kernel, types, values, ("*", "i32"), num_warps=warps)
-        loads = [line for line in code.asm["ptx"].splitlines() if "ld.global" in line and "evict_first" in line]
-        assert loads
-        assert all("v4.b32" in line for line in loads)
-        assert not code.metadata.global_scratch_size
+    def check(kernel: Any, values: dict[str, Any], warps: int, ahead: int) -> None:
+        values |= {"OVERLAPS": True}
+        code = compiled_for_hopper(kernel, types, values, ("*", "i32"), num_warps=warps, launch_pdl=True)
+        loads = re.findall(r"ld\.global.*evict_first.*", code.asm["ptx"])
+        assert all("v4.b32" in load for load in loads)
+        assert len(re.findall(r"ld\.global.*evict_first", code.asm["ptx"][: place_of_wait(code)])) == ahead < len(loads)
+        assert not bytes_spilt(code, tmp_path)
 
     for rows, columns, warps in gemv_kernels.TILES:
-        check(gemv_kernels.row_kernel, {"added": None, "GATED": True, "ROWS": rows, "COLUMNS": columns}, warps)
-        check(gemv_kernels.row_kernel, {"norm": None, "GATED": False, "ROWS": rows, "COLUMNS": columns}, warps)
+        tile, loads = {"ROWS": rows, "COLUMNS": columns}, rows * columns // (8 * 32 * warps)
+        check(gemv_kernels.row_kernel, {"added": None, "GATED": True, **tile}, warps, 2 * loads)
+        check(gemv_kernels.row_kernel, {"norm": None, "GATED": False, **tile}, warps, loads)
     sizes = {"PER_TOKEN": 8, "HIDDEN": 2048, "SIZE": 768}
-    for kernel, (rows, columns, warps), norm in (
-        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP, {}),
-        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP, {"norm": None}),
-        (gemv_kernels.down_rows_kernel, gemv_kernels.DOWN, {}),
+    for kernel, (rows, columns, warps), norm, ahead in (
+        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP, {}, 0),
+        (gemv_kernels.gate_up_rows_kernel, gemv_kernels.GATE_UP, {"norm": None}, 0),
+        (gemv_kernels.down_rows_kernel, gemv_kernels.DOWN, {}, 3),
     ):
-        check(kernel, {**sizes, **norm, "ROWS": rows, "COLUMNS": columns}, warps)
+        check(kernel, {**sizes, **norm, "ROWS": rows, "COLUMNS": columns}, warps, ahead)
 
 
 def test_products_take_a_norm_before_and_a_sum_after() -> None:

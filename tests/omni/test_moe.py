@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from omni import moe
 from omni.layers import RMSNorm
 from omni.moe import Experts, grouped_product
-from tests.kernels import compiled_for_hopper, interpreted, needs_triton
+from tests.kernels import bytes_spilt, compiled_for_hopper, interpreted, needs_triton, place_of_wait
 
 
 def make_experts(experts: int = 6, per_token: int = 2, hidden: int = 32, size: int = 24, **options: Any) -> Experts:
@@ -135,7 +136,7 @@ for dtype, tolerance, tiles in ((torch.float32, 1e-5, (swapped, plain)), (torch.
         for pair in tiles if tokens > moe_kernels.FEW_TOKENS else (None,):
             got = moe_kernels.experts_on_device(*arguments, tiles=pair)
             torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
-for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3)):
+for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3), (2, 128, 8)):
     logits = torch.randn(tokens, experts)
     for normalise in (True, False):
         shares, chosen = logits.softmax(-1).topk(per_token)
@@ -143,20 +144,26 @@ for tokens, experts, per_token in ((1, 6, 2), (9, 12, 3)):
         got = moe_kernels.choose_on_device(logits, per_token, normalise, torch.float32)
         torch.testing.assert_close(got[0], shares, atol=1e-6, rtol=1e-6)
         assert torch.equal(got[1], chosen.int())
-same = moe_kernels.choose_on_device(torch.tensor([[0.0] * 6, [float("nan")] * 6]), 3, True, torch.float32)[1]
-assert same.tolist() == [[0, 1, 2], [0, 1, 2]]
+nan, inf = float("nan"), float("inf")
+odd = torch.tensor([[0.0] * 6, [nan] * 6, [0, nan, 5, 0, 0, 0], [inf, 0, 0, 0, inf, 0], [-inf] * 6, [1, 3, 2, 3, 1, 3]])
+picks = moe_kernels.choose_on_device(odd, 3, True, torch.float32)[1]
+assert picks.tolist() == [*[[0, 1, 2]] * 5, [1, 3, 5]]
+shares, picks = moe_kernels.choose_on_device(torch.tensor([[1, 3, 2, 3, 1.0]]), 5, False, torch.bfloat16)
+assert picks.tolist() == [[1, 3, 2, 0, 4]]
+torch.testing.assert_close(shares, torch.tensor([[3, 3, 2, 1, 1.0]]).softmax(-1).bfloat16())
 """
 
 
 @needs_triton
 def test_kernels_equal_a_loop_under_tritons_interpreter() -> None:
-    """Tiles swapped and not, sizes that fill none."""
+    """Tiles swapped and not, sizes that fill none; of equal shares and of what is no number the lowest experts."""
     interpreted(KERNELS)
 
 
 @needs_triton
-def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
-    """At the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its matrix units."""
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """At the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its matrix units. All
+    wait for the kernel before, also those that then have nothing to do."""
     from omni import moe_kernels
 
     types = dict.fromkeys(("x", "inner", "parts", "shares", "residual", "out"), "*bf16")
@@ -165,7 +172,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     def made(kernel: Any, values: dict[str, Any], **options: int) -> Any:
         if "COLUMNS" in values:
             types["weights"] = f"tensordesc<bf16[1, {values['COLUMNS'] // 2}, 2, {values['DEPTH']}]>"
-        code = compiled_for_hopper(kernel, types, values, ("*",), **options)
+        values = values | {"OVERLAPS": True}
+        code = compiled_for_hopper(kernel, types, values, ("*",), launch_pdl=True, **options)
+        assert "ld.global" not in code.asm["ptx"][: place_of_wait(code)]
         assert code.metadata.shared <= 227 * 1024
         return code
 
@@ -176,9 +185,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
             values = sizes | {"SORTED": most > 0, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
             code = made(kernel, values | {"SWAPPED": tile.swapped}, num_warps=tile.warps, num_stages=tile.stages)
             assert "wgmma" in code.asm["ptx"], tile
-    values = {"EXPERTS": 128, "LANES": 128, "PER_TOKEN": 8, "PICKS": 8, "NORMALISE": True}
-    for block in (1, 4):
-        made(moe_kernels.choose_kernel, values | {"BLOCK": block}, num_warps=1)
+    for experts in (128, 256):
+        values = {"EXPERTS": experts, "LANES": experts, "PER_TOKEN": 8, "NORMALISE": True}
+        assert not bytes_spilt(made(moe_kernels.choose_kernel, values, num_warps=experts // 32), tmp_path)
     made(moe_kernels.sort_kernel, {"ROWS": 64, "BLOCK": 8192}, num_warps=16)
     made(moe_kernels.sum_kernel, {"PER_TOKEN": 8, "HIDDEN": 2048, "SORTED": True, "BLOCK": 2048}, num_warps=4)
 
