@@ -115,26 +115,28 @@ def read_once(rows, there, column, columns):
 
 
 @triton.jit
-def weights_at(rows, rows_up, norm, there, column, columns):
-    """What a program reads of the matrix, of its other half if that is there, and of the norm, if there is one."""
-    part, part_up, factor = read_once(rows, there, column, columns), None, None
-    if rows_up is not None:
-        part_up = read_once(rows_up, there, column, columns)
+def weights_at(rows, norm, there, column, columns, to_up, GATED: tl.constexpr):  # noqa: N803
+    """What a program reads of the matrix, of its other half, `to_up` later, and of the norm: of what is not there,
+    something else."""
+    part = read_once(rows, there, column, columns)
+    part_up, factor = part, part
+    if GATED:
+        part_up = read_once(rows + to_up, there, column, columns)
     if norm is not None:
         factor = tl.load(norm + column, mask=column < columns, other=0.0)
     return part, part_up, factor
 
 
 @triton.jit
-def add_products(total, total_up, squares, x, read, column, columns):
+def add_products(total, total_up, squares, x, norm, read, column, columns, GATED: tl.constexpr):  # noqa: N803
     """Adds to the sums these columns of x times what `weights_at` read, and to the squares if there is a norm."""
     part, part_up, factor = read
     value = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-    if factor is not None:
+    if norm is not None:
         squares += value * value
         value *= factor.to(tl.float32)
     total += part.to(tl.float32) * value[None, :]
-    if part_up is not None:
+    if GATED:
         total_up += part_up.to(tl.float32) * value[None, :]
     return total, total_up, squares
 
@@ -163,13 +165,13 @@ def row_kernel(
     total_up = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     begin = weight + row.to(tl.int64) * columns
-    begin_up = begin + rows.to(tl.int64) * columns if GATED else None
-    read = weights_at(begin, begin_up, norm, there, lane, columns)
+    to_up = rows.to(tl.int64) * columns
+    read = weights_at(begin, norm, there, lane, columns, to_up, GATED)
     await_inputs(OVERLAPS)
-    total, total_up, squares = add_products(total, total_up, squares, x, read, lane, columns)
+    total, total_up, squares = add_products(total, total_up, squares, x, norm, read, lane, columns, GATED)
     for at in range(COLUMNS, columns, COLUMNS):
-        read = weights_at(begin, begin_up, norm, there, at + lane, columns)
-        total, total_up, squares = add_products(total, total_up, squares, x, read, at + lane, columns)
+        read = weights_at(begin, norm, there, at + lane, columns, to_up, GATED)
+        total, total_up, squares = add_products(total, total_up, squares, x, norm, read, at + lane, columns, GATED)
     scale = 1.0
     if norm is not None:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
@@ -243,8 +245,8 @@ def gate_up_rows_kernel(
     begin = weights + expert * (2 * SIZE * HIDDEN) + row * HIDDEN
     row_of_x = x + (place // PER_TOKEN) * HIDDEN
     for at in tl.static_range(0, HIDDEN, COLUMNS):
-        read = weights_at(begin, begin + SIZE * HIDDEN, norm, there, at + lane, HIDDEN)
-        gate, up, squares = add_products(gate, up, squares, row_of_x, read, at + lane, HIDDEN)
+        read = weights_at(begin, norm, there, at + lane, HIDDEN, SIZE * HIDDEN, True)
+        gate, up, squares = add_products(gate, up, squares, row_of_x, norm, read, at + lane, HIDDEN, True)
     scale = 1.0
     if norm is not None:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)
@@ -267,7 +269,7 @@ def tiles_of_expert(
     begin = weights + tl.load(chosen).to(tl.int64) * (HIDDEN * SIZE) + row * SIZE
     parts = ()
     for at in tl.static_range(0, SIZE, COLUMNS):
-        parts += (read_once(begin, there, at + tl.arange(0, COLUMNS), SIZE),)
+        parts += (read_once(begin, there, at + tl.arange(0, COLUMNS), SIZE),)  # type: ignore[assignment]
     return parts
 
 

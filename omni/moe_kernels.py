@@ -119,8 +119,9 @@ def experts_on_device(
         kernel[grid](weights, *arguments, *sizes, *blocks, **options)
     out = torch.empty_like(x)
     block = triton.next_power_of_2(hidden)
-    sizes = (per_token, hidden, is_sorted, block)
-    sum_kernel[(tokens,)](parts, shares, places, residual, out, *sizes, num_warps=4, **overlap)
+    sum_kernel[(tokens,)](
+        parts, shares, places, residual, out, per_token, hidden, is_sorted, block, num_warps=4, **overlap
+    )
     return out
 
 

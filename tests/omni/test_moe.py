@@ -162,8 +162,8 @@ def test_kernels_equal_a_loop_under_tritons_interpreter() -> None:
 
 @needs_triton
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    """At the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its matrix units. All
-    wait for the kernel before, also those that then have nothing to do."""
+    """At the size of Qwen3-Omni-30B-A3B with every tile of the table: within its shared memory, by its matrix units.
+    All wait for the kernel before, also those that then have nothing to do."""
     from omni import moe_kernels
 
     types = dict.fromkeys(("x", "inner", "parts", "shares", "residual", "out"), "*bf16")
