@@ -81,33 +81,29 @@ PART_BYTES = 8 * 2**20
 def digest_of(tensor: Tensor) -> bytes:
     """32 bytes that tell a tensor by its dtype, shape and content, on any device, by SHA-256.
 
-    Remembered for as long as the tensor, or what it is a view of, lives and is not written to, as far as its version
-    tells: by operations of torch, not through memory that is shared with NumPy.
+    Remembered for as long as the tensor lives and is not written to, as far as its version tells: by operations of
+    torch, not through memory that is shared with NumPy.
     """
-    # Inference tensors count no versions. A view, which is another object each time it is taken, shares its base's.
-    known = None if tensor.is_inference() else tensor._version
-    owner = tensor if tensor._base is None else tensor._base
-    view = tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor.is_neg()
+    known = None if tensor.is_inference() else tensor._version  # inference tensors count no versions
     if known is not None:
         with _lock:
-            version, digests = _digests.get(owner, (known, {}))
-            if version == known and view in digests:
-                return digests[view]
+            found = _digests.get(tensor)
+        if found is not None and found[0] == known:
+            return found[1]
     flat = tensor.detach().contiguous().cpu().reshape(-1)
     data = memoryview(flat.view(torch.uint8).numpy())
     parts = [data[first : first + PART_BYTES] for first in range(0, len(data), PART_BYTES)]
     whole = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if len(parts) > 1:
         with ThreadPoolExecutor(min(8, len(parts), os.cpu_count() or 1)) as pool:
-            of_parts = list(pool.map(_digest, parts))
+            digests = list(pool.map(_digest, parts))
     else:
-        of_parts = list(map(_digest, parts))
-    for digest in of_parts:
+        digests = list(map(_digest, parts))
+    for digest in digests:
         whole.update(digest)
     if known is not None:
         with _lock:
-            version, digests = _digests.get(owner, (known, {}))
-            _digests[owner] = known, {**(digests if version == known else {}), view: whole.digest()}
+            _digests[tensor] = known, whole.digest()
     return whole.digest()
 
 
@@ -116,5 +112,4 @@ def _digest(data: memoryview) -> bytes:
 
 
 _digests = WeakIdKeyDictionary()
-"""Of tensors that are no views: their version, and by view digests of what they hold at that."""
 _lock = Lock()
