@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.layers import part
+from omni.layers import compiles
 
 CHUNK = 128
 """Capacities are multiples of this, so that decoding attends to the cache in equal parts."""
@@ -21,9 +21,9 @@ def _append(
     stored_values[rows, :, length] = values[:, :, 0]
 
 
-_append_by_machine_code = part(_append)
-"""Apart from the layer, whose code would copy the cache that it reads; and layer by layer, for which the compiler needs
-a second: all at once are hundreds of sizes, and minutes."""
+def places(stored: list[Tensor]) -> list[list[int]]:
+    """Of each tensor (batch, kv_heads, capacity, head_dim) its address, strides and capacity: where a position goes."""
+    return [[each.data_ptr(), *each.stride(), each.shape[2]] for each in stored]
 
 
 class Cache:
@@ -36,6 +36,9 @@ class Cache:
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor) -> None:
         self.keys, self.values, self.lengths = keys, values, lengths
+        self._places: list[list[int]] = []
+        if lengths.is_cuda:
+            self._places_on_device()  # now, as nothing comes from the host while a graph is captured
 
     @classmethod
     def of_prefill(cls, keys: list[Tensor], values: list[Tensor], lengths: list[Tensor], new: int) -> Cache:
@@ -60,12 +63,22 @@ class Cache:
 
     def append(self, keys: list[Tensor], values: list[Tensor]) -> None:
         """Puts one position more into every layer, in place. Per layer: (batch, kv_heads, 1, head_dim)."""
+        if self.lengths.is_cuda and compiles():
+            from omni.cache_kernels import append_by_kernel
+
+            append_by_kernel([*self.keys, *self.values], self._places_on_device(), self.lengths, [*keys, *values])
+            return
         rows = torch.arange(self.lengths.shape[1], device=self.lengths.device)
-        # A GPU launches half as many kernels; on a CPU calling machine code takes longer than what is done.
-        append = _append_by_machine_code if rows.is_cuda else _append
         for layer in zip(self.keys, self.values, self.lengths, keys, values, strict=True):
-            append(*layer[:2], rows, *layer[2:])
+            _append(*layer[:2], rows, *layer[2:])
         self.lengths += 1
+
+    def _places_on_device(self) -> Tensor:
+        """`places` of keys, then values, (2 * layers, 6) int64, looked at anew: a copied cache has other tensors."""
+        found = places([*self.keys, *self.values])
+        if found != self._places:
+            self._table, self._places = torch.tensor(found, device=self.lengths.device), found
+        return self._table
 
     def row(self, row: int) -> Cache:
         """One sequence of the batch, in the same memory."""

@@ -52,6 +52,11 @@ def compiling(call: Call) -> Iterator[None]:
         _compiler.reset(before)
 
 
+def compiles() -> bool:
+    """Whether this thread is inside of `compiling`: where nothing is compiled, neither are kernels of our own."""
+    return _compiler.get() is not None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, the mean of squares in float32."""
 
