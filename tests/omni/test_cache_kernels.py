@@ -19,7 +19,7 @@ from omni.cache import places
 from omni.cache_kernels import append_by_kernel
 from tests.omni.test_cache_kernels import assert_same, cache_and_new
 
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
+for dtype in (torch.float32, torch.bfloat16):
     for batch, row in ((1, None), (3, None), (3, 0), (3, 1)):
         whole, keys, values = cache_and_new(batch, dtype)
         expected, *_ = cache_and_new(batch, dtype)
@@ -42,19 +42,19 @@ assert all(map(torch.equal, stored, before))
 
 
 def cache_and_new(batch: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Cache, list[Tensor], list[Tensor]]:
-    """Five layers of three capacities and of unlike lengths, one of them lying the other way, and keys and values of
+    """Three layers of two capacities and of unlike lengths, one of them lying the other way, and keys and values of
     one position more. The same on every call."""
     generator = torch.Generator().manual_seed(batch)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    capacities = (256, 384, 384, 256, 640)
+    capacities = (256, 384, 256)
     keys, values = ([random(batch, 3, capacity, 24) for capacity in capacities] for _ in range(2))
     keys[1] = random(batch, capacities[1], 3, 24).transpose(1, 2)
-    lengths = torch.randint(0, 250, (5, batch), generator=generator).to(device)
-    new = [[random(batch, 3, 1, 24) for _ in capacities] for _ in range(2)]
-    return Cache(keys, values, lengths), *new
+    lengths = torch.randint(0, 250, (3, batch), generator=generator).to(device)
+    new_keys, new_values = ([random(batch, 3, 1, 24) for _ in capacities] for _ in range(2))
+    return Cache(keys, values, lengths), new_keys, new_values
 
 
 def assert_same(cache: Cache, expected: Cache) -> None:
@@ -84,12 +84,11 @@ def test_kernel_compiles_for_a_gpu_that_is_not_there(kind: str) -> None:
         options = {"num_warps": 4, "launch_pdl": True, "debug": True, "sanitize_overflow": False}
         code = compiled_for_hopper(append_kernel, types, sizes, ("*bf", "*fp"), **options)
         ptx = code.asm["ptx"]
-        assert all(
-            word in ptx for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "call.uni __assertfail")
-        )
+        assert "griddepcontrol.launch_dependents" in ptx and "call.uni __assertfail" in ptx
         assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global") < ptx.index("st.global")
-        # Every thread has read a length when it is written.
-        assert "bar.sync" in ptx[ptx.rindex("ld.global") : ptx.rindex("st.global")]
+        # The length comes last, when every thread has read it.
+        *_, before, after = ptx.split("st.global")
+        assert "bar.sync" in before and after.startswith(".b64")
         assert not code.metadata.global_scratch_size
 
 
