@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -38,18 +38,24 @@ class Prompt:
     audio_clips: tuple[int, ...]
     windows: tuple[int, int]
     start: int = 0
+    _counted: list[tuple[Method, Counts]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def counts(self, method: Method | None) -> Counts:
         """method: None where every token stays, as in a `whole_prompt`."""
         if method is None:
             return Counts(len(self.text), len(self.text), 0, 0, 1, 0, 0, 0)
-        return counts_of(
+        for known, counts in self._counted:  # asked several times on a request's way
+            if known is method:
+                return counts
+        counts = counts_of(
             method,
             text=len(self.text),
             video_sizes=self.video_sizes,
             audio_sizes=self.audio_sizes,
             windows=self.windows,
         )
+        self._counted.append((method, counts))
+        return counts
 
 
 def read_prompt(layout: Layout, inputs: Inputs, config: OmniConfig, window_grids: int) -> Prompt:
