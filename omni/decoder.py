@@ -160,9 +160,9 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All of `Attention.decode` between its two products.
 
-    qkv: (B, (heads + 2 kv_heads) · dim). query_norm, key_norm: (dim,), weights, where heads are normed. cos, sin:
-    (B, dim / 2). The rest: `attend`. Returns what attention yields, (B, heads · dim), and the position's own key,
-    normed and turned, and value, (B, kv_heads, 1, dim).
+    qkv: (B, (heads + 2 kv_heads) · dim), which alone the kernel right before may have written. query_norm, key_norm:
+    (dim,), weights, where heads are normed. cos, sin: (B, dim / 2). The rest: `attend`. Returns what attention yields,
+    (B, heads · dim), and the position's own key, normed and turned, and value, (B, kv_heads, 1, dim).
     """
     from omni.decoder_kernels import cached_attention_by_kernels
 

@@ -103,8 +103,8 @@ def chunk_kernel(
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """One chunk of one head of keys: attention of the queries that share it, and the logarithm of the sum that their
-    softmax divides by; the lowest number and zeros where nothing is written."""
-    await_inputs(OVERLAPS)
+    softmax divides by; the lowest number and zeros where nothing is written. The cache is older than the kernel before,
+    which makes qkv, and is read while that one ends."""
     chunk, chunks, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     row, half, lane, at = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, LANES), tl.arange(0, CHUNK)
     sequence = head // kv_heads
@@ -114,6 +114,7 @@ def chunk_kernel(
     key_first = tl.load(keys + stored + half[None, :], mask=known, other=0.0)
     key_second = tl.load(keys + stored + DIM // 2 + half[None, :], mask=known, other=0.0)
     value = tl.load(values + stored + lane[None, :], mask=there[:, None] & (lane < DIM)[None, :], other=0.0)
+    await_inputs(OVERLAPS)
     asking = qkv + (sequence * (GROUP + 2) * kv_heads + (head % kv_heads) * GROUP + row)[:, None] * DIM
     angles = sequence * (DIM // 2)
     query_first, query_second = turned(
@@ -163,8 +164,8 @@ def join_kernel(
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """One head: what its chunks yield and its own value, by their weight. The first of those that share a head of keys
-    also puts its own key, normed and turned, and value where the cache gets them from."""
-    await_inputs(OVERLAPS)
+    also puts its own key, normed and turned, and value where the cache gets them from. qkv was there before
+    `chunk_kernel` let this one begin."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = head // kv_heads
     lane, number = tl.arange(0, HALF), tl.arange(0, CHUNKS)
@@ -183,6 +184,7 @@ def join_kernel(
     given = qkv + (begin + (GROUP + 1) * kv_heads + head % kv_heads) * DIM + lane
     value_first = tl.load(given, mask=known, other=0.0)
     value_second = tl.load(given + DIM // 2, mask=known, other=0.0)
+    await_inputs(OVERLAPS)
     if row == 0:
         to = head * DIM + lane
         tl.store(key + to[None, :], key_first, mask=known[None, :])

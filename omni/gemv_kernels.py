@@ -168,6 +168,8 @@ def row_kernel(
     to_up = rows.to(tl.int64) * columns
     read = weights_at(begin, norm, there, lane, columns, to_up, GATED)
     await_inputs(OVERLAPS)
+    if added is not None:
+        more = tl.load(added + row, mask=there, other=0.0).to(tl.float32)
     total, total_up, squares = add_products(total, total_up, squares, x, norm, read, lane, columns, GATED)
     for at in range(COLUMNS, columns, COLUMNS):
         read = weights_at(begin, norm, there, at + lane, columns, to_up, GATED)
@@ -179,7 +181,7 @@ def row_kernel(
     if GATED:
         result = result / (1.0 + tl.exp(-result)) * (tl.sum(total_up, axis=1) * scale)
     if added is not None:
-        result += tl.load(added + row, mask=there, other=0.0).to(tl.float32)
+        result += more
     tl.store(out + row, result.to(out.dtype.element_ty), mask=there)
 
 
@@ -297,6 +299,8 @@ def down_rows_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     parts = tiles_of_expert(weights, chosen + token * PER_TOKEN, row, there, HIDDEN, SIZE, COLUMNS)
     await_inputs(OVERLAPS)
+    if residual is not None:
+        more = tl.load(residual + token * HIDDEN + row, mask=there, other=0.0).to(tl.float32)
     for pick in tl.static_range(PER_TOKEN):
         place = token * PER_TOKEN + pick
         share = tl.load(shares + place).to(tl.float32)
@@ -308,5 +312,5 @@ def down_rows_kernel(
             total += parts[at // COLUMNS].to(tl.float32) * value[None, :]
     result = tl.sum(total, axis=1)
     if residual is not None:
-        result += tl.load(residual + token * HIDDEN + row, mask=there, other=0.0).to(tl.float32)
+        result += more
     tl.store(out + token * HIDDEN + row, result.to(out.dtype.element_ty), mask=there)

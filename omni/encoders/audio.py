@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from omni.config import AudioConfig
 from omni.encoders.batches import cut
+from omni.encoders.layers import LayerNorm
 from omni.encoders.received import Signals, joined
 from omni.layers import Call, directly, part
 from seats.method import Needs
@@ -27,7 +28,7 @@ class AudioEncoder(nn.Module):
     and what a method `needs` of these tokens. `call` runs what sees tensors of static shape.
     """
 
-    norm: nn.LayerNorm
+    norm: LayerNorm
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
@@ -92,9 +93,9 @@ class Block(nn.Module):
 
     def __init__(self, config: AudioConfig, *, key_bias: bool = False) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention_norm = LayerNorm(config.hidden_size)
         self.attention = Attention(config, key_bias=key_bias)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        self.mlp_norm = LayerNorm(config.hidden_size)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 

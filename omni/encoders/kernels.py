@@ -1,4 +1,4 @@
-"""Received attention in Triton: two passes over the scores of a window, which are never in memory."""
+"""Received attention in Triton, two passes over the scores of a window, which are never in memory; and layer norms."""
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def"
 
 import torch
@@ -78,3 +78,26 @@ def received_kernel(q, k, valid, scales, received, positions, dim, factor, BLOCK
         at += BLOCK
     counts = tl.load(valid + window * positions + asked, mask=asked < positions, other=0) != 0
     tl.store(received + first + asked, tl.where(counts, total, 0.0), mask=asked < positions)
+
+
+def layer_norm_on_device(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """What `layers.layer_norm` computes, a program to each row, which stays in registers."""
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
+    lanes = triton.next_power_of_2(size)
+    warps = min(16, max(1, lanes // 1024))
+    layer_norm_kernel[(x.numel() // size,)](x, weight, bias, out, eps, size, lanes, num_warps=warps)
+    return out
+
+
+@triton.jit
+def layer_norm_kernel(x, weight, bias, out, eps, SIZE: tl.constexpr, LANES: tl.constexpr):  # noqa: N803
+    """One row, the mean taken off before squares are summed."""
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
+    real = lane < SIZE
+    value = tl.load(x + row * SIZE + lane, mask=real, other=0.0).to(tl.float32)
+    value = tl.where(real, value - tl.sum(value, axis=0) / SIZE, 0.0)
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
+    value *= tl.load(weight + lane, mask=real, other=0.0).to(tl.float32)
+    value += tl.load(bias + lane, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + lane, value.to(out.dtype.element_ty), mask=real)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
 from omni.encoders.batches import batch_sizes
+from omni.encoders.layers import LayerNorm
 from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call
 from seats.method import Needs
@@ -31,7 +32,7 @@ class Qwen25AudioEncoder(AudioEncoder):
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.output_size)
         # In every public checkpoint, read by nothing: kept so that parameters match it name by name.
         self.boundary = nn.Embedding(2, config.output_size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from omni.config import AudioConfig
 from omni.encoders.audio import AudioEncoder, Block, sinusoids
 from omni.encoders.batches import batch_sizes, cut
+from omni.encoders.layers import LayerNorm
 from omni.encoders.received import Signals, joined, mean_keys, received_attention
 from omni.layers import Call, directly
 from seats.method import Needs
@@ -41,7 +42,7 @@ class Qwen3AudioEncoder(AudioEncoder):
         )
         self.input = nn.Linear(channels * -(-bins // 8), config.hidden_size, bias=False)
         self.blocks = nn.ModuleList(Block(config, key_bias=True) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size)
         self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.output_size)
 

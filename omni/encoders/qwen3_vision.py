@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from omni.config import VisionConfig
+from omni.encoders.layers import LayerNorm, gelu_by_tanh
 from omni.encoders.received import Signals
 from omni.encoders.vision import Attention, VisionEncoder, patch_coordinates, signals
 from omni.layers import part
@@ -65,15 +66,15 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.padded_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu_by_tanh(self.up(x)))
 
 
 class Block(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attention_norm = LayerNorm(config.hidden_size, eps=1e-6)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.mlp_norm = LayerNorm(config.hidden_size, eps=1e-6)
         self.mlp = MLP(config)
 
     @part
@@ -89,7 +90,7 @@ class Merger(nn.Module):
         super().__init__()
         self.group, self.deep = config.spatial_merge_size**2, deep
         size = config.hidden_size * self.group
-        self.norm = nn.LayerNorm(size if deep else config.hidden_size, eps=1e-6)
+        self.norm = LayerNorm(size if deep else config.hidden_size, eps=1e-6)
         self.hidden = nn.Linear(size, size)
         self.output = nn.Linear(size, config.out_hidden_size)
 
