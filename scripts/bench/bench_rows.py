@@ -48,7 +48,7 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
         if bench.family == "qwen2.5":
             clips[PAPER] = (PAPERS_CLIP, RETENTIONS)
         clips["10 min"] = (Clip(600), (1.0, few))
-        grids, new, compared, lengths = 64, 128, Clip(8), (23, 37, 51)
+        grids, new, compared, lengths = 64, 48, Clip(8), (23, 37, 51)
         asked, answer, routed = 32, 16, (102, 441, 1530, 3000, 10150)
     elif bench.size == "small":
         clips = {"4 s": (Clip(4), (1.0, few)), "9 s": (Clip(9), (1.0, few))}
