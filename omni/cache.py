@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omni.layers import compiles
@@ -47,11 +46,15 @@ class Cache:
         keys, values: per layer, (batch, kv_heads, slots, head_dim). lengths: per layer, (batch,) of slots written.
         """
         stored: tuple[list[Tensor], list[Tensor]] = ([], [])
+        room: dict[int, Tensor] = {}
         for source, padded in zip((keys, values), stored, strict=True):
             while source:  # one layer at a time exists twice
                 layer = source.pop(0)
-                capacity = max(LEAST_CAPACITY, layer.shape[2] + new + -(layer.shape[2] + new) % CHUNK)
-                padded.append(F.pad(layer, (0, 0, 0, capacity - layer.shape[2])))
+                batch, heads, slots, dim = layer.shape
+                capacity = max(LEAST_CAPACITY, slots + new + -(slots + new) % CHUNK)
+                if slots not in room:  # layers of one length share what is put behind them
+                    room[slots] = layer.new_zeros(batch, heads, capacity - slots, dim)
+                padded.append(torch.cat((layer, room[slots]), dim=2))
         return cls(stored[0], stored[1], torch.stack(lengths))
 
     def written(self) -> list[Tensor]:

@@ -249,10 +249,10 @@ class Engine:
             wanted = [self._keeps(one, method) for one in pending]
             plan, staged, seconds = self._run(pending, method, pruned=pruned, keep=any(wanted))
         encode_seconds += seconds
+        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
         # The one read of what was selected, when all work is under way.
         kept = [(place.cpu(), count.tolist()) for place, count in staged.kept]
         relevance = [None if scores is None else scores.cpu() for scores in staged.relevance]
-        cache = Cache.of_prefill(staged.keys, staged.values, staged.lengths, new)
         if staged.first is not None:
             # In the cache's own memory where that was not pruned: answers write behind what is kept.
             stored = staged.first if staged.first.keys else cache

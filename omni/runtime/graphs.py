@@ -177,13 +177,28 @@ class Captured:
             if isinstance(own, Tensor):
                 own.copy_(given)
         self.graph.replay()
-        (outputs,) = packed((self.outputs,), pytree.tree_map_only(Tensor, Tensor.clone, unpacked((self.outputs,))))
+        leaves, spec = pytree.tree_flatten(unpacked((self.outputs,)))
+        (outputs,) = packed((self.outputs,), pytree.tree_unflatten(copies(leaves), spec))
         return outputs  # copies: the next graph of the pool may write where this one's outputs lie
 
     @property
     def nbytes(self) -> int:
         outputs, _ = pytree.tree_flatten(unpacked((self.outputs,)))
         return sum(leaf.nbytes for leaf in (*self.inputs, *outputs) if isinstance(leaf, Tensor))
+
+
+def copies(values: list[Any]) -> list[Any]:
+    """Copies of tensors, as they lie, and whatever else as it is. Those of one type are a launch or a few: keys and
+    values of all layers are a hundred."""
+    made = [torch.empty_like(value) if isinstance(value, Tensor) else value for value in values]
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for own, value in zip(made, values, strict=True):
+        if isinstance(value, Tensor):
+            for some, tensor in zip(by_type.setdefault(value.dtype, ([], [])), (own, value), strict=True):
+                some.append(tensor)
+    for own, given in by_type.values():
+        torch._foreach_copy_(own, given)
+    return made
 
 
 _beside = Lock()

@@ -211,3 +211,30 @@ def test_tensors_of_nested_dataclasses_are_found_and_put_back() -> None:
     assert type(prefix) is Prefix and type(prefix.sequence) is Sequence and prefix.sequence.deepstack is None
     assert prefix.keys[0] is not tensors[6] and torch.equal(prefix.keys[0], tensors[6])
     assert torch.equal(prefix.sequence.count, tensors[5]) and torch.equal(last, tensors[8])
+
+
+def test_copies_are_equal_and_apart() -> None:
+    """Of every type, of nothing, of tensors that lie in other orders or share memory, and what is no tensor."""
+    torch.manual_seed(0)
+    one = torch.randn(2, 3, 4)
+    values = [
+        one,
+        one.mT,
+        one[:, :1].expand(-1, 5, -1),
+        one.bfloat16(),
+        one > 0,
+        torch.arange(3),
+        one[:0],
+        None,
+        7,
+        one,
+    ]
+    made = graphs.copies(values)
+    for copy, value in zip(made, values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            assert copy is value
+            continue
+        assert torch.equal(copy, value) and copy.dtype == value.dtype
+        assert not copy.numel() or copy.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
+    one.zero_()
+    assert made[0].any() and torch.equal(made[0], made[-1])
