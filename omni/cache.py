@@ -36,8 +36,6 @@ class Cache:
     def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor) -> None:
         self.keys, self.values, self.lengths = keys, values, lengths
         self._places: list[list[int]] = []
-        if lengths.is_cuda:
-            self._places_on_device()  # now, as nothing comes from the host while a graph is captured
 
     @classmethod
     def of_prefill(cls, keys: list[Tensor], values: list[Tensor], lengths: list[Tensor], new: int) -> Cache:
@@ -69,15 +67,18 @@ class Cache:
         if self.lengths.is_cuda and compiles():
             from omni.cache_kernels import append_by_kernel
 
-            append_by_kernel([*self.keys, *self.values], self._places_on_device(), self.lengths, [*keys, *values])
+            append_by_kernel([*self.keys, *self.values], self.places_on_device(), self.lengths, [*keys, *values])
             return
         rows = torch.arange(self.lengths.shape[1], device=self.lengths.device)
         for layer in zip(self.keys, self.values, self.lengths, keys, values, strict=True):
             _append(*layer[:2], rows, *layer[2:])
         self.lengths += 1
 
-    def _places_on_device(self) -> Tensor:
-        """`places` of keys, then values, (2 * layers, 6) int64, looked at anew: a copied cache has other tensors."""
+    def places_on_device(self) -> Tensor:
+        """`places` of keys, then values, (2 * layers, 6) int64, looked at anew: a copied cache has other tensors.
+
+        They come from the host, and so before a graph is captured that appends.
+        """
         found = places([*self.keys, *self.values])
         if found != self._places:
             self._table, self._places = torch.tensor(found, device=self.lengths.device), found

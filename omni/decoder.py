@@ -177,8 +177,9 @@ def _(qkv: Tensor, _1: Any, _2: Any, _3: float, _4: Tensor, _5: Tensor, keys: Te
 
 
 def chunks_on_a_cpu(q: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by PyTorch's own kernel, for which each chunk is a head. It multiplies bfloat16 and float16, which most
-    processors cannot, several times as fast as a product does, and sums scores in float32."""
+    """What `chunks_on_a_device` computes, by PyTorch's own kernel, for which each chunk is a head. It multiplies
+    bfloat16 and float16, which most processors cannot, several times as fast as a product does, and sums scores in
+    float32."""
     batch, kv_heads, chunks = *q.shape[:2], written.shape[1]
     mask = torch.zeros(written.shape, device=q.device).masked_fill(~written, NOT_THERE)
     mixed, weights = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -30,10 +30,11 @@ def cached_attention_by_kernels(
     """What `decoder.cached_attention` computes, in two launches: a program to each chunk of each head of keys, then one
     to each head, which joins them. What chunks yield stays in float32. Memory that is not written is not read."""
     batch, kv_heads, capacity, dim = keys.shape
-    chunks = capacity // chunk
-    group = (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
-    qkv, cos, sin, keys, values = (tensor.contiguous() for tensor in (qkv, cos, sin, keys, values))
-    written = written.contiguous().view(torch.uint8)
+    # They are read before the wait for the kernel before: a copy of them, made right here, would not be there yet.
+    if capacity % chunk or not all(stored.is_contiguous() for stored in (keys, values, written)):
+        raise ValueError(f"a cache must be contiguous and hold a multiple of {chunk} positions, not {capacity}.")
+    chunks, group = capacity // chunk, (qkv.shape[1] // dim - 2 * kv_heads) // kv_heads
+    qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     mixed = qkv.new_empty(batch, kv_heads, chunks, group, dim, dtype=torch.float32)
     weights = qkv.new_empty(batch, kv_heads, chunks, group, dtype=torch.float32)
     key, value = (qkv.new_empty(batch, kv_heads, 1, dim) for _ in range(2))
@@ -43,7 +44,7 @@ def cached_attention_by_kernels(
     padded = (max(16, triton.next_power_of_2(group)), max(16, half), max(16, triton.next_power_of_2(dim)))
     overlap, factor = overlapping(qkv.device), dim**-0.5
     chunk_kernel[(chunks, batch * kv_heads)](
-        qkv, query_norm, cos, sin, keys, values, written, mixed, weights, kv_heads, eps, factor,
+        qkv, query_norm, cos, sin, keys, values, written.view(torch.uint8), mixed, weights, kv_heads, eps, factor,
         group, dim, chunk, *padded, num_warps=8, **overlap,
     )  # fmt: skip
     join_kernel[(group, batch * kv_heads)](

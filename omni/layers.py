@@ -53,7 +53,7 @@ def compiling(call: Call) -> Iterator[None]:
 
 
 def compiles() -> bool:
-    """Whether this thread is inside of `compiling`: where nothing is compiled, neither are kernels of our own."""
+    """Whether this thread is inside of `compiling`."""
     return _compiler.get() is not None
 
 
@@ -153,7 +153,8 @@ def row_product(
     """weight · x + added, of x divided by its root mean square and times `norm` where that is given.
 
     x: (in,). weight: (out, in). added: (out,). gated: silu of the product's first half times the second, (out / 2,).
-    float32: in float32 from the product on, else rounded to the dtype of x at the end.
+    float32: in float32 from the product on, else rounded to the dtype of x at the end. weight and norm are not what
+    the kernel right before wrote (`kernels.await_inputs`).
     """
     from omni.gemv_kernels import product_on_device
 

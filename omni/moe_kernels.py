@@ -32,8 +32,8 @@ FEW_TOKENS = 16
 """So few tokens are a tile of every expert that one of them chose, and need no sorting."""
 
 VERY_FEW_TOKENS = 4
-"""So few seldom choose the same expert: each is multiplied by itself, on one H200 4 to 12 % faster than in tiles; eight
-were slower so."""
+"""So few seldom choose the same expert: each is multiplied by itself, on an H200 faster than in tiles; eight were
+slower so."""
 
 NARROW = Tile(FEW_TOKENS, 64, 128, 4, 4, swapped=True)
 TILES = (
@@ -154,7 +154,7 @@ def choose_kernel(
     """The largest shares of a token's softmax, in order; equal ones by number. All different even if not numbers.
 
     An expert's rank is how many are before it, counted by a thread each, so that all places are known at once: one
-    after another, the largest of what is left would take as long as a large product.
+    after another, the largest of what is left would each wait for the one before.
     """
     await_inputs(OVERLAPS)
     token, expert = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)

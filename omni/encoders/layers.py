@@ -1,4 +1,4 @@
-"""What the compiler makes slow code of for a GPU, and encoders of both families need: layer norms, and GELU by tanh."""
+"""What encoders need and the compiler makes slow code of for a GPU: layer norms, and GELU by tanh."""
 
 from __future__ import annotations
 

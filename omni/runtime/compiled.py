@@ -93,6 +93,7 @@ class Compiled:
             for tensor, value in zip((token, position, cache.lengths), before, strict=True):
                 tensor.copy_(value)
             self.stepped.add(key)
+        cache.places_on_device()
         captured = capture(run)
         return lambda: captured.replay()  # holds the graph
 

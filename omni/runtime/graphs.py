@@ -188,8 +188,8 @@ class Captured:
 
 
 def copies(values: list[Any]) -> list[Any]:
-    """Copies of tensors, as they lie, and whatever else as it is. Those of one type are a launch or a few: keys and
-    values of all layers are a hundred."""
+    """Copies of tensors, as they lie, and whatever else as it is. Those of one type together: keys and values of all
+    layers, a hundred tensors, would be a launch each."""
     made = [torch.empty_like(value) if isinstance(value, Tensor) else value for value in values]
     by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for own, value in zip(made, values, strict=True):

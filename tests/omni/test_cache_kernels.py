@@ -112,12 +112,12 @@ def test_only_what_a_cache_holds_is_written_by_address() -> None:
 def test_addresses_are_those_of_its_own_tensors() -> None:
     """Protects: a copy writes to the copy, and a cache whose tensors are exchanged to the new ones."""
     cache, *_ = cache_and_new(2, torch.float32)
-    table = cache._places_on_device()
-    assert cache._places_on_device() is table
+    table = cache.places_on_device()
+    assert cache.places_on_device() is table
     other = copy.deepcopy(cache)
-    assert other._places_on_device().tolist() == places([*other.keys, *other.values]) != table.tolist()
+    assert other.places_on_device().tolist() == places([*other.keys, *other.values]) != table.tolist()
     cache.values[1] = cache.values[1].clone()
-    assert cache._places_on_device().tolist() == places([*cache.keys, *cache.values]) != table.tolist()
+    assert cache.places_on_device().tolist() == places([*cache.keys, *cache.values]) != table.tolist()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

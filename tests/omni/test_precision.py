@@ -308,7 +308,7 @@ def test_what_selects_sees_scores_that_are_not_rounded(dtype: torch.dtype, size:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=lambda dtype: str(dtype)[6:])
 def test_a_step_elsewhere_than_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU equals the CPU's own, both of them, and traces without a break."""
+    """What runs on a GPU, eagerly or in float32, equals the CPU's own, both of them, and traces without a break."""
     torch.manual_seed(0)
     q, key, value, keys, values = (torch.randn(2, 2, n, 32).to(dtype) for n in (3, 1, 1, 256, 256))
     written = torch.arange(256) < torch.tensor([200, 100])[:, None]
