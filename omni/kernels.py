@@ -32,8 +32,8 @@ def await_inputs(OVERLAPS: tl.constexpr):  # noqa: N803
     """Waits until the kernel before has written all it writes, then lets the next one begin.
 
     In this order, so that at its beginning a kernel knows that all but the one before it have ended: there it may read
-    weights, and what was written two kernels ago. What it writes, it writes after this. That holds beside kernels which
-    do not overlap, or keep to the same order; the compiler's own do neither where TORCHINDUCTOR_ENABLE_PDL is set.
+    weights, and what was written two kernels ago. What it writes, it writes after this. Kernels that are none of these
+    do not overlap (`runtime/graphs.py`: OPTIONS).
     """
     if OVERLAPS:
         gdc_wait()

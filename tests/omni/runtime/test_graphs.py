@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from omni.inputs import InputError
 from omni.layers import compiling, part
 from omni.runtime import graphs
-from omni.runtime.graphs import LOOKED_AT, Graphs, Parts, packed, structure, unpacked
+from omni.runtime.graphs import OPTIONS, Graphs, Parts, packed, structure, unpacked
 from omni.stages import Prefix, Sequence
 
 
@@ -45,7 +45,7 @@ def test_a_part_is_compiled_once(compilations: list[dict[str, Any]]) -> None:
     parts = Parts()
     for rows, factor in ((2, 3), (5, 4), (7, 3)):
         assert parts.run(scaled, factor, torch.ones(rows)).tolist() == [factor] * rows
-    assert compilations == [{"fullgraph": True, "dynamic": True, "options": {"guard_filter_fn": LOOKED_AT}}]
+    assert compilations == [{"fullgraph": True, "dynamic": True, "options": OPTIONS}]
     parts.run(scaled, 3, torch.ones(1))
     parts.run(scaled, 3, torch.ones(2, dtype=torch.float64))
     assert len(compilations) == len(parts.code) == 3
@@ -126,7 +126,7 @@ def test_code_that_goes_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -
     """What the compiler made is freed with it: a process may load one model after another."""
     made: list[weakref.ref] = []
 
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor], **options: Any) -> Callable[..., Any]:
         made.append(weakref.ref(graph))
         return graph.forward
 
