@@ -29,7 +29,7 @@ LOOKED_AT = torch.compiler.skip_guard_on_globals_unsafe
 """Before every call the compiler would look whether functions and constants that the code uses are still the same, some
 hundred of them, for longer than a layer of a small model needs for a tenth of its work. They are: each `Parts` compiles
 anew. Arguments, modules among them, are looked at."""
-OPTIONS = {"guard_filter_fn": LOOKED_AT, "triton.enable_pdl": False}
+OPTIONS: dict[str, str | int | Callable[..., Any]] = {"guard_filter_fn": LOOKED_AT, "triton.enable_pdl": False}
 """The compiler's kernels never begin before the one before has ended, whatever the environment says: those that would
 do not keep to the order that ours rely on (`kernels.await_inputs`)."""
 
@@ -57,7 +57,7 @@ class Parts:
             return function(*arguments)
         own = renewed(function)
         try:
-            code = torch.compile(own, fullgraph=True, dynamic=True, options=dict(OPTIONS))
+            code = torch.compile(own, fullgraph=True, dynamic=True, options={**OPTIONS})  # a copy, which it takes apart
             # The compiler's records lead from a code object to itself: neither it nor what was made of it would go.
             finalize(code, reset_code, own.__code__).atexit = False
             # Sizes that are equal in one call may differ in the next.
