@@ -13,13 +13,6 @@ LEAST_CAPACITY = 2 * CHUNK
 """One part alone is another shape to the compiler, which would need code for it."""
 
 
-def _append(
-    stored_keys: Tensor, stored_values: Tensor, rows: Tensor, length: Tensor, keys: Tensor, values: Tensor
-) -> None:
-    stored_keys[rows, :, length] = keys[:, :, 0]
-    stored_values[rows, :, length] = values[:, :, 0]
-
-
 def places(stored: list[Tensor]) -> list[list[int]]:
     """Of each tensor (batch, kv_heads, capacity, head_dim) its address, strides and capacity: where a position goes."""
     return [[each.data_ptr(), *each.stride(), each.shape[2]] for each in stored]
@@ -70,8 +63,9 @@ class Cache:
             append_by_kernel([*self.keys, *self.values], self.places_on_device(), self.lengths, [*keys, *values])
             return
         rows = torch.arange(self.lengths.shape[1], device=self.lengths.device)
-        for layer in zip(self.keys, self.values, self.lengths, keys, values, strict=True):
-            _append(*layer[:2], rows, *layer[2:])
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            for layer, length, position in zip(stored, self.lengths, new, strict=True):
+                layer[rows, :, length] = position[:, :, 0]
         self.lengths += 1
 
     def places_on_device(self) -> Tensor:

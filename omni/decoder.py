@@ -170,8 +170,8 @@ def cached_attention(
 
 
 @cached_attention.register_fake
-def _(qkv: Tensor, _1: Any, _2: Any, _3: float, _4: Tensor, _5: Tensor, keys: Tensor, _6: Tensor, _7: Tensor) -> Any:
-    batch, kv_heads, _, dim = keys.shape
+def _(qkv: Tensor, query_norm: Any, key_norm: Any, eps: float, cos: Tensor, sin: Tensor, keys: Tensor, *_: Any) -> Any:
+    batch, kv_heads, _capacity, dim = keys.shape
     own = [qkv.new_empty(batch, kv_heads, 1, dim) for _ in range(2)]
     return qkv.new_empty(batch, qkv.shape[1] - 2 * kv_heads * dim), *own
 

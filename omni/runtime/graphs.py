@@ -197,10 +197,11 @@ def copies(values: list[Any]) -> list[Any]:
     by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for own, value in zip(made, values, strict=True):
         if isinstance(value, Tensor):
-            for some, tensor in zip(by_type.setdefault(value.dtype, ([], [])), (own, value), strict=True):
-                some.append(tensor)
-    for own, given in by_type.values():
-        torch._foreach_copy_(own, given)
+            copied, given = by_type.setdefault(value.dtype, ([], []))
+            copied.append(own)
+            given.append(value)
+    for copied, given in by_type.values():
+        torch._foreach_copy_(copied, given)
     return made
 
 

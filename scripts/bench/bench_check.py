@@ -98,6 +98,7 @@ def _model(family: str, device: torch.device) -> dict[str, Any]:
 
 
 def apart(logits: Tensor, expected: Tensor) -> float:
+    """How far, relative to the norm of what is expected."""
     return ((logits - expected).norm() / expected.norm()).item()
 
 

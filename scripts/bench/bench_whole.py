@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_check import apart
 from bench_decoder import theirs
 from bench_encoders import noise
 from bench_media import write_clip
@@ -52,13 +53,13 @@ def agreement_row(bench: Bench, clip: Clip) -> dict[str, Any]:
         if bench.dtype != torch.float32:
             with in_float32(thinker, thinker.layers, "prefill"):
                 found["eager, in float32"] = our_logits(omni.Omni(thinker, Path(os.devnull), reuse=0))
-    apart = {name: ((logits - exact).norm() / exact.norm()).item() for name, logits in found.items()}
+    distances = {name: apart(logits, exact) for name, logits in found.items()}
     assert exact.isfinite().all() and exact.std() > 0.1, "logits too flat to tell a right model from a wrong one"
-    row = {"rounds": 1, "seconds": {}, "tokens": inputs.input_ids.shape[1], "apart": apart}
+    row = {"rounds": 1, "seconds": {}, "tokens": inputs.input_ids.shape[1], "apart": distances}
     exactly = "eager" if bench.dtype == torch.float32 else "eager, in float32"
-    row["targets"] = [limit("apart from transformers, both in float32", apart[exactly], 1e-3)]
+    row["targets"] = [limit("apart from transformers, both in float32", distances[exactly], 1e-3)]
     if bench.dtype != torch.float32:
-        times = apart["compiled"] / apart["transformers"]
+        times = distances["compiled"] / distances["transformers"]
         row["targets"] += [limit("times as far from float32 as transformers in the same type", times, 1.5)]
     return row
 
