@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from omni.processing.media.files import open_container, packets
+from omni.processing.media.files import packets
 from omni.processing.media.references import unreferenced
 from omni.processing.media.stamps import NONE, Shift
 from omni.processing.media.streams import moving_pictures
@@ -69,11 +69,13 @@ class Decoder:
         shown: Sequence[bool],
         spans: Sequence[tuple[int, int]],
         wanted: Collection[int] | None = None,
+        position: int = -1,
     ) -> Iterator[tuple[float, Any]]:
         """(seconds, frame) of the spans (first, last), in the order of appearance.
 
         places: the time stamps of all packets, in decoding order, each different; shown: whether a frame is to come of
         each. wanted: those of the frames that are asked for; of others only those come that some are made from.
+        position: which packet of the stream was read last.
         Raises DisagreementError where other frames come, without damage that would explain it; and for damage where
         frames were left out: they may be what stands in for the lost.
         """
@@ -81,9 +83,8 @@ class Decoder:
 
         number = {place: n for n, place in enumerate(places)}
         alone = unreferenced(self.context.codec.canonical_name, self.context.extradata)
-        position = -1
         for first, last in spans:
-            damage, sought = self.damage, first > position + 1
+            damage, sought = self.damage, first != position + 1
             found: set[int | None] = set()
             skipped: set[int] = set()
             if sought:
@@ -91,6 +92,7 @@ class Decoder:
                     container.seek(places[first], stream=self.stream)
                 except av.FFmpegError:
                     raise DisagreementError from None
+                position = first - 1
             ahead = packets(container, self.stream)
             while position < last and (packet := next(ahead, None)) is not None:
                 position = number.get(packet.pts, -1)
@@ -145,19 +147,23 @@ class _Stamps:
         return best * self.unit + self.shift.added
 
 
-def clip_start(source: Any) -> float | None:
+def begins_anywhere(container: Any) -> bool:
+    """Whether a file may begin in the middle of something: its first frame is then the first that can be decoded."""
+    pictures = moving_pictures(container)
+    stated = container.format.name in (*WHOLE, *UNTIMED)
+    return not stated and pictures is not None and pictures.codec_context is not None
+
+
+def clip_start(container: Any) -> float | None:
     """When the first frame of a file appears, in seconds on the container's clock; None where it has no pictures.
 
-    In formats that may begin in the middle of something, that is the first frame that can be decoded.
+    Reads from a container that `begins_anywhere`, which has to stand at its beginning.
     """
-    with open_container(source) as (container, _):
-        pictures = moving_pictures(container)
-        if pictures is None:
-            return None
-        stated = None if pictures.start_time is None else float(pictures.start_time * pictures.time_base)
-        if pictures.codec_context is None or container.format.name in (*WHOLE, *UNTIMED):
-            return stated
+    pictures = moving_pictures(container)
+    if pictures is None:
+        return None
+    if begins_anywhere(container):
         for time, _ in Decoder(pictures).straight(container):
             if time is not None:
                 return time
-        return stated
+    return None if pictures.start_time is None else float(pictures.start_time * pictures.time_base)

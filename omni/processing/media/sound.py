@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni.processing.frames import MediaError
-from omni.processing.media.decoding import Decoder, clip_start
+from omni.processing.media.decoding import Decoder, begins_anywhere, clip_start
 from omni.processing.media.files import as_array, as_number, described, is_array, open_container, warn_if_short
 from omni.processing.media.stamps import NONE, Recordings, Shift, marks, may_leap
 from omni.processing.media.streams import moving_pictures, require_decoder, sound_track
@@ -85,19 +86,26 @@ def listen(
         waveform = waveform[round(start * sample_rate) : None if end is None else max(1, round(end * sample_rate))]
         put(waveform)
         return len(waveform)
-    with open_container(source) as (container, name):
+    with ExitStack() as opened:
+        container, name = opened.enter_context(open_container(source))
         stream = sound_track(container, name, track)
         if stream is None:
             return None
         require_decoder(stream, name)
         promised = _promised(container, stream)
         added = _shifts(container, stream, name) if may_leap(container) else NONE
-    # Everything is measured from the first frame, or from the first sound.
-    clock = clip_start(source)
-    mixer = _Mixer(put, sample_rate, name, start, end)
-    with open_container(source) as (container, name):
-        decoder = Decoder(sound_track(container, name, track))
-        for time, frame in decoder.straight(container, added):
+        # Each opening decodes a clip's first picture: half a second at 4K.
+        if may_leap(container) or begins_anywhere(container):
+            opened.close()
+            with open_container(source) as (sought, _):
+                clock = clip_start(sought)
+            container, _ = opened.enter_context(open_container(source))
+            stream = sound_track(container, name, track)
+        else:
+            clock = clip_start(container)
+        mixer = _Mixer(put, sample_rate, name, start, end)
+        # Everything is measured from the first frame, or from the first sound.
+        for time, frame in Decoder(stream).straight(container, added):
             if clock is None:
                 clock = time
             mixer.add(frame, at=None if time is None or clock is None else time - clock)

@@ -356,32 +356,55 @@ def _end(times: Sequence[float], end: float) -> float:
 
 
 def _contained(source: Any, wish: Wish, scaling: _Scaling) -> Video:
-    """The frames of a container: sought where its stamps can be trusted, else read through, at most twice."""
+    """The frames of a container: sought where its stamps can be trusted, else read through."""
     with open_container(source) as (container, name):
         scan = _scan(container, require_pictures(container, name), name)
+        if scan.places:
+            # Not opened anew, which would decode the first picture once more: half a second at 4K.
+            end = len(scan.places) - 1
+            video = _sought(container, name, scan, wish, scaling, sparse=True, position=end)
+            if video is not None:
+                return video
+    if scan.places:
+        with open_container(source) as (container, name):
+            video = _sought(container, name, scan, wish, scaling, sparse=False, position=-1)
+            if video is not None:
+                return video
+    return _read_through(source, scan, wish, scaling)
+
+
+def _sought(
+    container: Any, name: str, scan: _Scan, wish: Wish, scaling: _Scaling, *, sparse: bool, position: int
+) -> Video | None:
+    """By what leads from keyframes to wanted frames; sparse: only what those are made from. None where the packets
+    promised other frames. position: `Decoder.sought`."""
+    sample = scan.timeline(scan.times, scan.end).sample(wish, name)
+    wanted = _instants(scan.times, sample)
+    numbers = scan.numbers(wanted)
+    asked = {scan.places[number] for number in numbers} if sparse else None
+    decoder = Decoder(require_pictures(container, name))
+    with _Frames(sample, scaling) as frames:
+        shown = decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked, position)
+        try:
+            _take(shown, wanted, frames)
+        except DisagreementError:
+            frames.drop()
+            return None
+    return _judged(frames, name, decoder.damage)
+
+
+def _read_through(source: Any, scan: _Scan, wish: Wish, scaling: _Scaling) -> Video:
+    """From the beginning to the end, a second time where the frames turn out to be others than the packets promised."""
     times, end = scan.times, scan.end
-    seek = sparse = bool(scan.places)
     again = True
     while True:
-        sample = scan.timeline(times, end).sample(wish, name)
-        wanted = [times[index] for index in dict.fromkeys(sample.indices)]
-        with _Frames(sample, scaling) as frames, open_container(source) as (container, name):
+        with open_container(source) as (container, name):
+            sample = scan.timeline(times, end).sample(wish, name)
+            wanted = _instants(times, sample)
             decoder = Decoder(require_pictures(container, name))
-            if seek:
-                numbers = scan.numbers(wanted)
-                asked = {scan.places[number] for number in numbers} if sparse else None
-                try:
-                    _take(
-                        decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked), wanted, frames
-                    )
-                except DisagreementError:
-                    # First with all that is in between, then from the beginning.
-                    seek, sparse = sparse, False
-                    frames.drop()
-                    continue
-                break
             through = _Through(decoder.straight(container, scan.shifts), scan, wish.end)
-            _take(through, wanted, frames)
+            with _Frames(sample, scaling) as frames:
+                _take(through, wanted, frames)
         if not (again and through.times):
             break
         # The wish, of the frames that there really are: mostly they are those that the packets promised.
@@ -391,10 +414,19 @@ def _contained(source: Any, wish: Wish, scaling: _Scaling) -> Video:
             frames.sample = real
             break
         again = False
+    return _judged(frames, name, decoder.damage)
+
+
+def _instants(times: Sequence[float], sample: Sample) -> list[float]:
+    """When the different frames of a sample are shown."""
+    return [times[index] for index in dict.fromkeys(sample.indices)]
+
+
+def _judged(frames: _Frames, name: str, damage: int) -> Video:
     if frames.frames is None:
         raise MediaError(f"{name}: not one of its frames could be decoded. The file is damaged.")
-    if frames.lost and decoder.damage:
-        count = len(sample.indices)
+    if frames.lost and damage:
+        count = len(frames.sample.indices)
         warn(f"{name}: {frames.lost} of {count} frames could not be decoded; earlier ones stand in for them.")
     return frames.video()
 
