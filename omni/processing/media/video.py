@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from omni.processing.frames import MediaError, resize, resize_into
 from omni.processing.media.animation import open_animation
-from omni.processing.media.decoding import UNTIMED, WHOLE, Decoder, DisagreementError
+from omni.processing.media.decoding import CORES, UNTIMED, WHOLE, Decoder, DisagreementError
 from omni.processing.media.files import (
     as_array,
     as_number,
@@ -103,7 +102,7 @@ def read_video(
     return _contained(source, wish, scaling)
 
 
-THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+THREADS = min(8, CORES)
 IN_HAND = 2**28
 """Bytes that pictures at full size may take while they are scaled, if it is more than one: all threads are busy up to
 1080p, three at 4K."""

@@ -12,12 +12,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import decode_all, write_clip
+from clips import decode_all, number_of, tone, write_clip
 from PIL import Image
 from torch import Tensor
 
 from omni.processing.frames import MediaError, sample_indices
-from omni.processing.media import read_video, video
+from omni.processing.media import read_audio, read_video, video
 from omni.processing.media.decoding import Decoder
 from omni.processing.media.references import unreferenced
 
@@ -218,3 +218,27 @@ def test_what_fails_beside_decoding_is_raised(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MediaError, match="too large"):
         read_video(path, fps=10)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "mkv"])
+def test_a_clip_is_opened_once_for_its_pictures_and_once_for_its_sound(
+    container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: the seconds that libavformat takes for the first picture of a 4K clip, each time it opens one; and that
+    what was read to its end for the packets' sake is sought in afterwards."""
+    path = write_clip(tmp_path / f"a.{container}", 40, 10, gop=10, sound=tone(440, 4, 44_100)[None], sound_start=0.5)
+    opened: list[Any] = []
+    opening = av.open
+
+    def counted(*args: Any, **options: Any) -> Any:
+        opened.append(args)
+        return opening(*args, **options)
+
+    monkeypatch.setattr(av, "open", counted)
+    seen = read_video(path, fps=2.5)
+    assert [number_of(frame) for frame in seen.frames] == sample_indices(40, 10, fps=2.5)
+    assert len(opened) == 1
+    heard = read_audio(path)
+    assert heard is not None
+    assert abs(int(heard.abs().gt(0.1).nonzero()[0]) / 16_000 - 0.5) < 0.1
+    assert len(opened) == 2
