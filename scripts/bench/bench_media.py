@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -114,11 +115,13 @@ def media_row(seconds: int, height: int, rounds: int, *, gop: int = 250, bframes
         del ours, theirs
         first: dict[str, float] = {}
         times: dict[str, list[float]] = {name: [] for name in sides}
+        busy: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
-                started = time.perf_counter()
+                started, all_threads, own = time.perf_counter(), time.process_time(), time.thread_time()
                 side()
                 times[name].append(time.perf_counter() - started)
+                busy[name].append((time.process_time() - all_threads, time.thread_time() - own))
                 first.setdefault(name, times[name][0])
     row = Measured(first, times, {}).row({name: name for name in sides})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -126,6 +129,11 @@ def media_row(seconds: int, height: int, rounds: int, *, gop: int = 250, bframes
         target(f"times as fast as {name}", ratio["median"], 1.0 if "decord" in name else 1.6 if cores < 8 else 4.0)
         for name, ratio in row["times_as_fast"].items()
     ]
+    # However many cores there are, a side takes as long as its calling thread, and as all threads shared among cores.
+    row["processor_seconds"] = {
+        name: dict(zip(("all", "calling"), map(statistics.median, zip(*each, strict=True)), strict=True))
+        for name, each in busy.items()
+    }
     return row | {"frames": len(wanted), "size": list(size), "cores": cores, "megabits_per_second": megabits}
 
 

@@ -104,7 +104,7 @@ def page(result: dict[str, Any], name: str, section: dict[str, Any]) -> str:
             *(cache_table, agreement_table, throughput_table, asked_again_table),
         ),
         "Seconds": (seconds_table, plan_lines, start_lines, not_run_lines),
-        "Where the time goes": (profile_table,),
+        "Where the time goes": (profile_table, reading_table),
         "Measured": (run_lines, lambda _: notes),
     }
     for title, tables in parts.items():
@@ -337,6 +337,18 @@ def asked_again_table(rows: dict[str, Any]) -> list[str]:
         *("tokens reused", "kept, MB"),
     )
     return table(heads, found)
+
+
+def reading_table(rows: dict[str, Any]) -> list[str]:
+    """What bounds reading on more cores: no side is faster than its calling thread, or than all of its threads' seconds
+    shared among the cores."""
+    busy = {name: row["processor_seconds"] for name, row in rows.items() if "processor_seconds" in row}
+    sides = list(dict.fromkeys(side for each in busy.values() for side in each))
+    found = [
+        (name, *(f"{each[side]['all']:.3g}, {each[side]['calling']:.2g}" if side in each else "" for side in sides))
+        for name, each in busy.items()
+    ]
+    return table(("processor seconds of all threads, and of the one that calls", *sides), found)
 
 
 def plan_lines(rows: dict[str, Any]) -> list[str]:

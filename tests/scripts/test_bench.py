@@ -469,3 +469,5 @@ def test_reading_gives_what_the_plain_way_gives() -> None:
     row = media_row(2, 144, 1)
     assert row["frames"] == 4 and row["rounds"] == 1
     assert len(row["targets"]) == len(row["seconds"]) - 1 >= 1
+    assert all(0 < each["calling"] <= each["all"] for each in row["processor_seconds"].values())
+    assert set(row["processor_seconds"]) == set(row["seconds"])
