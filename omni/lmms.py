@@ -335,12 +335,12 @@ class SeatsOmni(lmms):
     def options(self, settings: dict[str, Any]) -> dict[str, Any]:
         """A task's settings as `Omni.generate` takes them."""
         given = {name: value for name, value in settings.items() if value is not None and name not in PRESENTATION}
-        lengths = [given.pop(name) for name in LENGTHS if name in given]
-        options: dict[str, Any] = {"max_new_tokens": int(lengths[0] if lengths else self.max_new_tokens)}
+        lengths = [setting(name, int, given.pop(name)) for name in LENGTHS if name in given]
+        options: dict[str, Any] = {"max_new_tokens": lengths[0] if lengths else self.max_new_tokens}
         if given.get("do_sample"):
             given.setdefault("temperature", 1.0)
-        sampled = given.pop("do_sample", True) and given.get("temperature")
-        drawn = {name: kind(given.pop(name)) for name, kind in DRAWN.items() if name in given}
+        drawn = {name: setting(name, kind, given.pop(name)) for name, kind in DRAWN.items() if name in given}
+        sampled = given.pop("do_sample", True) and drawn.get("temperature")
         if drawn.get("top_k") == 0:  # all, in the words of transformers
             del drawn["top_k"]
         given.pop("until", None)  # of the text: `ends_of`
@@ -364,6 +364,14 @@ def number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def setting(name: str, kind: type[int] | type[float], value: Any) -> int | float:
+    """A task's number. Raises InputError where it is none of its kind."""
+    given = number(value)
+    if not math.isfinite(given) or kind(given) != given:
+        raise InputError(f"{name} must be a {'whole ' * (kind is int)}number, not {value!r:.80}.")
+    return kind(given)
 
 
 def lift_context_limit(model: Omni) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -21,6 +22,7 @@ from omni.ahead import BackgroundEncoder, can_encode_ahead
 from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
+from omni.processing.media.files import as_number
 from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
 from omni.processing.tokenizer import LazyTokenizer, Tokenizer, TokenizerError
@@ -390,10 +392,16 @@ class Omni:
         seats: Selection | None = None,
         kv: str = "layerwise",
         on_prefill: Callable[[Prefill], None] | None = None,
+        **unknown: Any,
     ) -> Generator[list[int], None, list[Generation]]:
         """Yields the tokens of every step, one per request, also of those that have stopped."""
+        if unknown:
+            known = ", ".join(GenerateOptions.__annotations__)
+            raise TypeError(f"an answer has no option {', '.join(unknown)}; it has {known}.")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+        seed = None if seed is None else whole("seed", seed)
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {seed}.")
         sampling = self._sampling(temperature, top_p, top_k)
@@ -466,7 +474,11 @@ class Omni:
             temperature, own_top_p, own_top_k = read_sampling(self.folder)
         elif isinstance(temperature, str):
             raise ValueError(f'temperature must be a number or "checkpoint", not {temperature!r:.80}.')
-        return Sampling(temperature, own_top_p if top_p is None else top_p, own_top_k if top_k is None else top_k)
+        return Sampling(
+            real("temperature", temperature),
+            own_top_p if top_p is None else real("top_p", top_p),
+            own_top_k if top_k is None else whole("top_k", top_k),
+        )
 
 
 def listed(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
@@ -474,6 +486,22 @@ def listed(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
     if not all(isinstance(each, Inputs) for each in requests):
         raise TypeError("a request must be omni.Inputs, which Omni.prepare makes of messages; or Inputs(**tensors).")
     return requests
+
+
+def whole(name: str, value: Any) -> int:
+    """An option that Python, NumPy or torch gives as an integer. Raises ValueError for what is none."""
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r:.80}.") from None
+
+
+def real(name: str, value: Any) -> float:
+    """Likewise a number."""
+    number = as_number(value)
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, not {value!r:.80}.")
+    return number
 
 
 def token_ids(given: Iterable[int] | Tensor) -> list[int]:

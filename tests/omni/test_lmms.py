@@ -218,6 +218,15 @@ def test_a_tasks_settings_are_obeyed_or_refused(lmms: ModuleType, checkpoint: Pa
     assert evaluated.options({"temperature": 0, "top_p": None}) == {"max_new_tokens": 4}
     with pytest.raises(InputError, match=r"cannot obey this task's generation_kwargs: num_beams, repetition_penalty"):
         evaluated.options({"num_beams": 4, "repetition_penalty": 1.2})
+    assert evaluated.options({"max_new_tokens": "16", "temperature": "0"}) == {"max_new_tokens": 16}
+    for said, settings in {
+        "max_gen_toks must be a whole number, not 'x'": {"max_gen_toks": "x"},
+        "max_new_tokens must be a whole number, not 2.5": {"max_new_tokens": 2.5},
+        "temperature must be a number, not 'hot'": {"temperature": "hot"},
+        "top_k must be a whole number, not 1.5": {"do_sample": True, "top_k": 1.5},
+    }.items():
+        with pytest.raises(InputError, match=said):
+            evaluated.options(settings)
     with pytest.raises(InputError, match="until must be a text or a list of texts"):
         lmms.ends_of({"until": 3})
 

@@ -465,6 +465,40 @@ def test_stop_tokens_that_are_none_are_refused(pair, given: Any) -> None:
         pair.model.generate(make_request(pair, [("text", 3)]), stop_token_ids=given)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("max_new_tokens", value) for value in (2.5, "3", None, [3])),
+        *(("seed", value) for value in (1.0, "x")),
+        *(("temperature", value) for value in (None, "warm", float("nan"), [0.5])),
+        *(("top_p", value) for value in ("half", [0.5])),
+        *(("top_k", value) for value in (2.5, "5")),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused(pair, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be a"):
+        pair.model.generate(make_request(pair, [("text", 3)]), **{"temperature": 0.5, option: value})
+
+
+def test_options_of_numpy_and_torch_are_obeyed(pair) -> None:
+    inputs = make_request(pair, REQUEST)
+    plain: dict[str, Any] = {
+        "stop_token_ids": [],
+        "max_new_tokens": 4,
+        "seed": 3,
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "top_k": 5,
+    }
+    arrays = {key: (torch.tensor if n % 2 else np.array)(plain[key]) for n, key in enumerate(plain)}
+    assert pair.model.generate(inputs, **arrays).tokens == pair.model.generate(inputs, **plain).tokens
+
+
+def test_options_that_there_are_not_are_named(pair) -> None:
+    with pytest.raises(TypeError, match="no option max_tokens; it has max_new_tokens, temperature"):
+        pair.model.generate(make_request(pair, [("text", 3)]), max_tokens=3)
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-9, 1e30, 1e300])
 def test_every_temperature_draws(temperature: float) -> None:
     """The colder ones the likeliest token, whatever the logits; the hotter ones any."""
