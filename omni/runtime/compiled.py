@@ -84,14 +84,17 @@ class Compiled:
         cache lies elsewhere, is captured anew.
         """
         run = partial(self._with_parts, step, self.thinker, sampling, token, position, noise, cache)
-        key = (sampling.temperature == 0, structure((token, noise, cache.keys)))
+        # Experts choose their kernels by the number of tokens, and none can be loaded inside of a capture.
+        key = (sampling.temperature == 0, len(token), structure((token, noise, cache.keys)))
         if not self.on_gpu or not (self.makes or key in self.stepped):
             return run
         if key not in self.stepped:
             before = [tensor.clone() for tensor in (token, position, cache.lengths)]
-            warm_up(run)
-            for tensor, value in zip((token, position, cache.lengths), before, strict=True):
-                tensor.copy_(value)
+            try:
+                warm_up(run)
+            finally:  # where memory was too little, the same step runs once more
+                for tensor, value in zip((token, position, cache.lengths), before, strict=True):
+                    tensor.copy_(value)
             self.stepped.add(key)
         cache.places_on_device()
         captured = capture(run)

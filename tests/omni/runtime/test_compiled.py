@@ -1,0 +1,74 @@
+"""Steps of an answer: warm before they are captured, and where that fails, as if they had not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omni.cache import Cache
+from omni.runtime import compiled
+from omni.runtime.compiled import Compiled
+from omni.runtime.sampling import Sampling
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """As on a GPU, with a step that counts; captured is what runs it."""
+
+    def step(_: Any, sampling: Sampling, token: Tensor, position: Tensor, noise: None, cache: Cache) -> None:
+        for each in (token, position, cache.lengths):
+            each += 1
+
+    monkeypatch.setattr(compiled, "step", step)
+    monkeypatch.setattr(compiled, "capture", lambda run: SimpleNamespace(replay=run))
+    thinker: Any = SimpleNamespace(embedding=nn.Embedding(3, 2))
+    side = Compiled(thinker)
+    side.on_gpu = True
+    return side
+
+
+def state(batch: int) -> tuple[Tensor, Tensor, None, Cache]:
+    """What steps of so many sequences change, and a cache of one layer."""
+    cache = Cache([torch.zeros(batch, 1, 256, 4)], [torch.zeros(batch, 1, 256, 4)], torch.full((1, batch), 7))
+    return torch.arange(batch), torch.full((batch,), 9.0), None, cache
+
+
+def test_steps_are_warm_before_they_are_captured(steps: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every number of sequences, which experts choose their kernels by: a kernel that is first met inside of a
+    capture cannot be loaded. And once."""
+    warmed = []
+
+    def warm_up(run: Callable[[], None]) -> None:
+        warmed.append(batch)
+        run()
+
+    monkeypatch.setattr(compiled, "warm_up", warm_up)
+    for batch in (1, 8, 3, 8, 1):
+        token, position, noise, cache = state(batch)
+        steps.stepper(Sampling(), token, position, noise, cache)()
+        assert (token.tolist(), position.tolist()) == (list(range(1, batch + 1)), [10.0] * batch)
+        assert cache.lengths.eq(8).all()
+    assert warmed == [1, 8, 3]
+
+
+def test_steps_that_fail_to_warm_up_have_not_run(steps: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the answer where memory was too little on the way: the engine runs the same step once more."""
+
+    def warm_up(run: Callable[[], None]) -> None:
+        run()
+        raise torch.OutOfMemoryError
+
+    token, position, noise, cache = state(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "warm_up", warm_up)
+        with pytest.raises(torch.OutOfMemoryError):
+            steps.stepper(Sampling(), token, position, noise, cache)
+    assert (token.tolist(), position.tolist(), cache.lengths.tolist()) == ([0, 1], [9.0, 9.0], [[7, 7]])
+    monkeypatch.setattr(compiled, "warm_up", lambda run: run())
+    steps.stepper(Sampling(), token, position, noise, cache)()
+    assert (token.tolist(), position.tolist(), cache.lengths.tolist()) == ([1, 2], [10.0, 10.0], [[8, 8]])
