@@ -547,12 +547,13 @@ def load(
     folder = weights.locate(
         source,
         revision=revision,
-        judge=lambda folder, names: _judge(folder, names, adapter_folder, device, dtype),
+        judge=lambda folder, names: _judge(folder, names, adapter_folder, device, dtype, compile),
     )
     config = read_config(folder)
     layout = weights.read_layout(folder)
     config = _with_its_head(config, folder, layout)
     dtype = dtype or _dtype_on(device, config)
+    _check_compiler(device, dtype, compile)
     thinker = _on_meta(config)
     names = tensor_names(config, layout)
     transposed = False
@@ -590,11 +591,14 @@ def _judge(
     adapter_folder: Path | None,
     device: torch.device,
     dtype: torch.dtype | None,
+    compile: bool,
 ) -> None:
     """Raises what `load` would raise after the shards are fetched, as far as configuration, names and adapter tell."""
     config = read_config(folder)
+    dtype = dtype or _dtype_on(device, config)
+    _check_compiler(device, dtype, compile)
     thinker = _on_meta(config)
-    weights.check_memory(thinker, device, dtype or _dtype_on(device, config))
+    weights.check_memory(thinker, device, dtype)
     if (found := find_names()) is None:
         return
     layout = weights.layout_of(found)
@@ -620,6 +624,18 @@ def _on_meta(config: OmniConfig) -> Thinker:
 
 def _dtype_on(device: torch.device, config: OmniConfig) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else config.dtype
+
+
+def _check_compiler(device: torch.device, dtype: torch.dtype, compile: bool) -> None:
+    """Raises ConfigError where PyTorch's compiler fails at a dtype, or leaves everything as it is (torch 2.11)."""
+    if not compile or device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ConfigError(
+            f"the compiler takes no bfloat16 on this GPU (compute capability {major}.{minor}, and 8.0 has it): do not "
+            "compile, or take another dtype."
+        )
 
 
 def _with_its_head(config: OmniConfig, folder: Path, layout: weights.Layout) -> OmniConfig:

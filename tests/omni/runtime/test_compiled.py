@@ -1,4 +1,5 @@
-"""Steps of an answer: warm before they are captured, and where that fails, as if they had not run."""
+"""Steps of an answer: warm before they are captured, and where that fails, as if they had not run. And what is not
+compiled at all."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import omni
+import weights
 from omni.cache import Cache
+from omni.config import ConfigError
 from omni.runtime import compiled
 from omni.runtime.compiled import Compiled
 from omni.runtime.sampling import Sampling
@@ -72,3 +76,25 @@ def test_steps_that_fail_to_warm_up_have_not_run(steps: Compiled, monkeypatch: p
     monkeypatch.setattr(compiled, "warm_up", lambda run: run())
     steps.stepper(Sampling(), token, position, noise, cache)()
     assert (token.tolist(), position.tolist(), cache.lengths.tolist()) == ([1, 2], [10.0, 10.0], [[8, 8]])
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_bfloat16_is_compiled_where_a_gpu_has_it(
+    capability: tuple[int, int], dtype: torch.dtype, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a flag that PyTorch 2.13 fails at, deep inside, and 2.11 ignores, is refused before anything is
+    loaded."""
+
+    class LoadsError(Exception):
+        pass
+
+    def fill(*_: Any, **__: Any) -> None:
+        raise LoadsError
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(weights, "fill", fill)
+    refused = compile and dtype == torch.bfloat16 and capability < (8, 0)
+    with pytest.raises(ConfigError if refused else LoadsError, match=r"compute capability 7\.5" if refused else None):
+        omni.load("tiny", device="cuda", dtype=dtype, compile=compile)
