@@ -84,7 +84,7 @@ class Compiled:
         cache lies elsewhere, is captured anew.
         """
         run = partial(self._with_parts, step, self.thinker, sampling, token, position, noise, cache)
-        # Experts choose their kernels by the number of tokens, and none can be loaded inside of a capture.
+        # Experts choose their kernels by the number of tokens, and a capture is no place to compile and load them.
         key = (sampling.temperature == 0, len(token), structure((token, noise, cache.keys)))
         if not self.on_gpu or not (self.makes or key in self.stepped):
             return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -225,7 +226,7 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     answer.
     """
     graph = torch.cuda.CUDAGraph()
-    with beside():
+    with beside(), without_collection():
         device = torch.cuda.current_device()
         if device not in _pools or not _pools[device][1]:  # the handle of a pool that went is refused
             _pools[device] = torch.cuda.graph_pool_handle(), WeakSet()
@@ -241,6 +242,19 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph.capture_end()
         graphs.add(graph)
     return graph
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No cyclic garbage goes inside: kernels among it, which Triton 3.7 and later then unload, and graphs would spoil a
+    capture of the same thread."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

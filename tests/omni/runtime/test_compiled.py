@@ -43,8 +43,8 @@ def state(batch: int) -> tuple[Tensor, Tensor, None, Cache]:
 
 
 def test_steps_are_warm_before_they_are_captured(steps: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every number of sequences, which experts choose their kernels by: a kernel that is first met inside of a
-    capture cannot be loaded. And once."""
+    """Of every number of sequences, which experts choose their kernels by: one that is first met inside of a capture
+    may not be loaded there. And once."""
     warmed = []
 
     def warm_up(run: Callable[[], None]) -> None:

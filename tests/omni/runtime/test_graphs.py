@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,49 @@ def test_parts_are_compiled_inside_of_compiling_alone() -> None:
         raise KeyError
     assert doubled(4) == 8
     assert called == ["doubled"]
+
+
+class Cycle:
+    """Garbage that only a collection finds."""
+
+    def __init__(self, ended: list[bool]) -> None:
+        self.itself, self.ended = self, ended
+
+    def __del__(self) -> None:
+        self.ended.append(True)
+
+
+def test_nothing_is_collected_inside_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the capture: kernels and graphs that go meanwhile would spoil it. With a graph that does nothing."""
+    monkeypatch.setattr(graphs, "beside", nullcontext)
+    monkeypatch.setattr(graphs, "_pools", {})
+    for name, value in (("current_device", 0), ("graph_pool_handle", (0, 1)), ("current_blas_handle", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    begun: list[str] = []
+    ways = {name: lambda self, **_: begun.append("") for name in ("capture_begin", "capture_end")}
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), ways))
+    ended: list[bool] = []
+
+    def run(fails: bool) -> None:
+        Cycle(ended)
+        held = [[number] for number in range(100_000)]  # more than starts a collection
+        assert held and not ended
+        if fails:
+            raise ValueError
+
+    for fails in (False, True):
+        with pytest.raises(ValueError) if fails else nullcontext():
+            graphs.capture(partial(run, fails))
+        assert gc.isenabled()
+        gc.collect()
+        assert ended.pop() and not ended
+    gc.disable()
+    try:
+        graphs.capture(partial(run, False))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert len(begun) == 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
