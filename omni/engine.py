@@ -26,6 +26,7 @@ from omni.processing.positions import Layout, layout
 from omni.request import PrefillBatch, Prompt, assign_slots, join, read_prompt, whole_prompt, with_media
 from omni.reuse import LRUCache
 from omni.runtime.compiled import Compiled, step
+from omni.runtime.graphs import empty_cache
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.stages import Prefix, Staged
 from omni.thinker import Thinker, collected
@@ -164,7 +165,7 @@ class Engine:
         if self.compiled is not None:
             self.compiled.clear()
         self.thinker.vision.layouts.clear()
-        torch.cuda.empty_cache()
+        empty_cache()
 
     def forget(self) -> None:
         """Drops media and beginnings of prompts."""

@@ -223,8 +223,16 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     threads may use the device meanwhile.
 
     Not by `torch.cuda.graph`, which first gives all cached memory back to the device: steps are captured for each
-    answer.
+    answer. Where memory is too little, this does so, too: inside of a capture the allocator cannot, and what running
+    before has left there would lie idle.
     """
+    with suppress(torch.OutOfMemoryError):
+        return _captured(run)
+    empty_cache()
+    return _captured(run)
+
+
+def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with beside(), without_collection():
         device = torch.cuda.current_device()
@@ -242,6 +250,12 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph.capture_end()
         graphs.add(graph)
     return graph
+
+
+def empty_cache() -> None:
+    """Gives cached memory back to the device when no thread captures: meanwhile the allocator refuses it."""
+    with _beside:
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -172,15 +172,47 @@ class Cycle:
         self.ended.append(True)
 
 
-def test_nothing_is_collected_inside_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects the capture: kernels and graphs that go meanwhile would spoil it. With a graph that does nothing."""
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of captures without a GPU, by graphs that do nothing."""
+    done: list[str] = []
     monkeypatch.setattr(graphs, "beside", nullcontext)
     monkeypatch.setattr(graphs, "_pools", {})
     for name, value in (("current_device", 0), ("graph_pool_handle", (0, 1)), ("current_blas_handle", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    begun: list[str] = []
-    ways = {name: lambda self, **_: begun.append("") for name in ("capture_begin", "capture_end")}
+    ways = {f"capture_{name}": lambda self, name=name, **_: done.append(name) for name in ("begin", "end")}
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), ways))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append(f"empty, locked {graphs._beside.locked()}"))
+    return done
+
+
+def test_a_capture_that_finds_too_little_memory_begins_anew_without_what_is_cached(captures: list[str]) -> None:
+    """Protects prompts that run but would not be captured: the allocator frees nothing of its cache meanwhile. It does
+    so while no other thread captures, once, and for want of memory alone."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        captures.append("run")
+        if errors:
+            raise errors.pop()
+
+    whole = ["begin", "run", "end"]
+    graphs.capture(run)
+    assert captures == whole
+    captures.clear()
+    errors.append(torch.OutOfMemoryError())
+    graphs.capture(run)
+    assert captures == [*whole, "empty, locked True", *whole]
+    for error, again in ((torch.OutOfMemoryError(), 1), (RuntimeError(), 0)):
+        captures.clear()
+        errors += [error] * (1 + again)
+        with pytest.raises(type(error)):
+            graphs.capture(run)
+        assert captures.count("run") == 1 + again
+
+
+def test_nothing_is_collected_inside_of_a_capture(captures: list[str]) -> None:
+    """Protects the capture: kernels and graphs that go meanwhile would spoil it."""
     ended: list[bool] = []
 
     def run(fails: bool) -> None:
@@ -202,7 +234,7 @@ def test_nothing_is_collected_inside_of_a_capture(monkeypatch: pytest.MonkeyPatc
         assert not gc.isenabled()
     finally:
         gc.enable()
-    assert len(begun) == 6
+    assert captures == ["begin", "end"] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
