@@ -28,35 +28,50 @@ class DisagreementError(Exception):
 
 
 class Decoder:
-    """damage: how many packets and frames could not be decoded so far."""
+    """ahead: decode several pictures at a time, where the codec lets one.
 
-    def __init__(self, stream: Any) -> None:
+    damage: how many packets and frames could not be decoded so far. cut: whether draining may have lost intact frames:
+    where several pictures are decoded at a time, PyAV drops those that follow a packet that cannot be decoded.
+    """
+
+    def __init__(self, stream: Any, *, ahead: bool = True) -> None:
         from av.codec.codec import Capabilities
 
         self.stream = stream
         self.context = stream.codec_context
         self.unit = float(stream.time_base)
         self.damage = 0
-        if stream.type == "video":
+        self.cut = False
+        self.awaited: int | None = None  # the time stamp of the last packet, until its frame comes
+        several = stream.type == "video" and self.context.codec.capabilities & Capabilities.frame_threads
+        self.ahead = ahead and bool(several) and CORES > 1
+        if stream.type == "video" and ahead:
             stream.thread_type = "AUTO"
-            if CORES > 1 and self.context.codec.capabilities & Capabilities.frame_threads:
-                self.context.thread_count = min(16, PICTURES * CORES)  # libavcodec advises against more
+        if self.ahead:
+            self.context.thread_count = min(16, PICTURES * CORES)  # libavcodec advises against more
+        elif several:
+            self.context.thread_count = 1
 
     def feed(self, packet: Any) -> list[Any]:
         """The intact frames that a packet brings out, None for all that are still to come."""
         import av
 
+        if packet is not None:
+            self.awaited = packet.pts
         try:
             frames = self.context.decode(packet)
         except av.FFmpegError:
             self.damage += packet is not None
             return []
+        if any(frame.pts == self.awaited for frame in frames):
+            self.awaited = None
         intact = [frame for frame in frames if not frame.is_corrupt]
         self.damage += len(frames) - len(intact)
         return intact
 
     def drain(self) -> list[Any]:
         frames = self.feed(None)
+        self.cut |= self.ahead and self.awaited is not None
         self.context.flush_buffers()
         return frames
 
@@ -70,7 +85,7 @@ class Decoder:
                     yield from ((stamps.time(frame), frame) for frame in self.drain())
                 stamps = _Stamps(self.unit, pending.pop())
             yield from ((stamps.time(frame), frame) for frame in self.feed(packet))
-        yield from ((stamps.time(frame), frame) for frame in self.feed(None))
+        yield from ((stamps.time(frame), frame) for frame in self.drain())
 
     def sought(
         self,
@@ -86,8 +101,8 @@ class Decoder:
         places: the time stamps of all packets, in decoding order, each different; shown: whether a frame is to come of
         each. wanted: those of the frames that are asked for; of others only those come that some are made from.
         position: which packet of the stream was read last.
-        Raises DisagreementError where other frames come, without damage that would explain it; and for damage where
-        frames were left out: they may be what stands in for the lost.
+        Raises DisagreementError where other frames come, without damage that would explain it; where frames may be lost
+        (`cut`); and for damage where frames were left out: they may be what stands in for the lost.
         """
         import av
 
@@ -126,6 +141,8 @@ class Decoder:
                     raise DisagreementError
                 found.add(frame.pts)
                 yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
+            if self.cut:
+                raise DisagreementError
             if position < last or self.damage > damage:
                 if skipped:
                     raise DisagreementError
@@ -173,7 +190,7 @@ def clip_start(container: Any) -> float | None:
     if pictures is None:
         return None
     if begins_anywhere(container):
-        for time, _ in Decoder(pictures).straight(container):
+        for time, _ in Decoder(pictures, ahead=False).straight(container):
             if time is not None:
                 return time
     return None if pictures.start_time is None else float(pictures.start_time * pictures.time_base)

@@ -364,24 +364,32 @@ def _contained(source: Any, wish: Wish, scaling: _Scaling) -> Video:
             video = _sought(container, name, scan, wish, scaling, sparse=True, position=end)
             if video is not None:
                 return video
-    if scan.places:
+    for ahead in (True, False) if scan.places else ():
         with open_container(source) as (container, name):
-            video = _sought(container, name, scan, wish, scaling, sparse=False, position=-1)
+            video = _sought(container, name, scan, wish, scaling, sparse=False, ahead=ahead)
             if video is not None:
                 return video
     return _read_through(source, scan, wish, scaling)
 
 
 def _sought(
-    container: Any, name: str, scan: _Scan, wish: Wish, scaling: _Scaling, *, sparse: bool, position: int
+    container: Any,
+    name: str,
+    scan: _Scan,
+    wish: Wish,
+    scaling: _Scaling,
+    *,
+    sparse: bool,
+    ahead: bool = True,
+    position: int = -1,
 ) -> Video | None:
     """By what leads from keyframes to wanted frames; sparse: only what those are made from. None where the packets
-    promised other frames. position: `Decoder.sought`."""
+    promised other frames. ahead: `Decoder`. position: `Decoder.sought`."""
     sample = scan.timeline(scan.times, scan.end).sample(wish, name)
     wanted = _instants(scan.times, sample)
     numbers = scan.numbers(wanted)
     asked = {scan.places[number] for number in numbers} if sparse else None
-    decoder = Decoder(require_pictures(container, name))
+    decoder = Decoder(require_pictures(container, name), ahead=ahead)
     with _Frames(sample, scaling) as frames:
         shown = decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked, position)
         try:
@@ -393,17 +401,21 @@ def _sought(
 
 
 def _read_through(source: Any, scan: _Scan, wish: Wish, scaling: _Scaling) -> Video:
-    """From the beginning to the end, a second time where the frames turn out to be others than the packets promised."""
+    """From the beginning to the end; once more, one picture at a time, where that lost frames at a damaged packet
+    (`Decoder.cut`), and once more where the frames turn out to be others than the packets promised."""
     times, end = scan.times, scan.end
-    again = True
+    ahead = again = True
     while True:
         with open_container(source) as (container, name):
             sample = scan.timeline(times, end).sample(wish, name)
             wanted = _instants(times, sample)
-            decoder = Decoder(require_pictures(container, name))
+            decoder = Decoder(require_pictures(container, name), ahead=ahead)
             through = _Through(decoder.straight(container, scan.shifts), scan, wish.end)
             with _Frames(sample, scaling) as frames:
                 _take(through, wanted, frames)
+        if decoder.cut:
+            ahead = False
+            continue
         if not (again and through.times):
             break
         # The wish, of the frames that there really are: mostly they are those that the packets promised.

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from omni.processing.frames import MediaError, sample_indices
-from omni.processing.media import read_audio, read_video, video
+from omni.processing.media import decoding, read_audio, read_video, video
 from omni.processing.media.decoding import Decoder
 from omni.processing.media.references import unreferenced
 
@@ -120,6 +120,28 @@ def test_what_stands_in_for_lost_frames_is_what_came_before(
     monkeypatch.setattr("omni.processing.media.decoding.unreferenced", lambda *_: lambda _: False)
     with pytest.warns(UserWarning, match="could not be decoded"):
         assert torch.equal(found.frames, read_video(path, fps=10).frames)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "flv"])
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_damage_near_the_end_costs_what_it_hits(
+    container: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: what comes after a damaged packet, of the pictures that are decoded at a time: PyAV drops them at the
+    end of a file, and with them went the warning."""
+    monkeypatch.setattr(decoding, "CORES", cores)
+    clip = write_clip(tmp_path / "a.mp4", 40, 10, gop=1, bframes=0)
+    path = tmp_path / f"b.{container}"
+    with av.open(str(clip)) as file, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(file.streams.video[0])
+        for number, packet in enumerate(packet for packet in file.demux(video=0) if packet.size):
+            torn = av.Packet(bytes(packet)[: 5 if number == 36 else None])
+            torn.pts, torn.dts, torn.time_base = packet.pts, packet.dts, packet.time_base
+            torn.duration, torn.is_keyframe, torn.stream = packet.duration, True, stream
+            out.mux(torn)
+    with pytest.warns(UserWarning, match="1 of 40 frames could not be decoded"):
+        found = read_video(path, fps=10)
+    assert [number_of(frame) for frame in found.frames] == [*range(36), 35, 37, 38, 39]
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
