@@ -14,7 +14,7 @@ from omni import stages
 from omni.cache import Cache
 from omni.layers import compiling
 from omni.request import PrefillBatch
-from omni.runtime.graphs import Graphs, Parts, capture, structure, warm_up
+from omni.runtime.graphs import Graphs, Parts, capture, replay, structure, warm_up
 from omni.runtime.sampling import Sampling, pick
 from omni.stages import Prefix, Staged
 from omni.thinker import Thinker
@@ -98,7 +98,7 @@ class Compiled:
             self.stepped.add(key)
         cache.places_on_device()
         captured = capture(run)
-        return lambda: captured.replay()  # holds the graph
+        return partial(replay, captured)
 
     def clear(self) -> None:
         """Drops what is captured, which holds memory of the device; machine code holds none."""

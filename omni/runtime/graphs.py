@@ -180,10 +180,12 @@ class Captured:
         for own, given in zip(self.inputs, leaves, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given)
-        self.graph.replay()
         leaves, spec = pytree.tree_flatten(unpacked((self.outputs,)))
-        (outputs,) = packed((self.outputs,), pytree.tree_unflatten(copies(leaves), spec))
-        return outputs  # copies: the next graph of the pool may write where this one's outputs lie
+        with _replays:  # the next one of the pool, another model's too, may write where this one's outputs lie
+            self.graph.replay()
+            made = copies(leaves)
+        (outputs,) = packed((self.outputs,), pytree.tree_unflatten(made, spec))
+        return outputs
 
     @property
     def nbytes(self) -> int:
@@ -206,7 +208,7 @@ def copies(values: list[Any]) -> list[Any]:
     return made
 
 
-_beside = Lock()
+_beside, _replays = Lock(), Lock()
 _pools: dict[int, tuple[Any, WeakSet[torch.cuda.CUDAGraph]]] = {}
 """Of each device the handle of its pool, and the graphs that are in it."""
 
@@ -250,6 +252,12 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph.capture_end()
         graphs.add(graph)
     return graph
+
+
+def replay(graph: torch.cuda.CUDAGraph) -> None:
+    """Not between another thread's replay and the copies of what that yields (`Captured`)."""
+    with _replays:
+        graph.replay()
 
 
 def empty_cache() -> None:

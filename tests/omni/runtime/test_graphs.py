@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +210,38 @@ def test_a_capture_that_finds_too_little_memory_begins_anew_without_what_is_cach
         with pytest.raises(type(error)):
             graphs.capture(run)
         assert captures.count("run") == 1 + again
+
+
+def test_what_a_graph_yields_is_copied_before_another_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects models of several threads: all graphs of a device share memory, and a replay may write where another
+    graph's outputs lie, that of a step, too. Here all write to the same place."""
+    place = torch.zeros(1)
+
+    class Replayed:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def replay(self) -> None:
+            place.fill_(self.number)
+            time.sleep(0.001)  # others have their turn
+
+    monkeypatch.setattr(graphs, "warm_up", lambda run: None)
+
+    def answers(number: int) -> list[float]:
+        graph: Any = graphs.Captured(lambda: place, ())
+        graph.graph = Replayed(number)
+        return [float(graph()) for _ in range(20)]
+
+    def steps(_: int) -> list[float]:
+        graph: Any = Replayed(3)
+        for _ in range(20):
+            graphs.replay(graph)
+        return []
+
+    monkeypatch.setattr(graphs, "capture", lambda run: run())
+    with ThreadPoolExecutor(3) as pool:
+        work = [pool.submit(run, number) for number, run in enumerate((answers, answers, steps))]
+        assert [each.result() for each in work] == [[0.0] * 20, [1.0] * 20, []]
 
 
 def test_nothing_is_collected_inside_of_a_capture(captures: list[str]) -> None:
