@@ -357,22 +357,27 @@ def _end(times: Sequence[float], end: float) -> float:
 def _contained(source: Any, wish: Wish, scaling: _Scaling) -> Video:
     """The frames of a container: sought where its stamps can be trusted, else read through."""
     with open_container(source) as (container, name):
-        scan = _scan(container, require_pictures(container, name), name)
+        stream = require_pictures(container, name)
+        scan = _scan(container, stream, name)
         if scan.places:
             # Not opened anew, which would decode the first picture once more: half a second at 4K.
             end = len(scan.places) - 1
-            video = _sought(container, name, scan, wish, scaling, sparse=True, position=end)
+            video = _sought(Decoder(stream), container, name, scan, wish, scaling, sparse=True, position=end)
             if video is not None:
                 return video
     for ahead in (True, False) if scan.places else ():
         with open_container(source) as (container, name):
-            video = _sought(container, name, scan, wish, scaling, sparse=False, ahead=ahead)
-            if video is not None:
-                return video
+            decoder = Decoder(require_pictures(container, name), ahead=ahead)
+            video = _sought(decoder, container, name, scan, wish, scaling, sparse=False)
+        if video is not None:
+            return video
+        if not decoder.cut:
+            break
     return _read_through(source, scan, wish, scaling)
 
 
 def _sought(
+    decoder: Decoder,
     container: Any,
     name: str,
     scan: _Scan,
@@ -380,16 +385,14 @@ def _sought(
     scaling: _Scaling,
     *,
     sparse: bool,
-    ahead: bool = True,
     position: int = -1,
 ) -> Video | None:
     """By what leads from keyframes to wanted frames; sparse: only what those are made from. None where the packets
-    promised other frames. ahead: `Decoder`. position: `Decoder.sought`."""
+    promised other frames. position: `Decoder.sought`."""
     sample = scan.timeline(scan.times, scan.end).sample(wish, name)
     wanted = _instants(scan.times, sample)
     numbers = scan.numbers(wanted)
     asked = {scan.places[number] for number in numbers} if sparse else None
-    decoder = Decoder(require_pictures(container, name), ahead=ahead)
     with _Frames(sample, scaling) as frames:
         shown = decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked, position)
         try:
