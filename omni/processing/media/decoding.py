@@ -101,8 +101,8 @@ class Decoder:
         places: the time stamps of all packets, in decoding order, each different; shown: whether a frame is to come of
         each. wanted: those of the frames that are asked for; of others only those come that some are made from.
         position: which packet of the stream was read last.
-        Raises DisagreementError where other frames come, without damage that would explain it; where frames may be lost
-        (`cut`); and for damage where frames were left out: they may be what stands in for the lost.
+        Raises DisagreementError where other frames come, without damage that would explain it; and for damage where
+        intact frames may be lost (`cut`), or were left out: they may be what stands in for the lost.
         """
         import av
 
@@ -141,10 +141,8 @@ class Decoder:
                     raise DisagreementError
                 found.add(frame.pts)
                 yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
-            if self.cut:
-                raise DisagreementError
             if position < last or self.damage > damage:
-                if skipped:
+                if skipped or self.cut:
                     raise DisagreementError
                 continue
             # What comes after a keyframe and is shown before it may need what was not read.
