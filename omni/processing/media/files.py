@@ -131,8 +131,14 @@ def packets(container: Any, *streams: Any) -> Iterator[Any]:
     import av
 
     judged = container.format.flags & MAY_LEAP
-    with suppress(av.FFmpegError):
-        for packet in container.demux(*streams):
+    ahead = container.demux(*streams)
+    with suppress(av.FFmpegError, StopIteration):
+        while True:
+            try:
+                packet = next(ahead)
+            except IndexError:  # PyAV 18 at its end, of a stream found meanwhile: none of those asked for
+                ahead = container.demux(*streams)
+                continue
             if packet.size > 0 and (not packet.is_corrupt or judged or packet.stream.type == "audio"):
                 yield packet
 

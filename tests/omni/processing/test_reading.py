@@ -19,6 +19,7 @@ from torch import Tensor
 from omni.processing.frames import MediaError, sample_indices
 from omni.processing.media import decoding, read_audio, read_video, video
 from omni.processing.media.decoding import Decoder
+from omni.processing.media.files import packets
 from omni.processing.media.references import unreferenced
 
 FRAMES, RATE, HEIGHT, WIDTH = 61, 30, 96, 160
@@ -142,6 +143,28 @@ def test_damage_near_the_end_costs_what_it_hits(
     with pytest.warns(UserWarning, match="1 of 40 frames could not be decoded"):
         found = read_video(path, fps=10)
     assert [number_of(frame) for frame in found.frames] == [*range(36), 35, 37, 38, 39]
+
+
+def test_a_stream_that_appears_late_costs_no_other(tmp_path: Path) -> None:
+    """Protects: PyAV 18 may raise an IndexError for a stream that was not there when the file was opened, as in FLV."""
+    path = write_clip(tmp_path / "a.flv", 20, 10, sound=tone(440, 2, 44_100)[None])
+    with av.open(str(path)) as container:
+        every = [packet.dts for packet in packets(container, container.streams.video[0])]
+    failing = iter([3, 7])
+
+    class Late:
+        def __init__(self, container: Any) -> None:
+            self.container, self.format = container, container.format
+
+        def demux(self, *streams: Any) -> Iterator[Any]:
+            last = next(failing, 100)
+            for number, packet in enumerate(self.container.demux(*streams)):
+                yield packet
+                if number == last:
+                    raise IndexError
+
+    with av.open(str(path)) as container:
+        assert [packet.dts for packet in packets(Late(container), container.streams.video[0])] == every
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
