@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -97,6 +96,7 @@ def by_decord(path: Path, wanted: list[int], size: tuple[int, int]) -> Tensor:
 def media_row(seconds: int, height: int, rounds: int, *, gop: int = 250, bframes: int = 3) -> dict[str, Any]:
     """A row of the benchmark, of two frames a second."""
     from omni.processing.media import read_video
+    from omni.processing.media.decoding import CORES
 
     sizes, wanted = VisionSizes(), sample_indices(seconds * RATE, RATE)
     size = sizes.clip_size(len(wanted), height, height * 16 // 9 // 2 * 2)
@@ -115,26 +115,25 @@ def media_row(seconds: int, height: int, rounds: int, *, gop: int = 250, bframes
         del ours, theirs
         first: dict[str, float] = {}
         times: dict[str, list[float]] = {name: [] for name in sides}
-        busy: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        busy: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
                 started, all_threads, own = time.perf_counter(), time.process_time(), time.thread_time()
                 side()
                 times[name].append(time.perf_counter() - started)
-                busy[name].append((time.process_time() - all_threads, time.thread_time() - own))
+                busy[name].append({"all": time.process_time() - all_threads, "calling": time.thread_time() - own})
                 first.setdefault(name, times[name][0])
     row = Measured(first, times, {}).row({name: name for name in sides})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     row["targets"] = [
-        target(f"times as fast as {name}", ratio["median"], 1.0 if "decord" in name else 1.6 if cores < 8 else 4.0)
+        target(f"times as fast as {name}", ratio["median"], 1.0 if "decord" in name else 1.6 if CORES < 8 else 4.0)
         for name, ratio in row["times_as_fast"].items()
     ]
     # However many cores there are, a side takes as long as its calling thread, and as all threads shared among cores.
     row["processor_seconds"] = {
-        name: dict(zip(("all", "calling"), map(statistics.median, zip(*each, strict=True)), strict=True))
-        for name, each in busy.items()
+        name: {threads: statistics.median(each[threads] for each in found) for threads in ("all", "calling")}
+        for name, found in busy.items()
     }
-    return row | {"frames": len(wanted), "size": list(size), "cores": cores, "megabits_per_second": megabits}
+    return row | {"frames": len(wanted), "size": list(size), "cores": CORES, "megabits_per_second": megabits}
 
 
 def main() -> None:
