@@ -24,6 +24,7 @@ from torch import Tensor
 
 from omni.processing.frames import MediaError
 from omni.processing.media.addresses import data_of, path_of, refusal, scheme_of, shown
+from omni.processing.media.streams import moving_pictures
 
 MAY_LEAP = 0x200
 """AVFMT_TS_DISCONT of libavformat's avformat.h: time stamps may leap within a file of such a format."""
@@ -94,16 +95,24 @@ def named(source: Any) -> str:
 
 
 @contextmanager
-def open_container(source: Any) -> Iterator[tuple[Any, str]]:
-    """An opened container and its name; errors of the libraries beneath become MediaError."""
+def open_container(source: Any, *, by_header: bool = False) -> Iterator[tuple[Any, str]]:
+    """An opened container and its name; errors of the libraries beneath become MediaError.
+
+    by_header: what the header of an MP4 or MOV file says of its pictures is enough. Else libavformat decodes the first
+    of them, in one thread, to learn how they are coded: seven of 4K take half a second.
+    """
     import av
 
     with open_file(source) as (file, name):
         try:
-            # Playlists and the like may name other files: only this one is read. Titles may be in any encoding.
-            with av.open(
-                _Nameless(file), options={"protocol_whitelist": "none"}, metadata_errors="replace"
-            ) as container:
+            if by_header and file.read(8)[4:] == b"ftyp":
+                with _opened(file, skip_frame="all") as container:
+                    pictures = moving_pictures(container)
+                    # A header that is followed by fragments knows of no frames, nor in which order they are shown.
+                    if pictures is None or pictures.frames:
+                        yield container, name
+                        return
+            with _opened(file) as container:
                 yield container, name
         except MediaError:
             raise
@@ -112,6 +121,14 @@ def open_container(source: Any) -> Iterator[tuple[Any, str]]:
                 f"{name} cannot be read as a clip, a sound or a picture ({error.strerror}). "
                 "It is of another kind, cut off or damaged."
             ) from error
+
+
+def _opened(file: BinaryIO, **options: str) -> Any:
+    """Playlists and the like may name other files: only this one is read. Titles may be in any encoding."""
+    import av
+
+    file.seek(0)
+    return av.open(_Nameless(file), options={"protocol_whitelist": "none", **options}, metadata_errors="replace")
 
 
 class _Nameless:

@@ -31,7 +31,7 @@ def kind_of(source: Any) -> Literal["video", "audio", "image"]:
         picture = open_picture(file, name)
         if picture is not None:
             return "video" if moves(picture, name) else "image"
-    with open_container(source) as (container, name):
+    with open_container(source, by_header=True) as (container, name):
         if container.format.name.endswith("_pipe") or container.format.name == "ico":  # single pictures
             return "image"
         if moving_pictures(container) is not None:

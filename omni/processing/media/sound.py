@@ -87,14 +87,14 @@ def listen(
         put(waveform)
         return len(waveform)
     with ExitStack() as opened:
-        container, name = opened.enter_context(open_container(source))
+        container, name = opened.enter_context(open_container(source, by_header=True))
         stream = sound_track(container, name, track)
         if stream is None:
             return None
         require_decoder(stream, name)
         promised = _promised(container, stream)
         added = _shifts(container, stream, name) if may_leap(container) else NONE
-        # Each opening decodes a clip's first picture: half a second at 4K.
+        # Each opening may decode a clip's first pictures: half a second at 4K.
         if may_leap(container) or begins_anywhere(container):
             opened.close()
             with open_container(source) as (sought, _):

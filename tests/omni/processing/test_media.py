@@ -137,8 +137,8 @@ def test_bad_seeking_falls_back_to_reading_through(
             self.inner.seek(offset + (20_000 if offset > 0 else 0), **options)
 
     @contextmanager
-    def opened(source: Any) -> Iterator[tuple[Any, str]]:
-        with container(source) as (inner, name):
+    def opened(source: Any, **options: Any) -> Iterator[tuple[Any, str]]:
+        with container(source, **options) as (inner, name):
             yield Misled(inner), name
 
     monkeypatch.setattr(video, "open_container", opened)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import decode_all, number_of, tone, write_clip
+from clips import SIZE, decode_all, number_of, tone, write_clip
 from PIL import Image
 from torch import Tensor
 
 from omni.processing.frames import MediaError, sample_indices
 from omni.processing.media import decoding, read_audio, read_video, video
 from omni.processing.media.decoding import Decoder
-from omni.processing.media.files import packets
+from omni.processing.media.files import open_container, packets
 from omni.processing.media.references import unreferenced
 
 FRAMES, RATE, HEIGHT, WIDTH = 61, 30, 96, 160
@@ -287,3 +289,75 @@ def test_a_clip_is_opened_once_for_its_pictures_and_once_for_its_sound(
     assert heard is not None
     assert abs(int(heard.abs().gt(0.1).nonzero()[0]) / 16_000 - 0.5) < 0.1
     assert len(opened) == 2
+
+
+@pytest.mark.parametrize("file", ["a.mp4", "a.mov", "a.mkv", "fragments.mp4"])
+def test_pictures_are_decoded_to_open_a_clip_where_its_header_does_not_say_all(
+    file: str, tmp_path: Path, moving: list[np.ndarray]
+) -> None:
+    """Protects: the half second that libavformat takes for the first pictures of 4K, where their coding is known. It
+    knows the format of pixels once it has decoded one."""
+    path = encode(tmp_path / "b.mp4", moving, "libx264", {"bf": "3"})
+    remux(path, tmp_path / file)
+    with open_container(tmp_path / file, by_header=True) as (container, _):
+        decoded = container.streams.video[0].codec_context.pix_fmt is not None
+    assert decoded == (file not in ("a.mp4", "a.mov"))
+    with open_container(tmp_path / file) as (container, _):
+        assert container.streams.video[0].codec_context.pix_fmt is not None
+
+
+@pytest.mark.parametrize("file", ["a.mp4", "fragments.mp4", "a.mkv"])
+def test_a_stream_that_does_not_say_how_far_it_reorders_its_pictures(
+    file: str, tmp_path: Path, moving: list[np.ndarray]
+) -> None:
+    """Protects: a decoder that does not know it gives pictures too early, and drops those that should have come before.
+    Some telephones write such streams."""
+    path = encode(tmp_path / "b.mp4", moving, "libx264", {"bf": "3", "x264-params": "b-adapt=0:b-pyramid=normal"})
+    every = list(decode_all(path))
+    path.write_bytes(without_reordering(path.read_bytes()))
+    remux(path, tmp_path / file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_video(tmp_path / file, fps=RATE)
+    wanted = sample_indices(FRAMES, RATE, fps=RATE)
+    assert len(found.frames) == len(wanted) >= FRAMES - 1
+    for frame, index in zip(found.frames, wanted, strict=True):
+        assert torch.equal(frame, torch.from_numpy(every[index]).permute(2, 0, 1))
+
+
+def test_frames_larger_than_the_header_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: the limit of pixels holds for what is decoded, where nothing was decoded to open the clip."""
+    path = write_clip(tmp_path / "a.mp4", 8)
+    monkeypatch.setattr("omni.processing.media.streams.MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
+    with pytest.raises(MediaError, match=r"a\.mp4 has frames of 96 x 64 pixels, which is too large"):
+        read_video(path)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"avc1", data.index(b"stsd")) + 28  # VisualSampleEntry's width and height, ISO/IEC 14496-12
+    assert data[place : place + 4] == bytes((0, 96, 0, 64))
+    data[place : place + 4] = bytes((0, 8, 0, 8))
+    path.write_bytes(data)
+    with pytest.raises(MediaError, match=r"a\.mp4 has frames of 96 x 64 pixels, which is too large"):
+        read_video(path)
+
+
+def remux(source: Path, target: Path) -> None:
+    """Its pictures in another file, as they are; in an MP4 of fragments where it is called so."""
+    options = {"movflags": "empty_moov+frag_every_frame"} if target.stem == "fragments" else {}
+    with av.open(str(source)) as read, av.open(str(target), "w", options=options) as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
+
+
+def without_reordering(data: bytes) -> bytes:
+    """An MP4 file of libx264 whose sequence parameter set has no bitstream_restriction (ITU-T H.264, E.1.1)."""
+    place = data.index(b"avcC") + 12
+    length = int.from_bytes(data[place - 2 : place], "big")
+    bits = "".join(f"{byte:08b}" for byte in data[place : place + length]).rstrip("0")
+    # The flag, three times 1 and four numbers as Exp-Golomb codes: log2_max_mv_length twice, num_reorder_frames, 1 to
+    # 4, and max_dec_frame_buffering; then the bit that ends it.
+    shorter, count = re.subn(r"1111(0001\d{3}){2}(010|011|00100|00101)(0*)1[01]*?1$", "01", bits)
+    assert count == 1
+    return data[:place] + int(shorter.ljust(8 * length, "0"), 2).to_bytes(length, "big") + data[place + length :]
