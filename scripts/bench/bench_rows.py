@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from bench_decoder import PAPERS_CLIP, compiled_prefill_row, decode_row, experts_row, prefill_rows, selection_row
 from bench_encoders import audio_row, vision_row
-from bench_media import media_row
+from bench_media import RATE, media_row
 from bench_results import ROOT, Names
 from bench_sides import RETENTIONS, Bench, Clip
 from bench_start import plans_row, start_row
@@ -22,8 +22,8 @@ sys.path.append(str(ROOT / "scripts/report"))
 from bench_report import PAPER
 
 
-def _media_rows(seconds: int, height: int, rounds: int) -> list[dict[str, Any]]:
-    return [media_row(seconds, height, rounds)]
+def _media_rows(seconds: int, height: int, rounds: int, **options: int) -> list[dict[str, Any]]:
+    return [media_row(seconds, height, rounds, **options)]
 
 
 def without_model(names: Names) -> bool:
@@ -110,4 +110,8 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
         seconds, heights = (2, (144,)) if bench.size == "small" else (64 if bench.on_gpu else 16, (1080, 720))
         for height in heights:
             rows[f"media, {seconds} s of {height}p",] = partial(_media_rows, seconds, height, bench.repeats)
+        telephone = {"gop": RATE, "bframes": 0}
+        rows[f"media, {seconds} s of {heights[0]}p as many telephones write it",] = partial(
+            _media_rows, seconds, heights[0], bench.repeats, **telephone
+        )
     return rows

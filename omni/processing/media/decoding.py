@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from omni.processing.media.files import packets
-from omni.processing.media.references import unreferenced
+from omni.processing.media.references import refreshing, unreferenced
 from omni.processing.media.stamps import NONE, Shift
 from omni.processing.media.streams import moving_pictures
 
@@ -21,6 +21,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 PICTURES = 3
 """Decoded at once for each core: one that waits for rows of the picture before leaves its core to another. With
 libavcodec's own number, one more than there are cores, H.264 and HEVC kept two cores less busy."""
+
+
+READ_ON = 128
+"""Packets, at most, that are read and left out on the way to a keyframe: to seek empties the decoder, and all that it
+decodes at a time has to end before more begins."""
 
 
 class DisagreementError(Exception):
@@ -107,17 +112,20 @@ class Decoder:
         import av
 
         number = {place: n for n, place in enumerate(places)}
-        alone = unreferenced(self.context.codec.canonical_name, self.context.extradata)
+        coding = self.context.codec.canonical_name, self.context.extradata
+        alone, anew = unreferenced(*coding), refreshing(*coding)
+        fed: _Fed | None = None
         for first, last in spans:
-            damage, sought = self.damage, first != position + 1
-            found: set[int | None] = set()
-            skipped: set[int] = set()
+            sought = not position < first <= position + READ_ON
             if sought:
+                yield from self._rest(fed)  # seeking empties the decoder
+                fed = None
                 try:
                     container.seek(places[first], stream=self.stream)
                 except av.FFmpegError:
                     raise DisagreementError from None
                 position = first - 1
+            begun = False
             ahead = packets(container, self.stream)
             while position < last and (packet := next(ahead, None)) is not None:
                 position = number.get(packet.pts, -1)
@@ -126,29 +134,54 @@ class Decoder:
                 sought = False
                 if position < first:
                     continue
+                if not begun:
+                    begun = True
+                    if fed is None or wanted is None or not anew(memoryview(packet)) or self.damage > fed.damage:
+                        yield from self._rest(fed)
+                        fed = _Fed(places[first], self.damage)
+                    fed.spans += 1
+                    # What comes after a keyframe and is shown before it may need what was not read.
+                    fed.promised |= {places[n] for n in range(first, last + 1) if shown[n] and places[n] >= fed.first}
+                assert fed is not None
                 # Asked of each: some tell by what came before.
                 if wanted is not None and alone(memoryview(packet)) and packet.pts not in wanted:
-                    skipped.add(packet.pts)
+                    fed.skipped.add(packet.pts)
                     continue
-                for frame in self.feed(packet):
-                    # The two fields of a picture may be in two packets.
-                    if skipped and frame.interlaced_frame:
-                        raise DisagreementError
-                    found.add(frame.pts)
-                    yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
-            for frame in self.drain():
-                if skipped and frame.interlaced_frame:
-                    raise DisagreementError
-                found.add(frame.pts)
-                yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
-            if position < last or self.damage > damage:
-                if skipped or self.cut:
-                    raise DisagreementError
-                continue
-            # What comes after a keyframe and is shown before it may need what was not read.
-            promised = {places[n] for n in range(first, last + 1) if shown[n] and places[n] >= places[first]}
-            if {place for place in found if place is None or place >= places[first]} != promised - skipped:
+                yield from self._shown(fed, self.feed(packet))
+            if position < last:
+                yield from self._rest(fed, short=True)
+                fed = None
+        yield from self._rest(fed)
+
+    def _shown(self, fed: _Fed, frames: Sequence[Any]) -> Iterator[tuple[float, Any]]:
+        for frame in frames:
+            # The two fields of a picture may be in two packets.
+            if fed.skipped and frame.interlaced_frame:
                 raise DisagreementError
+            fed.found.add(frame.pts)
+            yield frame.pts * self.unit if frame.pts is not None else math.nan, frame
+
+    def _rest(self, fed: _Fed | None, *, short: bool = False) -> Iterator[tuple[float, Any]]:
+        """What a decoder holds still, which leaves it empty. short: the file ended before."""
+        if fed is None:
+            return
+        yield from self._shown(fed, self.drain())
+        if short or self.damage > fed.damage:
+            if fed.skipped or self.cut or fed.spans > 1:
+                raise DisagreementError
+        elif {place for place in fed.found if place is None or place >= fed.first} != fed.promised - fed.skipped:
+            raise DisagreementError
+
+
+class _Fed:
+    """What a decoder was given since it was empty. spans: how many; first: the time stamp of their first packet;
+    promised: frames that are to come, unless skipped; found: those that came. damage: the decoder's before."""
+
+    def __init__(self, first: int, damage: int) -> None:
+        self.first, self.damage, self.spans = first, damage, 0
+        self.promised: set[int] = set()
+        self.skipped: set[int] = set()
+        self.found: set[int | None] = set()
 
 
 class _Stamps:

@@ -1,4 +1,4 @@
-"""Which packets hold pictures that no other picture is made from: they need not be decoded."""
+"""Which packets hold pictures that no other is made from, and which those that all after them are made from alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,37 @@ def unreferenced(codec: str, extradata: bytes | None) -> Callable[[memoryview], 
     frames may share a packet with others.
     """
     head = extradata or b""
-    if codec == "h264" and len(head) > 6 and head[0] == 1:  # AVCDecoderConfigurationRecord, ISO/IEC 14496-15
-        return lambda packet: _h264(packet, (head[4] & 3) + 1)
-    if codec == "hevc" and len(head) > 22 and head[0] == 1:
-        return lambda packet: _hevc(packet, (head[21] & 3) + 1, head[21] >> 3 & 7)
+    if length := _length(codec, head):
+        return lambda packet: _h264(packet, length) if codec == "h264" else _hevc(packet, length, head[21] >> 3 & 7)
     if codec == "av1" and len(head) > 4 and head[0] == 0x81:
         return _Av1(head[4:])
     return lambda _: False
+
+
+def refreshing(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool]:
+    """What tells of a packet whether it holds a picture that a decoder forgets all others at: none that follows it in
+    decoding order refers to any before (IDR: ITU-T H.264, 7.4.1.2.4, and H.265, 3.77). False where that is not certain.
+    """
+    length = _length(codec, extradata or b"")
+
+    def refreshes(packet: memoryview) -> bool:
+        units = list(_units(packet, length))
+        if codec == "h264":
+            slices = {unit[0] & 31 for unit in units if unit} & {1, 2, 3, 4, 5}
+            return all(units) and slices == {5}
+        slices = {unit[0] >> 1 & 63 for unit in units if unit and unit[0] < 64}
+        return all(units) and bool(slices) and slices <= {19, 20}
+
+    return refreshes if length else lambda _: False
+
+
+def _length(codec: str, head: bytes) -> int:
+    """Bytes of the size before each NAL unit, in MP4 and Matroska; 0 elsewhere (ISO/IEC 14496-15)."""
+    if codec == "h264" and len(head) > 6 and head[0] == 1:  # AVCDecoderConfigurationRecord
+        return (head[4] & 3) + 1
+    if codec == "hevc" and len(head) > 22 and head[0] == 1:  # HEVCDecoderConfigurationRecord
+        return (head[21] & 3) + 1
+    return 0
 
 
 def _units(packet: memoryview, length: int) -> Iterator[memoryview]:

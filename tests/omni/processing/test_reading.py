@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni.processing.frames import MediaError, sample_indices
 from omni.processing.media import decoding, read_audio, read_video, video
-from omni.processing.media.decoding import Decoder
+from omni.processing.media.decoding import Decoder, DisagreementError
 from omni.processing.media.files import open_container, packets
 from omni.processing.media.references import unreferenced
 
@@ -289,6 +289,90 @@ def test_a_clip_is_opened_once_for_its_pictures_and_once_for_its_sound(
     assert heard is not None
     assert abs(int(heard.abs().gt(0.1).nonzero()[0]) / 16_000 - 0.5) < 0.1
     assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "options", "anew"),
+    [
+        ("libx264", "mp4", {"bf": "0", "g": "10"}, True),
+        ("libx264", "mkv", {"bf": "3", "g": "10", "x264-params": "b-adapt=0"}, True),
+        ("libx264", "mp4", {"bf": "3", "g": "10", "x264-params": "b-adapt=0:open-gop=1"}, False),
+        ("libx265", "mp4", {"x265-params": "bframes=4:b-adapt=0:keyint=10:open-gop=0:log-level=none"}, True),
+        ("libx265", "mkv", {"x265-params": "bframes=4:b-adapt=0:keyint=10:open-gop=1:log-level=none"}, False),
+        ("libx265", "mp4", {"x265-params": "bframes=4:b-adapt=0:keyint=10:open-gop=0:radl=2:log-level=none"}, True),
+        ("mpeg4", "mp4", {"g": "10"}, False),
+    ],
+)
+def test_a_decoder_is_not_emptied_where_nothing_refers_to_what_was_before(
+    codec: str,
+    container: str,
+    options: dict[str, str],
+    anew: bool,
+    tmp_path: Path,
+    moving: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Protects: that pictures from several keyframes, a second apart in clips of telephones, are decoded at the same
+    time; and that those of one are none of another's."""
+    path = encode(tmp_path / f"a.{container}", moving, codec, options)
+    every = [torch.from_numpy(frame).permute(2, 0, 1) for frame in decode_all(path)]
+    drains: list[Decoder] = []
+    drain = Decoder.drain
+
+    def counted(self: Decoder) -> list[Any]:
+        drains.append(self)
+        return drain(self)
+
+    monkeypatch.setattr(Decoder, "drain", counted)
+    for fps in (2, 3):
+        drains.clear()
+        found = read_video(path, fps=fps)
+        wanted = sample_indices(FRAMES, RATE, fps=fps)
+        assert [bool(torch.equal(frame, every[index])) for frame, index in zip(found.frames, wanted, strict=True)] == [
+            True
+        ] * len(wanted)
+        assert (len(drains) == 1) == anew
+        monkeypatch.setattr(decoding, "READ_ON", 0)  # by seeking
+        drains.clear()
+        assert torch.equal(read_video(path, fps=fps).frames, found.frames)
+        assert len(drains) > 1
+        monkeypatch.undo()
+        monkeypatch.setattr(Decoder, "drain", counted)
+
+
+def test_damage_is_not_carried_to_the_next_keyframe(tmp_path: Path, moving: list[np.ndarray]) -> None:
+    """Protects: a clip whose decoder was not emptied between keyframes is judged, and read, as one where it was."""
+    path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "0", "g": "10"})
+    intact = read_video(path, fps=6).frames
+    wanted = sample_indices(FRAMES, RATE, fps=6)
+    lost = wanted[5]
+    with av.open(str(path)) as file:
+        place, size = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size][lost]
+    data = bytearray(path.read_bytes())
+    data[place + 5 : place + size] = bytes(size - 5)
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="1 of 12 frames could not be decoded"):
+        found = read_video(path, fps=6).frames
+    for index, frame, expected in zip(wanted, found, intact, strict=True):
+        assert torch.equal(frame, expected) or lost <= index < (lost // 10 + 1) * 10
+
+
+def test_frames_beside_damage_are_judged(tmp_path: Path, moving: list[np.ndarray]) -> None:
+    """Protects: damage explains what is lost from its keyframe to the next, and no more."""
+    path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "0", "g": "10"})
+    with av.open(str(path)) as file:
+        found = [(packet.pts, packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    _, place, size = found[33]
+    data[place + 5 : place + size] = bytes(size - 5)
+    path.write_bytes(data)
+    places = [pts for pts, _, _ in found]
+    spans = [(first, first + 5) for first in range(0, 60, 10)]
+    shown = [number != 14 for number in range(FRAMES)]  # not true
+    with open_container(path) as (container, _):
+        frames = Decoder(container.streams.video[0]).sought(container, places, shown, spans, set(places))
+        with pytest.raises(DisagreementError):
+            list(frames)
 
 
 @pytest.mark.parametrize("file", ["a.mp4", "a.mov", "a.mkv", "fragments.mp4"])
