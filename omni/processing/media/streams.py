@@ -21,13 +21,12 @@ def require_pictures(container: Any, name: str) -> Any:
     if stream is None:
         raise MediaError(f"{name} holds no moving pictures. Give it as a sound.")
     require_decoder(stream, name)
-    require_size(stream.codec_context.width, stream.codec_context.height, name)
+    context = stream.codec_context
+    if context.width * context.height > MAX_PIXELS:
+        raise MediaError(
+            f"{name} has frames of {context.width} x {context.height} pixels, which is too large. Scale it down."
+        )
     return stream
-
-
-def require_size(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"{name} has frames of {width} x {height} pixels, which is too large. Scale it down.")
 
 
 def sound_track(container: Any, name: str, number: int | None) -> Any | None:

@@ -29,7 +29,7 @@ from omni.processing.media.files import (
 )
 from omni.processing.media.picture import read_image
 from omni.processing.media.stamps import NONE, Mark, Recordings, Shift, credible, mark, may_leap
-from omni.processing.media.streams import require_pictures, require_size, sound_track
+from omni.processing.media.streams import require_pictures, sound_track
 from omni.processing.media.timeline import Sample, Timeline, Wish
 from omni.processing.media.upright import upright
 
@@ -95,7 +95,7 @@ def read_video(
     with open_animation(source) as animation:
         if animation is not None:
             sample = animation.timeline().sample(wish, animation.name)
-            with _Frames(animation.name, sample, scaling) as frames:
+            with _Frames(sample, scaling) as frames:
                 for picture in animation.frames(list(dict.fromkeys(sample.indices))):
                     frames.add(picture)
             return frames.video()
@@ -121,8 +121,8 @@ class _Scaling(NamedTuple):
 class _Frames:
     """The wanted frames as they come, each scaled, beside those that are still decoded, and put where it belongs."""
 
-    def __init__(self, name: str, sample: Sample, scaling: _Scaling) -> None:
-        self.name, self.sample = name, sample
+    def __init__(self, sample: Sample, scaling: _Scaling) -> None:
+        self.sample = sample
         self.size_for, self.through_for, self.on_frames = scaling
         # A wish for more frames than there are repeats them.
         self.repeats = deque(Counter(sample.indices).values())
@@ -151,7 +151,6 @@ class _Frames:
         count, repeats = len(self.sample.indices), self.repeats.popleft()
         if self.frames is None:
             if not isinstance(picture, Tensor):
-                require_size(picture.width, picture.height, self.name)  # the header may say otherwise
                 picture = upright(picture)
             shape = picture.shape[1:] if isinstance(picture, Tensor) else (picture.height, picture.width)
             self.size = (shape[0], shape[1])
@@ -161,7 +160,7 @@ class _Frames:
                 self.frames = torch.empty(count, 3, *target, dtype=torch.uint8)
             except RuntimeError as error:
                 raise MediaError(
-                    f"{self.name}: {count} frames of {target[1]} x {target[0]} pixels are more than memory holds. "
+                    f"{count} frames of {target[1]} x {target[0]} pixels are more than memory holds. "
                     "Ask for fewer or smaller ones."
                 ) from error
         at_once = max(1, min(THREADS + 1, IN_HAND // (BYTES_PER_PIXEL * self.size[0] * self.size[1])))
@@ -394,7 +393,7 @@ def _sought(
     wanted = _instants(scan.times, sample)
     numbers = scan.numbers(wanted)
     asked = {scan.places[number] for number in numbers} if sparse else None
-    with _Frames(name, sample, scaling) as frames:
+    with _Frames(sample, scaling) as frames:
         shown = decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked, position)
         try:
             _take(shown, wanted, frames)
@@ -415,7 +414,7 @@ def _read_through(source: Any, scan: _Scan, wish: Wish, scaling: _Scaling) -> Vi
             wanted = _instants(times, sample)
             decoder = Decoder(require_pictures(container, name), ahead=ahead)
             through = _Through(decoder.straight(container, scan.shifts), scan, wish.end)
-            with _Frames(name, sample, scaling) as frames:
+            with _Frames(sample, scaling) as frames:
                 _take(through, wanted, frames)
         if decoder.cut:
             ahead = False
@@ -531,7 +530,7 @@ def _given(source: Any, wish: Wish, scaling: _Scaling) -> Video:
         raise MediaError("a clip without a single frame has nothing to sample.")
     timeline = Timeline([number / rate for number in range(total)], total / rate, (rate,))
     sample = timeline.sample(replace(wish, every=isinstance(given, list)), "the clip")
-    with _Frames("the clip", sample, scaling) as frames:
+    with _Frames(sample, scaling) as frames:
         for index in dict.fromkeys(sample.indices):
             frames.add(read_image(pictures[index]))
     return frames.video()
