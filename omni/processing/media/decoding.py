@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -21,11 +22,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 PICTURES = 3
 """Decoded at once for each core: one that waits for rows of the picture before leaves its core to another. With
 libavcodec's own number, one more than there are cores, H.264 and HEVC kept two cores less busy."""
-
-
-READ_ON = 128
-"""Packets, at most, that are read and left out on the way to a keyframe: to seek empties the decoder, and all that it
-decodes at a time has to end before more begins."""
 
 
 class DisagreementError(Exception):
@@ -97,6 +93,7 @@ class Decoder:
         container: Any,
         places: Sequence[int],
         shown: Sequence[bool],
+        keys: Sequence[int],
         spans: Sequence[tuple[int, int]],
         wanted: Collection[int] | None = None,
         position: int = -1,
@@ -104,8 +101,8 @@ class Decoder:
         """(seconds, frame) of the spans (first, last), in the order of appearance.
 
         places: the time stamps of all packets, in decoding order, each different; shown: whether a frame is to come of
-        each. wanted: those of the frames that are asked for; of others only those come that some are made from.
-        position: which packet of the stream was read last.
+        each; keys: the numbers of those that decoding can start at. wanted: the time stamps of the frames that are
+        asked for; of others only those come that some are made from. position: which packet was read last.
         Raises DisagreementError where other frames come, without damage that would explain it; and for damage where
         intact frames may be lost (`cut`), or were left out: they may be what stands in for the lost.
         """
@@ -113,12 +110,15 @@ class Decoder:
 
         number = {place: n for n, place in enumerate(places)}
         coding = self.context.codec.canonical_name, self.context.extradata
-        alone, anew = unreferenced(*coding), refreshing(*coding)
+        alone = unreferenced(*coding)
+        anew = refreshing(*coding) if wanted is not None else None
         fed: _Fed | None = None
         for first, last in spans:
-            sought = not position < first <= position + READ_ON
+            # Seeking empties the decoder. Where more could be decoded at once, it is read on to the next keyframe.
+            follows = bisect_right(keys, position) == bisect_left(keys, first)
+            sought = first != position + 1 and not (fed is not None and anew is not None and follows)
             if sought:
-                yield from self._rest(fed)  # seeking empties the decoder
+                yield from self._rest(fed)
                 fed = None
                 try:
                     container.seek(places[first], stream=self.stream)
@@ -136,11 +136,11 @@ class Decoder:
                     continue
                 if not begun:
                     begun = True
-                    if fed is None or wanted is None or not anew(memoryview(packet)) or self.damage > fed.damage:
+                    if fed is None or anew is None or not anew(memoryview(packet)) or self.damage > fed.damage:
                         yield from self._rest(fed)
                         fed = _Fed(places[first], self.damage)
                     fed.spans += 1
-                    # What comes after a keyframe and is shown before it may need what was not read.
+                    # What comes after the first keyframe and is shown before it may need what was not read.
                     fed.promised |= {places[n] for n in range(first, last + 1) if shown[n] and places[n] >= fed.first}
                 assert fed is not None
                 # Asked of each: some tell by what came before.
@@ -149,7 +149,7 @@ class Decoder:
                     continue
                 yield from self._shown(fed, self.feed(packet))
             if position < last:
-                yield from self._rest(fed, short=True)
+                yield from self._rest(fed, short=begun)
                 fed = None
         yield from self._rest(fed)
 

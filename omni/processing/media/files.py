@@ -99,7 +99,9 @@ def open_container(source: Any, *, by_header: bool = False) -> Iterator[tuple[An
     """An opened container and its name; errors of the libraries beneath become MediaError.
 
     by_header: what the header of an MP4 or MOV file says of its pictures is enough. Else libavformat decodes the first
-    of them, in one thread, to learn how they are coded: seven of 4K take half a second.
+    of them, in one thread, to learn how they are coded: seven of 4K take half a second. A header that is followed by
+    fragments does not know of all frames, nor in which order they are shown. Of several sound tracks libavformat takes
+    that for the best of which it has read most, which is for it to say how far: both are opened anew.
     """
     import av
 
@@ -108,8 +110,7 @@ def open_container(source: Any, *, by_header: bool = False) -> Iterator[tuple[An
             if by_header and file.read(8)[4:] == b"ftyp":
                 with _opened(file, skip_frame="all") as container:
                     pictures = moving_pictures(container)
-                    # A header that is followed by fragments knows of no frames, nor in which order they are shown.
-                    if pictures is None or pictures.frames:
+                    if (pictures is None or pictures.frames) and len(container.streams.audio) < 2:
                         yield container, name
                         return
             with _opened(file) as container:

@@ -20,21 +20,27 @@ def unreferenced(codec: str, extradata: bytes | None) -> Callable[[memoryview], 
     return lambda _: False
 
 
-def refreshing(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool]:
+def refreshing(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
     """What tells of a packet whether it holds a picture that a decoder forgets all others at: none that follows it in
-    decoding order refers to any before (IDR: ITU-T H.264, 7.4.1.2.4, and H.265, 3.77). False where that is not certain.
+    decoding order refers to any before (IDR: ITU-T H.264, 7.4.1.2.4, and H.265, 3.77). None where that is not certain
+    of any.
     """
     length = _length(codec, extradata or b"")
 
     def refreshes(packet: memoryview) -> bool:
-        units = list(_units(packet, length))
-        if codec == "h264":
-            slices = {unit[0] & 31 for unit in units if unit} & {1, 2, 3, 4, 5}
-            return all(units) and slices == {5}
-        slices = {unit[0] >> 1 & 63 for unit in units if unit and unit[0] < 64}
-        return all(units) and bool(slices) and slices <= {19, 20}
+        slices = set()
+        for unit in _units(packet, length):
+            if not unit:
+                return False
+            kind = unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63
+            if codec == "h264" and 1 <= kind <= 5:
+                slices.add(kind == 5)
+            elif codec == "hevc" and kind < 32:
+                # no_output_of_prior_pics_flag, 7.4.7.1: libavcodec forgets those that were not yet shown, too.
+                slices.add(kind in (19, 20) and len(unit) > 2 and not unit[2] & 64)
+        return slices == {True}
 
-    return refreshes if length else lambda _: False
+    return refreshes if length else None
 
 
 def _length(codec: str, head: bytes) -> int:

@@ -240,9 +240,14 @@ class _Scan:
         number = {place * self.unit: n for n, place in enumerate(self.places)}
         return [number[time] for time in wanted]
 
+    @property
+    def keys(self) -> list[int]:
+        """The packets that decoding can start at."""
+        return [number for number, each in enumerate(self.marks) if each.key]
+
     def spans(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
         """The runs (first, last) of packets, from keyframe to wanted picture, that give the pictures of these."""
-        keys = [n for n, each in enumerate(self.marks) if each.key]
+        keys = self.keys
         spans: list[tuple[int, int]] = []
         for last in numbers:
             # A picture that follows a keyframe but is shown before it needs the keyframe before.
@@ -394,7 +399,8 @@ def _sought(
     numbers = scan.numbers(wanted)
     asked = {scan.places[number] for number in numbers} if sparse else None
     with _Frames(sample, scaling) as frames:
-        shown = decoder.sought(container, scan.places, scan.shown, scan.spans(numbers), asked, position)
+        spans = scan.spans(numbers)
+        shown = decoder.sought(container, scan.places, scan.shown, scan.keys, spans, asked, position)
         try:
             _take(shown, wanted, frames)
         except DisagreementError:

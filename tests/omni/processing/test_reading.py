@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -324,20 +325,70 @@ def test_a_decoder_is_not_emptied_where_nothing_refers_to_what_was_before(
         return drain(self)
 
     monkeypatch.setattr(Decoder, "drain", counted)
-    for fps in (2, 3):
+    for fps, follows in ((6, True), (2, False)):  # frames of each keyframe; with others between
         drains.clear()
         found = read_video(path, fps=fps)
         wanted = sample_indices(FRAMES, RATE, fps=fps)
-        assert [bool(torch.equal(frame, every[index])) for frame, index in zip(found.frames, wanted, strict=True)] == [
-            True
-        ] * len(wanted)
-        assert (len(drains) == 1) == anew
-        monkeypatch.setattr(decoding, "READ_ON", 0)  # by seeking
-        drains.clear()
-        assert torch.equal(read_video(path, fps=fps).frames, found.frames)
-        assert len(drains) > 1
-        monkeypatch.undo()
-        monkeypatch.setattr(Decoder, "drain", counted)
+        for frame, index in zip(found.frames, wanted, strict=True):
+            assert torch.equal(frame, every[index])
+        assert (len(drains) == 1) == (anew and follows)
+
+
+def test_pictures_that_a_keyframe_forgets_are_shown_before(
+    tmp_path: Path, moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a decoder that forgets pictures at a keyframe, as its stream says, is emptied before it."""
+    options = {"x265-params": "bframes=3:b-adapt=0:keyint=10:min-keyint=10:open-gop=0:log-level=none"}
+    path = encode(tmp_path / "a.mp4", moving, "libx265", options)
+    every = [torch.from_numpy(frame).permute(2, 0, 1) for frame in decode_all(path)]
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        keys = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size and packet.is_keyframe]
+    assert len(keys) > 5
+    for place, size in keys:
+        end = place + size
+        while place < end:
+            if data[place + 4] >> 1 in (19, 20):
+                data[place + 6] |= 64  # no_output_of_prior_pics_flag
+            place += 4 + int.from_bytes(data[place : place + 4], "big")
+    path.write_bytes(data)
+    assert len(list(decode_all(path))) < FRAMES
+    opened: list[Any] = []
+    opening = av.open
+    monkeypatch.setattr(av, "open", lambda *given, **options: opened.append(given) or opening(*given, **options))
+    found = read_video(path, fps=6)
+    for frame, index in zip(found.frames, sample_indices(FRAMES, RATE, fps=6), strict=True):
+        assert torch.equal(frame, every[index])
+    assert len(opened) == 1
+
+
+def test_the_sound_track_that_libavformat_takes_for_the_best(tmp_path: Path) -> None:
+    """Protects: which one that is depends on how much of each is read when a file is opened."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        pictures = file.add_stream("libx264", rate=30, options={"bf": "0"})
+        pictures.height, pictures.width = SIZE
+        tracks = [file.add_stream("aac", rate=16_000, layout="mono") for _ in range(2)]
+        tracks[1].bit_rate, tracks[0].bit_rate = 128_000, 32_000
+        for _ in range(240):
+            file.mux(pictures.encode(av.VideoFrame(SIZE[1], SIZE[0], "yuv420p")))
+        file.mux(pictures.encode())
+        for track, seconds, start in zip(tracks, (8, 4), (0, 1), strict=True):
+            block = av.AudioFrame.from_ndarray(tone(440, seconds, 16_000)[None], format="fltp", layout="mono")
+            block.sample_rate, block.pts, block.time_base = 16_000, start * 16_000, Fraction(1, 16_000)
+            file.mux([*track.encode(block), *track.encode()])
+    data = bytearray(path.read_bytes())
+    for found in re.finditer(b"tkhd", bytes(data)):
+        data[found.end() + 3] = 3  # enabled, in the movie: none is the default before others
+    path.write_bytes(data)
+    with av.open(str(path)) as file:
+        best = file.streams.best("audio")
+        assert best is not None
+        number = [stream.index for stream in file.streams.audio].index(best.index)
+    heard, expected = read_audio(path), read_audio(path, track=number)
+    assert heard is not None
+    assert expected is not None
+    assert torch.equal(heard, expected)
 
 
 def test_damage_is_not_carried_to_the_next_keyframe(tmp_path: Path, moving: list[np.ndarray]) -> None:
@@ -367,10 +418,11 @@ def test_frames_beside_damage_are_judged(tmp_path: Path, moving: list[np.ndarray
     data[place + 5 : place + size] = bytes(size - 5)
     path.write_bytes(data)
     places = [pts for pts, _, _ in found]
-    spans = [(first, first + 5) for first in range(0, 60, 10)]
+    keys = list(range(0, FRAMES, 10))
+    spans = [(first, first + 5) for first in keys[:-1]]
     shown = [number != 14 for number in range(FRAMES)]  # not true
     with open_container(path) as (container, _):
-        frames = Decoder(container.streams.video[0]).sought(container, places, shown, spans, set(places))
+        frames = Decoder(container.streams.video[0]).sought(container, places, shown, keys, spans, set(places))
         with pytest.raises(DisagreementError):
             list(frames)
 
