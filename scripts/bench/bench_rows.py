@@ -110,8 +110,7 @@ def rows_of(bench: Bench, tokens: int) -> dict[Names, Callable[[], list[dict[str
         seconds, heights = (2, (144,)) if bench.size == "small" else (64 if bench.on_gpu else 16, (1080, 720))
         for height in heights:
             rows[f"media, {seconds} s of {height}p",] = partial(_media_rows, seconds, height, bench.repeats)
-        telephone = {"gop": RATE, "bframes": 0}
         rows[f"media, {seconds} s of {heights[0]}p as many telephones write it",] = partial(
-            _media_rows, seconds, heights[0], bench.repeats, **telephone
+            _media_rows, seconds, heights[0], bench.repeats, gop=RATE, bframes=0
         )
     return rows

@@ -100,8 +100,8 @@ def open_container(source: Any, *, by_header: bool = False) -> Iterator[tuple[An
 
     by_header: what the header of an MP4 or MOV file says of its pictures is enough. Else libavformat decodes the first
     of them, in one thread, to learn how they are coded: seven of 4K take half a second. A header that is followed by
-    fragments does not know of all frames, nor in which order they are shown. Of several sound tracks libavformat takes
-    that for the best of which it has read most, which is for it to say how far: both are opened anew.
+    fragments does not know of all frames, nor in which order they are shown; and of several sound tracks libavformat
+    takes for the best the one of which it has read most, here further than else. Such files are opened once more.
     """
     import av
 

@@ -365,7 +365,7 @@ def _contained(source: Any, wish: Wish, scaling: _Scaling) -> Video:
         stream = require_pictures(container, name)
         scan = _scan(container, stream, name)
         if scan.places:
-            # Not opened anew, which would decode the first picture once more: half a second at 4K.
+            # Not opened anew, which may decode the first pictures once more: half a second at 4K.
             end = len(scan.places) - 1
             video = _sought(Decoder(stream), container, name, scan, wish, scaling, sparse=True, position=end)
             if video is not None:

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,7 @@ def test_what_stands_in_for_lost_frames_is_what_came_before(
 ) -> None:
     """Protects: in a damaged clip nothing is left out: the frame before a lost one may be any."""
     path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "3", "g": "12"})
-    with av.open(str(path)) as file:
-        sizes = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
-    data = bytearray(path.read_bytes())
-    for place, size in sizes[20:40:5]:
-        data[place + 5 : place + size] = bytes(size - 5)
-    path.write_bytes(data)
+    blank(path, range(20, 40, 5))
     with pytest.warns(UserWarning, match="could not be decoded"):
         found = read_video(path, fps=10)
     monkeypatch.setattr("omni.processing.media.decoding.unreferenced", lambda *_: lambda _: False)
@@ -397,11 +392,7 @@ def test_damage_is_not_carried_to_the_next_keyframe(tmp_path: Path, moving: list
     intact = read_video(path, fps=6).frames
     wanted = sample_indices(FRAMES, RATE, fps=6)
     lost = wanted[5]
-    with av.open(str(path)) as file:
-        place, size = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size][lost]
-    data = bytearray(path.read_bytes())
-    data[place + 5 : place + size] = bytes(size - 5)
-    path.write_bytes(data)
+    blank(path, [lost])
     with pytest.warns(UserWarning, match="1 of 12 frames could not be decoded"):
         found = read_video(path, fps=6).frames
     for index, frame, expected in zip(wanted, found, intact, strict=True):
@@ -412,12 +403,8 @@ def test_frames_beside_damage_are_judged(tmp_path: Path, moving: list[np.ndarray
     """Protects: damage explains what is lost from its keyframe to the next, and no more."""
     path = encode(tmp_path / "a.mp4", moving, "libx264", {"bf": "0", "g": "10"})
     with av.open(str(path)) as file:
-        found = [(packet.pts, packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
-    data = bytearray(path.read_bytes())
-    _, place, size = found[33]
-    data[place + 5 : place + size] = bytes(size - 5)
-    path.write_bytes(data)
-    places = [pts for pts, _, _ in found]
+        places = [packet.pts for packet in packets(file, file.streams.video[0])]
+    blank(path, [33])
     keys = list(range(0, FRAMES, 10))
     spans = [(first, first + 5) for first in keys[:-1]]
     shown = [number != 14 for number in range(FRAMES)]  # not true
@@ -475,6 +462,16 @@ def test_frames_larger_than_the_header_says(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(data)
     with pytest.raises(MediaError, match="a frame of 96 x 64 pixels is too large"):
         read_video(path)
+
+
+def blank(path: Path, numbers: Iterable[int]) -> None:
+    """Zeros for all but the beginning of these packets of a clip's pictures, counted in decoding order."""
+    with av.open(str(path)) as file:
+        found = [(packet.pos, packet.size) for packet in packets(file, file.streams.video[0])]
+    data = bytearray(path.read_bytes())
+    for place, size in (found[number] for number in numbers):
+        data[place + 5 : place + size] = bytes(size - 5)
+    path.write_bytes(data)
 
 
 def remux(source: Path, target: Path) -> None:
