@@ -405,7 +405,8 @@ class Omni:
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {seed}.")
         sampling = self._sampling(temperature, top_p, top_k)
-        stops = frozenset(self._stop_token_ids() if stop_token_ids is None else token_ids(stop_token_ids))
+        below = self.config.decoder.vocab_size
+        stops = frozenset(self._stop_token_ids() if stop_token_ids is None else token_ids(stop_token_ids, below))
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()
@@ -504,14 +505,18 @@ def real(name: str, value: Any) -> float:
     return number
 
 
-def token_ids(given: Iterable[int] | Tensor) -> list[int]:
+def token_ids(given: Iterable[int] | Tensor, below: int) -> list[int]:
     """Ids that were given as a list, an array or whatever yields numbers. Raises ValueError for what is none."""
     ids = given.tolist() if hasattr(given, "tolist") else given
     ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else [ids]
     try:
-        return [index(id) for id in ids]
+        ids = [index(id) for id in ids]
     except TypeError:
         raise ValueError(f"stop_token_ids must be token ids, not {given!r:.80}.") from None
+    for id in ids:
+        if not 0 <= id < below:
+            raise ValueError(f"stop_token_ids must be token ids from 0 to {below - 1}, which {id} is not.")
+    return ids
 
 
 def load(

@@ -459,7 +459,7 @@ def test_stop_tokens_of_any_kind_are_obeyed(pair, kind: Any) -> None:
     assert stopped.tokens == free[: free.index(free[5]) + 1]
 
 
-@pytest.mark.parametrize("given", ["</s>", ["</s>"], [1.5], torch.tensor([0.5]), [None]])
+@pytest.mark.parametrize("given", ["</s>", ["</s>"], [1.5], torch.tensor([0.5]), [None], [-1], [1, 10**6]])
 def test_stop_tokens_that_are_none_are_refused(pair, given: Any) -> None:
     with pytest.raises(ValueError, match="stop_token_ids must be token ids"):
         pair.model.generate(make_request(pair, [("text", 3)]), stop_token_ids=given)
