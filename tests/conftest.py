@@ -1,4 +1,4 @@
-"""For all tests: one thread per worker, since pytest-xdist has a worker for every core already; interrupts that work."""
+"""For all tests: one thread per worker, since pytest-xdist has a worker for every core; interrupts that arrive."""
 
 import os
 import signal
