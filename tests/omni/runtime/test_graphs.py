@@ -287,6 +287,36 @@ def test_captured_graphs_stay_within_their_memory(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(cache.run(4, partial(scaled, 4), x), 4 * x)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_of_two_threads_yield_their_own() -> None:
+    """Two models, each asked by a thread of its own: their graphs share a pool, and may write to the same place."""
+    x = torch.rand(2**20, device="cuda")
+
+    def ask(factor: int) -> None:
+        own = Graphs()
+        for _ in range(50):
+            assert torch.equal(own.run(factor, partial(scaled, factor), x), factor * x)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(ask, (2, 3)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_captures_where_what_is_left_is_cached() -> None:
+    """Protects an answer on a device that is nearly full: inside of a capture the allocator gives nothing back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    may_take, made = torch.cuda.memory_reserved() + 2**28, []
+    torch.cuda.set_per_process_memory_fraction(may_take / torch.cuda.mem_get_info()[1])
+    try:
+        torch.empty(3 * 2**26, dtype=torch.uint8, device="cuda")
+        graph = graphs.capture(lambda: made.append(torch.ones(2**27, dtype=torch.uint8, device="cuda")))
+        graph.replay()
+        assert len(made) == 1 and bool(made[0].all())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_a_folder_that_the_compiler_cannot_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: a full or read-only folder is one sentence; with a sound one the same function compiles."""
     (tmp_path / "file").touch()
