@@ -26,7 +26,7 @@ from omni.processing.positions import Layout, layout
 from omni.request import PrefillBatch, Prompt, assign_slots, join, read_prompt, whole_prompt, with_media
 from omni.reuse import LRUCache
 from omni.runtime.compiled import Compiled, step
-from omni.runtime.graphs import empty_cache
+from omni.runtime.graphs import empty_cache, is_out_of_memory
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.stages import Prefix, Staged
 from omni.thinker import Thinker, collected
@@ -124,13 +124,13 @@ class Engine:
 
     def attempt(self, work: Callable[[], R], again: Callable[[], R] | None = None) -> R:
         """`work` while `running`. Where memory was too little, once more, or `again`, and nothing is kept: not what
-        was, nor what this makes itself."""
+        was, graphs among it, nor what this makes itself."""
         try:
             with self.running():
                 return work()
         except MemoryError:
-            if self.kept.limit == 0:
-                raise
+            if self.kept.limit == 0 and (self.compiled is None or not self.compiled.on_gpu):
+                raise  # nothing was there to make room
         with self.running():
             self._is_short = True
             try:
@@ -141,14 +141,12 @@ class Engine:
     @contextmanager
     def running(self) -> Iterator[None]:
         """One thread at a time, without gradients; others wait. Raises MemoryError where the device has too little."""
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with self._lock, torch.inference_mode(), on_device:
+        with self._lock, torch.inference_mode(), self._on_default_stream():
             try:
                 yield
                 return
             except RuntimeError as error:
-                # On a CPU too little memory is a RuntimeError like any other.
-                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
             # Outside of the handler, whose traceback keeps the tensors of the failed request; before another thread
@@ -158,6 +156,25 @@ class Engine:
             f"the device has too little memory for this request{f' (it asked for {asked[1]})' if asked else ''}: lower "
             "retention, max_frames, max_pixels or max_new_tokens, or send fewer requests at a time."
         )
+
+    @contextmanager
+    def _on_default_stream(self) -> Iterator[None]:
+        """On a GPU, whichever stream a caller is on, in order with that: what is kept, and the memory that graphs
+        share, are every thread's."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            caller, own = torch.cuda.current_stream(), torch.cuda.default_stream()
+            if caller == own:
+                yield
+                return
+            own.wait_stream(caller)
+            try:
+                with torch.cuda.stream(own):
+                    yield
+            finally:
+                caller.wait_stream(own)
 
     def clear(self) -> None:
         """Drops what is kept between requests: graphs, the tables of frame sizes, media and beginnings of prompts."""
@@ -418,15 +435,18 @@ class Engine:
 
         On a GPU the host is one step behind: the next step is under way before this one's tokens are read.
         """
-        logits = torch.stack([prefill.logits for prefill in prefills])
         ahead = self.device.type == "cuda"
-        with self.running():
+
+        def first() -> tuple[Tensor | None, Tensor, Tensor, Tensor, Callable[[], list[int]]]:
+            logits = torch.stack([prefill.logits for prefill in prefills])
             noise = draw_noise(sampling, (len(logits), logits.shape[1]), generator)
             token = pick(logits, sampling, noise)
             position = torch.tensor([float(prefill.next_position) for prefill in prefills], device=self.device)
-            read = read_later(token)
+            return noise, token, position, cache.lengths.clone(), read_later(token)
+
+        noise, token, position, lengths, read = self.attempt(first)
         launch: Callable[[], None] | None = None
-        lengths, done = cache.lengths.clone(), 0
+        done = 0
 
         def run() -> Callable[[], list[int]]:
             nonlocal launch
@@ -463,9 +483,10 @@ class Engine:
         return lambda: step(self.thinker, sampling, token, position, noise, cache)
 
     def _synchronize(self) -> None:
-        """So that seconds are those of the work, not of its launch."""
+        """So that seconds are those of the work, not of its launch. Of one stream: to wait for the whole device would
+        spoil what another thread captures there."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.default_stream(self.device).synchronize()
 
 
 def read_later(token: Tensor) -> Callable[[], list[int]]:

@@ -8,7 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from threading import Lock
 from types import FunctionType
 from typing import Any
@@ -172,7 +172,7 @@ class Captured:
         def run() -> None:
             self.outputs = function(*arguments)
 
-        warm_up(run)
+        warm_up(partial(function, *arguments))  # what that yields goes at once: keys and values of all layers
         self.graph = capture(run)
 
     def __call__(self, *tensors: Any) -> Any:
@@ -213,7 +213,7 @@ _pools: dict[int, tuple[Any, WeakSet[torch.cuda.CUDAGraph]]] = {}
 """Of each device the handle of its pool, and the graphs that are in it."""
 
 
-def warm_up(run: Callable[[], None]) -> None:
+def warm_up(run: Callable[[], object]) -> None:
     """Calls `run` before it is captured for the first time: it compiles, and libraries allocate what they need."""
     with beside():
         for _ in range(2):
@@ -228,17 +228,31 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     answer. Where memory is too little, this does so, too: inside of a capture the allocator cannot, and what running
     before has left there would lie idle.
     """
-    with suppress(torch.OutOfMemoryError):
+    try:
         return _captured(run)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
     empty_cache()
     return _captured(run)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the host, had too little memory for what failed.
+
+    Beside PyTorch's allocators, drivers and libraries need some of their own: for a graph, a kernel, a thread's
+    products. They say so in words alone.
+    """
+    words = "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)
 
 
 def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with beside(), without_collection():
         device = torch.cuda.current_device()
-        if device not in _pools or not _pools[device][1]:  # the handle of a pool that went is refused
+        others = list(_pools[device][1]) if device in _pools else []  # held: a pool goes with its last graph
+        if not others:  # the handle of a pool that went is refused
             _pools[device] = torch.cuda.graph_pool_handle(), WeakSet()
         pool, graphs = _pools[device]
         torch.cuda.current_blas_handle()  # a thread's first product makes it, and cannot inside of a capture
@@ -247,11 +261,23 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
             run()
         except BaseException:
             with suppress(RuntimeError):  # the capture is spoilt: what spoilt it is the error to show
-                graph.capture_end()
+                _end_capture(graph, device)
             raise
-        graph.capture_end()
+        _end_capture(graph, device)
         graphs.add(graph)
     return graph
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph, device: int) -> None:
+    """Where that fails, the allocator believes that the capture goes on, lets no other have its pool, and frees nothing
+    that is cached: it is told, and the next graph has another pool."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        pool, _ = _pools.pop(device)
+        with suppress(RuntimeError):  # it knew
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise
 
 
 def replay(graph: torch.cuda.CUDAGraph) -> None:
@@ -288,9 +314,11 @@ def beside() -> Iterator[None]:
     with _beside:
         stream = _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:  # also what was begun before it failed
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 @cache

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from test_golden import STOP, load, read_request
 from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
 import omni
-from omni import layers, moe, stages
+from omni import engine, layers, moe, stages
+from omni.engine import Engine
 from omni.layers import directly
 from omni.model import Omni
 from omni.runtime.graphs import capture, renewed, warm_up
@@ -232,6 +236,91 @@ def test_out_of_memory_is_one_sentence_and_the_next_request_works(pair: Pair, mo
         with pytest.raises(MemoryError, match="lower retention, max_frames"):
             pair.model.prefill(inputs, seats=SETTINGS)
     assert torch.equal(pair.model.prefill(inputs, seats=SETTINGS).logits, expected)
+
+
+def short_of_memory_once(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Says so the first time."""
+    failures = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")]
+
+    def tried(*arguments: Any, **named: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return work(*arguments, **named)
+
+    return tried
+
+
+def test_a_first_token_that_finds_too_little_memory_is_picked_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept goes, as for every other step."""
+    model = Omni(pair.model.thinker, pair.model.folder)
+    inputs = make_request(pair, REQUESTS["sound"])
+    expected = model.generate(inputs, **MIXED).tokens
+    monkeypatch.setattr(engine, "pick", short_of_memory_once(engine.pick))
+    assert model.engine.kept.nbytes > 0
+    assert model.generate(inputs, **MIXED).tokens == expected
+    assert model.engine.kept.nbytes == 0
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_graphs_make_room_where_nothing_else_is_kept(pair: Pair, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects batches, which keep nothing between questions unless they repeat."""
+    model = Omni(pair.model.thinker, pair.model.folder, compile=True, reuse=0)
+    monkeypatch.setattr(model.engine.compiled, "on_gpu", on_gpu)
+    with nullcontext() if on_gpu else pytest.raises(MemoryError):
+        assert model.engine.attempt(short_of_memory_once(lambda: 3)) == 3
+
+
+def test_callers_on_other_streams_wait(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects what threads share: all of it runs on one stream, after what the caller launched and before what it
+    launches then."""
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            waits.append((self.name, other.name))
+
+    own, other = Stream("default"), Stream("other")
+    current = [other]
+    monkeypatch.setattr(Engine, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: own)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: waits.append(("on", stream.name)) or nullcontext())
+    with pytest.raises(ValueError), pair.model.engine.running():
+        raise ValueError
+    assert waits == [("default", "other"), ("on", "default"), ("other", "default")]
+    current[0] = own
+    with pair.model.engine.running():
+        assert len(waits) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_answers_end_while_another_thread_captures(pair: Pair) -> None:
+    """Protects both: to wait for the whole device spoils a capture, and fails itself."""
+    model = Omni(copy.deepcopy(pair.model.thinker).cuda(), pair.model.folder, reuse=0)
+    captured, x = threading.Event(), torch.ones(8, device="cuda")
+
+    def ends() -> None:
+        while not captured.wait(1e-3):
+            model.engine._synchronize()
+
+    def launch() -> None:
+        x.add_(1)
+        time.sleep(0.02)  # while the other thread waits for the device
+
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(ends)
+        try:
+            for _ in range(10):
+                capture(launch)
+        finally:
+            captured.set()
+        ending.result()
 
 
 def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:

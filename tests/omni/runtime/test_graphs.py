@@ -204,12 +204,77 @@ def test_a_capture_that_finds_too_little_memory_begins_anew_without_what_is_cach
     errors.append(torch.OutOfMemoryError())
     graphs.capture(run)
     assert captures == [*whole, "empty, locked True", *whole]
-    for error, again in ((torch.OutOfMemoryError(), 1), (RuntimeError(), 0)):
+    of_driver = RuntimeError("CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+    for error, again in ((torch.OutOfMemoryError(), 1), *((each, 1) for each in of_driver), (RuntimeError(), 0)):
         captures.clear()
         errors += [error] * (1 + again)
         with pytest.raises(type(error)):
             graphs.capture(run)
         assert captures.count("run") == 1 + again
+
+
+def test_a_capture_that_cannot_end_spoils_no_other(captures: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects all later answers: the allocator would take the pool for one that is recorded to, and refuse it."""
+    ended: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: ended.append(of))
+    handles = iter([(0, 1), (0, 2), (0, 3)])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    first = graphs.capture(lambda: None)
+    whole = torch.cuda.CUDAGraph.capture_end
+
+    def fails(_: Any) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def spoilt() -> None:
+        raise ValueError
+
+    for run, error in ((lambda: None, RuntimeError), (spoilt, ValueError)):
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fails)
+        with pytest.raises(error):
+            graphs.capture(run)
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", whole)
+        latest = graphs.capture(lambda: None)
+    assert ended == [(0, (0, 1)), (0, (0, 2))]
+    assert graphs._pools[0][0] == (0, 3) and list(graphs._pools[0][1]) == [latest]
+    assert first is not latest and captures.count("begin") == 5
+
+
+def test_what_fails_beside_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects tokens: what a step that failed had begun may still write when the same step begins anew."""
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.name, other.name))
+
+    current, side = Stream("current"), Stream("side")
+    for name, value in (("current_device", 0), ("current_stream", current)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(graphs, "_stream", lambda device: side)
+    with pytest.raises(KeyboardInterrupt), graphs.beside():
+        raise KeyboardInterrupt
+    assert waits == [("side", "current"), ("current", "side")]
+
+
+def test_what_a_function_yields_when_it_warms_up_is_gone_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects long prompts: keys and values of all layers, twice, may be too much."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def function() -> Tensor:
+        alive.append(sum(each() is not None for each in made))
+        output = torch.ones(3)
+        made.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(graphs, "beside", nullcontext)
+    monkeypatch.setattr(graphs, "capture", lambda run: run())
+    graphs.Captured(function, ())
+    assert alive == [0, 0, 0]
 
 
 def test_what_a_graph_yields_is_copied_before_another_runs(monkeypatch: pytest.MonkeyPatch) -> None:
