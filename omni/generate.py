@@ -89,7 +89,7 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
             print(f"omni-generate: {error}", file=sys.stderr)
             return 2
         for source in options.media:  # known before anything is loaded; what else may be wrong with it, later
-            if "://" not in source and not source.startswith("data:") and not os.path.lexists(source):
+            if not re.match("[a-z]+:", source, re.IGNORECASE) and not os.path.lexists(source):
                 print(f"omni-generate: {source} does not exist.", file=sys.stderr)
                 return 1
 
@@ -160,7 +160,8 @@ def _names_a_file(word: str) -> bool:
             return True
     except ValueError:  # a zero byte
         return False
-    return bool(re.fullmatch(r"\S*(/\S*|\.\w{2,5})", word, re.ASCII))
+    # Questions without a space may have a slash: Chinese ones, and "Cat/dog?".
+    return bool(re.fullmatch(r"\S*\.\w{2,5}|(?!.*\?$)[!-~]*/[!-~]*", word, re.ASCII))
 
 
 def argument_parser() -> argparse.ArgumentParser:

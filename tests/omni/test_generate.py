@@ -347,6 +347,10 @@ def test_the_parser_lists_what_there_is() -> None:
         (["CLIP", "Transcribe"], ["CLIP"], "Transcribe"),
         (["Is clip.mp4 loud?"], [], "Is clip.mp4 loud?"),
         (["发生了什么"], [], "发生了什么"),
+        (["CLIP", "他/她在做什么?"], ["CLIP"], "他/她在做什么?"),
+        (["CLIP", "描述他/她的动作。"], ["CLIP"], "描述他/她的动作。"),
+        (["CLIP", "Cat/dog?"], ["CLIP"], "Cat/dog?"),
+        (["/数据/视频.mp4", "What?"], ["/数据/视频.mp4"], "What?"),
     ],
 )
 def test_media_and_question(clip: Path, words: list[str], media: list[str], question: str) -> None:
@@ -464,7 +468,8 @@ def test_addresses_on_the_command_line(
     Image.new("RGB", (56, 56), "red").save(folder / "a.png")
     packed = base64.b64encode((folder / "a.png").read_bytes()).decode()
     tokens = []
-    for address in ((folder / "a.png").as_uri(), f"data:image/png;base64,{packed}"):
+    uri = (folder / "a.png").as_uri()
+    for address in (uri, uri.replace("file://", "FILE:"), f"Data:image/png;base64,{packed}"):
         assert run(checkpoint, "--json", address, "What?") == 0
         tokens.append(json.loads(capsys.readouterr().out)["tokens"])
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -481,7 +486,7 @@ def test_addresses_on_the_command_line(
         assert run(checkpoint, "--json", "--urls", address, "What?") == 0
         server.shutdown()
     tokens.append(json.loads(capsys.readouterr().out)["tokens"])
-    assert tokens[0] == tokens[1] == tokens[2]
+    assert len(tokens) == 4 and tokens == tokens[:1] * 4
     assert not [path for path in (tmp_path / "kept").iterdir() if path.name.startswith("seats-omni")]
 
 

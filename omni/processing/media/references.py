@@ -43,6 +43,18 @@ def refreshing(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
     return refreshes if length else None
 
 
+def lost_at_beginning(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool]:
+    """What tells of a packet that follows the first keyframe of a file and is shown before it, whether its picture is
+    made from some that are not there: what begins in an open group of pictures, cut off another file. Those of HEVC say
+    so (RASL: ITU-T H.265, 7.4.2.2). In H.264 none is shown before an IDR picture that it follows, and libavcodec gives
+    none of those before another. False elsewhere, where they may be made from the keyframe alone.
+    """
+    length = _length(codec, extradata or b"")
+    if codec != "hevc":
+        return lambda _: codec == "h264"
+    return lambda packet: any(unit and unit[0] >> 1 & 63 in (8, 9) for unit in _units(packet, length))
+
+
 def _length(codec: str, head: bytes) -> int:
     """Bytes of the size before each NAL unit, in MP4 and Matroska; 0 elsewhere (ISO/IEC 14496-15)."""
     if codec == "h264" and len(head) > 6 and head[0] == 1:  # AVCDecoderConfigurationRecord

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni.processing.frames import MediaError
-from omni.processing.media.decoding import Decoder, begins_anywhere, clip_start
+from omni.processing.media.decoding import WHOLE, Decoder, begins_anywhere, clip_start
 from omni.processing.media.files import as_array, as_number, described, is_array, open_container, warn_if_short
 from omni.processing.media.stamps import NONE, Recordings, Shift, marks, may_leap
 from omni.processing.media.streams import moving_pictures, require_decoder, sound_track
@@ -27,6 +27,11 @@ OVERLAP = 2
 RATES = 100, 10_000_000
 # What a writer that does not know how much will come puts for the length, and everything near it.
 UNKNOWN_BYTES = 2**31 - 2**16
+
+
+STATING = (*WHOLE, "wav", "w64", "aiff", "caf", "au", "flac", "ogg", "avi", "flv", "asf", "wv", "ape", "tta", "mpc8")
+"""Formats that state how much sound there is. In others libavformat guesses: raw streams by the rate of their first
+frames, what may be joined by its first and last stamps."""
 
 
 class PastEndError(MediaError):
@@ -115,7 +120,7 @@ def listen(
     if mixer.clock is None:
         raise MediaError(f"{name}: none of its sound could be decoded. The file is damaged.")
     if promised is not None and not mixer.full:
-        warn_if_short(name, promised, mixer.clock, "sound")
+        warn_if_short(name, promised, mixer.clock - mixer.first, "sound")
     if mixer.samples == 0:
         if start:
             raise PastEndError(past_end(name, start, mixer.clock, "audio"))
@@ -127,8 +132,7 @@ def _promised(container: Any, stream: Any) -> float | None:
     """Seconds of sound that the file's header states; None where it states none, or what stands for none."""
     import av
 
-    # Raw streams are measured by their first frames, and what may be joined by its first and last stamps.
-    if container.format.name in ("mp3", "aac", "ac3", "eac3", "loas") or may_leap(container):
+    if container.format.name not in STATING:
         return None
     seconds = None if stream.duration is None else float(stream.duration * stream.time_base)
     if seconds is None and moving_pictures(container) is None and container.duration is not None:
@@ -164,6 +168,7 @@ class _Mixer:
         self.name = name
         self.samples = 0
         self.clock: float | None = None
+        self.first = 0.0
         self.silence = 0.0
         self.start = round(start * sample_rate)
         self.most = math.inf if end is None else max(1, round(end * sample_rate) - self.start)
@@ -181,7 +186,8 @@ class _Mixer:
         import av
 
         if self.clock is None:
-            self.clock = min(at or 0.0, 0.0)
+            self.first = at or 0.0
+            self.clock = min(self.first, 0.0)
             self.early = round(-self.clock * self.sample_rate) + self.start
         gap = 0.0 if at is None else at - self.clock
         # Time stamps are rounded, so a small gap is none; the sound of a clip may start with any.

@@ -8,12 +8,14 @@ from omni.processing.frames import MAX_PIXELS, MediaError
 
 
 def moving_pictures(container: Any) -> Any | None:
-    """The stream of moving pictures: not the cover of a sound. Of several the one that is the container's default."""
+    """The stream of moving pictures: not the cover of a sound. Of several that there is a decoder for, the container's
+    default."""
     from av.stream import Disposition
 
     still = Disposition.attached_pic | Disposition.timed_thumbnails
     moving = [stream for stream in container.streams.video if not stream.disposition & still]
-    return _default(moving) or (moving[0] if moving else None)
+    seen = [stream for stream in moving if stream.codec_context is not None] or moving
+    return _default(seen) or (seen[0] if seen else None)
 
 
 def require_pictures(container: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import threading
 from typing import Any
@@ -14,17 +15,35 @@ from omni.processing.frames import MAX_PIXELS, MediaError
 
 def upright(frame: Any) -> Any:
     """A frame of PyAV as a picture of Pillow, RGB, as the container's display matrix says (`turned`)."""
-    from PIL import Image
-
     if frame.width * frame.height > MAX_PIXELS:
         raise MediaError(f"a frame of {frame.width} x {frame.height} pixels is too large. Scale the clip down.")
-    if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
-        picture = Image.fromarray(over_white(torch.from_numpy(frame.to_ndarray(format="rgba"))).numpy())
-    else:
-        plane = _rgb(frame).planes[0]
-        line = (plane.line_size, 1)
-        picture = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", *line)
+    if frame.colorspace == RESERVED:
+        frame.colorspace = UNSPECIFIED
+    try:
+        picture = _picture(frame)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        raise MediaError(
+            f"a frame's colours are coded by matrix {frame.colorspace} of ITU-T H.273, which cannot be read. Convert "
+            "the clip to BT.709."
+        ) from None
     return turned(picture, _display_matrix(frame))
+
+
+RESERVED, UNSPECIFIED = 3, 2
+"""Of colour matrices (ITU-T H.273, 8.3): what states the first states nothing, which libswscale refuses."""
+
+
+def _picture(frame: Any) -> Any:
+    """A frame of PyAV as a picture of Pillow, RGB, as it is coded."""
+    from PIL import Image
+
+    if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
+        return Image.fromarray(over_white(torch.from_numpy(frame.to_ndarray(format="rgba"))).numpy())
+    plane = _rgb(frame).planes[0]
+    line = (plane.line_size, 1)
+    return Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", *line)
 
 
 _of_thread = threading.local()

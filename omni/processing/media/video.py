@@ -28,6 +28,7 @@ from omni.processing.media.files import (
     warn_if_short,
 )
 from omni.processing.media.picture import read_image
+from omni.processing.media.references import lost_at_beginning
 from omni.processing.media.stamps import NONE, Mark, Recordings, Shift, credible, mark, may_leap
 from omni.processing.media.streams import require_pictures, sound_track
 from omni.processing.media.timeline import Sample, Timeline, Wish
@@ -267,27 +268,36 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
     import av
 
     usual = sound_track(container, name, None)
+    codec = stream.codec_context.codec
+    lost = lost_at_beginning(codec.canonical_name, stream.codec_context.extradata)
+    keys = 0
+    length, others = _length(container)
     marks: list[Mark] = []
     sound: list[Mark] = []
     shown: list[bool] = []
     stamps: list[int | None] = []
     ends = -math.inf
-    for place, packet in enumerate(packets(container, *container.streams.video, *container.streams.audio)):
+    for place, packet in enumerate(packets(container, *container.streams.video, *container.streams.audio, *others)):
         found = mark(place, packet)
         if found.shown is not None:
             ends = max(ends, found.shown + found.duration)
         if packet.stream.index == stream.index:
             marks.append(found)
             stamps.append(packet.pts)
+            keys += packet.is_keyframe
             # Cut away by an edit list, but others may be decoded from it; or coded to be never shown.
-            shown.append(not packet.is_discard and _is_shown(stream.codec_context.name, packet))
+            visible = not packet.is_discard and _is_shown(stream.codec_context.name, packet)
+            if visible and keys == 1 and None not in (packet.pts, stamps[0]) and packet.pts < stamps[0]:
+                visible = not lost(memoryview(packet))
+            shown.append(visible)
         elif usual is not None and packet.stream.index == usual.index:
             sound.append(found)
     if not any(shown):
         raise MediaError(f"{name} has a picture stream without a single picture. The file is cut off or damaged.")
-    if container.duration is not None and not may_leap(container):
+    if length is not None and not may_leap(container):
         start = (container.start_time or 0) / av.time_base
-        warn_if_short(name, container.duration / av.time_base, max(ends, start) - start, "clip")
+        # Some writers count the length from 0, wherever a file begins.
+        warn_if_short(name, length, max(ends, start) - min(start, 0.0), "clip")
 
     rates = tuple(float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)
     known = [stamp for stamp in stamps if stamp is not None]
@@ -299,6 +309,8 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
             shifts = Recordings(marks, credible(sound)).shifts(marks)
         times, end = _laid_out(marks, shown, shifts)
         trusted = container.format.name in WHOLE and len(set(known)) == len(stamps) and marks[0].key
+        # Where a file does not say which are keyframes, all are taken for some. These decoders give a frame then, too.
+        trusted &= keys < len(marks) or len(marks) == 1 or codec.intra_only or codec.canonical_name in TELLING
         if times:
             return _Scan(marks, shown, known if trusted else [], shifts, times, end, rates, True, unit)
     if not rates:
@@ -311,6 +323,25 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
     else:
         times = [number / rates[0] for number in range(len(slots))]
     return _Scan(marks, shown, [], NONE, times, times[-1] + 1 / rates[0], rates, False, unit)
+
+
+TELLING = ("h264", "hevc", "vvc", "vp8", "vp9", "av1")
+"""Codecs whose decoders give no frame for one that is no keyframe and lacks what it is made from, or say so."""
+
+
+def _length(container: Any) -> tuple[float | None, Sequence[Any]]:
+    """Seconds of pictures and sound that a file promises; and streams that may be what lasts so long, where it states
+    one length for all of them, as Matroska does."""
+    import av
+
+    if container.duration is None:
+        return None, ()
+    whole, start = container.duration / av.time_base, (container.start_time or 0) / av.time_base
+    streams = (*container.streams.video, *container.streams.audio)
+    if any(stream.duration is None for stream in streams):
+        return whole, container.streams.subtitles
+    ends = [float(((stream.start_time or 0) + stream.duration) * stream.time_base) for stream in streams]
+    return min(whole, max(ends) - start), ()
 
 
 def _is_shown(codec: str, packet: Any) -> bool:

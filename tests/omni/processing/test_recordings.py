@@ -21,7 +21,7 @@ from torch import Tensor
 
 from omni.processing.frames import sample_indices
 from omni.processing.media import MediaError, Video, read_audio, read_video, video
-from omni.processing.media.upright import turned
+from omni.processing.media.upright import turned, upright
 
 RATE = 48_000
 
@@ -493,3 +493,152 @@ def test_a_stretch_is_as_if_it_were_the_clip(tmp_path: Path, name: str) -> None:
             read(path, start=60.0)
         with pytest.raises(MediaError, match=rf"{word}_end is 2\.0; it must come after {word}_start, 3 s"):
             read(path, start=3.0, end=2.0)
+
+
+OPEN = "open-gop=1:keyint=20:min-keyint=20:b-adapt=0:scenecut=0"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"x264-params": "open-gop=1:keyint=20:min-keyint=20:bframes=3:b-adapt=0:scenecut=0"}),
+        (
+            "libx265",
+            {"x265-params": "open-gop=1:keyint=20:min-keyint=20:bframes=4:b-adapt=0:scenecut=0:log-level=none"},
+        ),
+    ],
+)
+def test_a_file_that_begins_in_an_open_group_of_pictures(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    """Protects: pictures that are made from some that were cut away are no part of the clip, nor is its sound late."""
+    with av.open(str(tmp_path / f"whole-{name}"), "w") as file:
+        stream = file.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.bit_rate = 2_000_000
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    path, keys, stamps = tmp_path / name, 0, []
+    with av.open(str(tmp_path / f"whole-{name}")) as whole, av.open(str(path), "w") as file:
+        stream = file.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            keys += packet.size > 0 and packet.is_keyframe
+            if packet.size and keys >= 2:
+                stamps.append(packet.pts * packet.time_base)
+                packet.stream = stream
+                file.mux(packet)
+    assert min(stamps) < stamps[0], "no picture of it is shown before the keyframe"
+    every = straight(path)
+    assert len(every) < len(stamps)
+    found = read_video(path)
+    assert [number_of(frame) for frame in found.frames] == [every[n][1] for n in sample_indices(len(every), 10.0)]
+    assert found.duration == pytest.approx(len(every) / 10, abs=0.002)
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mpeg2video", "h263", "libx264", "libx265"])
+def test_a_file_that_does_not_say_which_are_keyframes(tmp_path: Path, codec: str) -> None:
+    """Protects: libavformat takes all for keyframes then, and some decoders give a frame, of grey and what moved, for a
+    picture that lacks what it is made from."""
+
+    def draw(number: int) -> np.ndarray:
+        return np.ascontiguousarray(np.roll(numbered_frame(5, (96, 128)), number, axis=1))
+
+    path = tmp_path / ("a.3gp" if codec == "h263" else "a.mp4")
+    path = write_clip(path, 40, codec=codec, gop=12 if codec == "mpeg2video" else 250, bframes=0, draw=draw)
+    every = [torch.from_numpy(frame).permute(2, 0, 1) for frame in decode_all(path)]
+    data = path.read_bytes()
+    assert data.count(b"stss") == 1
+    path.write_bytes(data.replace(b"stss", b"free"))
+    found = read_video(path)
+    assert torch.equal(found.frames, torch.stack([every[n] for n in sample_indices(len(every), 10.0)]))
+
+
+@pytest.mark.parametrize("late", [0.5, -0.5])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv"])
+def test_sound_that_begins_before_the_pictures_is_not_cut_off(tmp_path: Path, name: str, late: float) -> None:
+    """Protects: what comes before the first frame is not heard, but there."""
+    times = [max(late, 0) + number / 10 for number in range(40)]
+    path = write_clip(
+        tmp_path / name, 40, times=times, sound=beeping(4.0), rate=RATE, sound_start=max(-late, 0), bframes=0
+    )
+    expected = [0.25 - late + second for second in range(4)]
+    assert beeps(read_audio(path)) == pytest.approx([time for time in expected if time > 0], abs=0.06)
+    read_video(path)
+
+
+def test_subtitles_may_last_longer(tmp_path: Path) -> None:
+    """Protects: Matroska states one length for all it holds. A file that is cut off is still told."""
+    (tmp_path / "a.srt").write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\nHello\n\n2\n00:00:03,500 --> 00:00:10,000\nBye\n"
+    )
+    whole, path = write_clip(tmp_path / "whole.mkv", 40, gop=10), tmp_path / "a.mkv"
+    with (
+        av.open(str(whole)) as clip,
+        av.open(str(tmp_path / "a.srt")) as text,
+        av.open(str(path), "w") as file,
+    ):
+        streams = [file.add_stream_from_template(each.streams[0]) for each in (clip, text)]
+        for source, stream in zip((clip, text), streams, strict=True):
+            for packet in source.demux():
+                if packet.size:
+                    packet.stream = stream
+                    file.mux(packet)
+    assert read_video(path).duration == pytest.approx(4.0, abs=0.002)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="it promises a clip of 10.0 s"):
+        read_video(path)
+
+
+def test_lengths_that_are_guessed_are_no_promises(tmp_path: Path) -> None:
+    """AMR that begins with silence: libavformat multiplies the file's size by the rate of what is silent."""
+    path = tmp_path / "a.amr"
+    path.write_bytes(b"#!AMR\n" + (b"\x44" + bytes(5)) * 100 + (b"\x3c" + bytes(31)) * 400)
+    sound = read_audio(path)
+    assert sound is not None and len(sound) / 16_000 == pytest.approx(10, abs=2.1)
+
+
+def test_pictures_without_a_decoder_are_passed_over(tmp_path: Path) -> None:
+    """As sound is: of two tracks the one that can be seen."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        tracks = [file.add_stream("libx264", rate=10) for _ in range(2)]
+        for track in tracks:
+            track.height, track.width, track.pix_fmt = *SIZE, "yuv420p"
+        for first, track in zip((0, 100), tracks, strict=True):
+            for number in range(20):
+                frame = av.VideoFrame.from_ndarray(numbered_frame(first + number), format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+                file.mux(track.encode(frame))
+            file.mux(track.encode())
+    assert min(numbers(path)) < 20
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ", 1))
+    assert min(numbers(path)) >= 100
+
+
+@pytest.mark.parametrize("matrix", [8, 10, 14])
+def test_colours_that_cannot_be_converted_are_refused_by_name(tmp_path: Path, matrix: int) -> None:
+    """YCgCo, BT.2020 of constant luminance, ICtCp: libswscale has none of them, and says nothing of colours."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        for number in range(10):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")))
+        file.mux(stream.encode())
+    with pytest.raises(MediaError, match=rf"colours are coded by matrix {matrix} of ITU-T H.273.* Convert the clip"):
+        read_video(path)
+
+
+def test_a_reserved_matrix_says_nothing() -> None:
+    """VP9 has a number for a matrix that is none."""
+    frame = av.VideoFrame.from_ndarray(numbered_frame(77), format="rgb24").reformat(format="yuv420p")
+    pictures = []
+    for matrix in (2, 3):
+        frame.colorspace = matrix
+        pictures.append(upright(frame).tobytes())
+    assert pictures[0] == pictures[1]
