@@ -160,7 +160,9 @@ def _names_a_file(word: str) -> bool:
             return True
     except ValueError:  # a zero byte
         return False
-    # Questions without a space may have a slash: Chinese ones, and "Cat/dog?".
+    if re.fullmatch(r"((file|data|https?):|~?/|\.\.?/)\S*", word, re.IGNORECASE):
+        return True
+    # Questions without a space may have a slash further on: Chinese ones, and "Cat/dog?".
     return bool(re.fullmatch(r"\S*\.\w{2,5}|(?!.*\?$)[!-~]*/[!-~]*", word, re.ASCII))
 
 

@@ -350,7 +350,8 @@ def test_the_parser_lists_what_there_is() -> None:
         (["CLIP", "他/她在做什么?"], ["CLIP"], "他/她在做什么?"),
         (["CLIP", "描述他/她的动作。"], ["CLIP"], "描述他/她的动作。"),
         (["CLIP", "Cat/dog?"], ["CLIP"], "Cat/dog?"),
-        (["/数据/视频.mp4", "What?"], ["/数据/视频.mp4"], "What?"),
+        *(([name, "What?"], [name], "What?") for name in ("/数据/视频.mp4", "/数据/视频", "../été/clip", "~/ü/clip")),
+        *(([name, "What?"], [name], "What?") for name in ("https://a.org/vidéo", "HTTPS://a.be/b?", "file:///tmp/ü")),
     ],
 )
 def test_media_and_question(clip: Path, words: list[str], media: list[str], question: str) -> None:

@@ -43,16 +43,21 @@ def refreshing(codec: str, extradata: bytes | None) -> Callable[[memoryview], bo
     return refreshes if length else None
 
 
-def lost_at_beginning(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool]:
-    """What tells of a packet that follows the first keyframe of a file and is shown before it, whether its picture is
-    made from some that are not there: what begins in an open group of pictures, cut off another file. Those of HEVC say
-    so (RASL: ITU-T H.265, 7.4.2.2). In H.264 none is shown before an IDR picture that it follows, and libavcodec gives
-    none of those before another. False elsewhere, where they may be made from the keyframe alone.
+def lost_at_beginning(codec: str, extradata: bytes | None, first: memoryview) -> Callable[[memoryview], bool]:
+    """What tells of a packet that follows a file's first keyframe and is shown before it, whether its picture is made
+    from some that are not there: what begins in an open group of pictures, cut off another file.
+
+    first: the keyframe. Pictures of HEVC say so (RASL: ITU-T H.265, 7.4.2.2), in MPEG-2 the header of their group
+    (closed_gop: ITU-T H.262, 6.3.8). In H.264 none is shown before an IDR picture that it follows; libavcodec gives
+    none of those before another, nor in MPEG-4 any. False elsewhere.
     """
     length = _length(codec, extradata or b"")
-    if codec != "hevc":
-        return lambda _: codec == "h264"
-    return lambda packet: any(unit and unit[0] >> 1 & 63 in (8, 9) for unit in _units(packet, length))
+    if codec == "hevc" and length:
+        return lambda packet: any(unit and unit[0] >> 1 & 63 in (8, 9) for unit in _units(packet, length))
+    group = bytes(first).partition(b"\0\0\1\xb8")[2]
+    closed = len(group) > 3 and bool(group[3] & 64)
+    lost = codec in ("h264", "mpeg4") or (codec in ("mpeg1video", "mpeg2video") and not closed)
+    return lambda _: lost
 
 
 def _length(codec: str, head: bytes) -> int:
@@ -65,7 +70,7 @@ def _length(codec: str, head: bytes) -> int:
 
 
 def _units(packet: memoryview, length: int) -> Iterator[memoryview]:
-    """NAL units, each after its size in `length` bytes; an empty one where sizes are wrong."""
+    """NAL units, each after its size in `length` bytes, not 0; an empty one where sizes are wrong."""
     place = 0
     while place < len(packet):
         start = place + length

@@ -29,9 +29,9 @@ RATES = 100, 10_000_000
 UNKNOWN_BYTES = 2**31 - 2**16
 
 
-STATING = (*WHOLE, "wav", "w64", "aiff", "caf", "au", "flac", "ogg", "avi", "flv", "asf", "wv", "ape", "tta", "mpc8")
+STATING = (*WHOLE, "wav", "w64", "aiff", "caf", "au", "flac", "avi", "flv", "asf", "rm", "wv", "ape", "tta", "mpc8")
 """Formats that state how much sound there is. In others libavformat guesses: raw streams by the rate of their first
-frames, what may be joined by its first and last stamps."""
+frames, what may be joined, Ogg among it, by its first and last stamps."""
 
 
 class PastEndError(MediaError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -269,22 +270,26 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
 
     usual = sound_track(container, name, None)
     codec = stream.codec_context.codec
-    lost = lost_at_beginning(codec.canonical_name, stream.codec_context.extradata)
+    lost: Callable[[memoryview], bool] | None = None
     keys = 0
     length, others = _length(container)
     marks: list[Mark] = []
     sound: list[Mark] = []
     shown: list[bool] = []
     stamps: list[int | None] = []
-    ends = -math.inf
+    begins, ends = math.inf, -math.inf
     for place, packet in enumerate(packets(container, *container.streams.video, *container.streams.audio, *others)):
         found = mark(place, packet)
         if found.shown is not None:
             ends = max(ends, found.shown + found.duration)
+            if not packet.is_discard:
+                begins = min(begins, found.shown, found.shown if found.decoded is None else found.decoded)
         if packet.stream.index == stream.index:
             marks.append(found)
             stamps.append(packet.pts)
             keys += packet.is_keyframe
+            if lost is None:
+                lost = lost_at_beginning(codec.canonical_name, stream.codec_context.extradata, memoryview(packet))
             # Cut away by an edit list, but others may be decoded from it; or coded to be never shown.
             visible = not packet.is_discard and _is_shown(stream.codec_context.name, packet)
             if visible and keys == 1 and None not in (packet.pts, stamps[0]) and packet.pts < stamps[0]:
@@ -296,8 +301,9 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
         raise MediaError(f"{name} has a picture stream without a single picture. The file is cut off or damaged.")
     if length is not None and not may_leap(container):
         start = (container.start_time or 0) / av.time_base
-        # Some writers count the length from 0, wherever a file begins.
-        warn_if_short(name, length, max(ends, start) - min(start, 0.0), "clip")
+        # Writers count it from the first stamp, some from that of decoding, and those of Matroska mostly from 0.
+        since = min(start, begins, 0.0 if container.format.name == WHOLE[1] else math.inf)
+        warn_if_short(name, length, max(ends, start) - since, "clip")
 
     rates = tuple(float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)
     known = [stamp for stamp in stamps if stamp is not None]
@@ -325,23 +331,31 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
     return _Scan(marks, shown, [], NONE, times, times[-1] + 1 / rates[0], rates, False, unit)
 
 
-TELLING = ("h264", "hevc", "vvc", "vp8", "vp9", "av1")
-"""Codecs whose decoders give no frame for one that is no keyframe and lacks what it is made from, or say so."""
+TELLING = ("h264", "hevc", "vvc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video", "ffv1", "cfhd", "png")
+"""Codecs whose decoders give no frame for one that is no keyframe and lacks what it is made from, or say so; and some
+that have none but keyframes."""
 
 
 def _length(container: Any) -> tuple[float | None, Sequence[Any]]:
     """Seconds of pictures and sound that a file promises; and streams that may be what lasts so long, where it states
-    one length for all of them, as Matroska does."""
+    one length for all of them, as Matroska may."""
     import av
 
     if container.duration is None:
         return None, ()
     whole, start = container.duration / av.time_base, (container.start_time or 0) / av.time_base
-    streams = (*container.streams.video, *container.streams.audio)
-    if any(stream.duration is None for stream in streams):
+    ends = [_end_of(stream) for stream in (*container.streams.video, *container.streams.audio)]
+    if None in ends:
         return whole, container.streams.subtitles
-    ends = [float(((stream.start_time or 0) + stream.duration) * stream.time_base) for stream in streams]
-    return min(whole, max(ends) - start), ()
+    return min(whole, max(end for end in ends if end is not None) - min(start, 0.0)), ()
+
+
+def _end_of(stream: Any) -> float | None:
+    """When a stream ends by its header, in seconds on the container's clock; of Matroska by the tag of its writer."""
+    if stream.duration is not None:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    stated = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return 3600 * int(stated[1]) + 60 * int(stated[2]) + float(stated[3]) if stated else None
 
 
 def _is_shown(codec: str, packet: Any) -> bool:

@@ -589,8 +589,28 @@ def test_subtitles_may_last_longer(tmp_path: Path) -> None:
                     file.mux(packet)
     assert read_video(path).duration == pytest.approx(4.0, abs=0.002)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.warns(UserWarning, match="it promises a clip of 10.0 s"):
+    with pytest.warns(UserWarning, match=r"it promises a clip of 4.0 s and has [12]"):
         read_video(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.flv", "a.mkv"])
+@pytest.mark.parametrize("start", [0, 60])
+def test_a_file_that_is_cut_off_is_told_wherever_it_begins(tmp_path: Path, name: str, start: float) -> None:
+    times = [start + number / 10 for number in range(40)]
+    path = write_clip(tmp_path / name, 40, times=times, gop=10, faststart=name in ("a.mp4", "a.mov"))
+    assert len(read_video(path).frames) == 8
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    with pytest.warns(UserWarning, match="it promises a clip of "):
+        read_video(path)
+
+
+def test_the_end_of_a_broadcast_in_ogg_is_whole(tmp_path: Path) -> None:
+    """Protects: its stamps begin anywhere, and its length is measured by the last."""
+    path = write_sound(tmp_path / "a.opus", beeping(30.0), RATE, "libopus")
+    pages = [b"OggS" + page for page in path.read_bytes().split(b"OggS")[1:]]
+    path.write_bytes(b"".join(pages[:2] + pages[-6:]))
+    sound = read_audio(path)
+    assert sound is not None and 3 < len(sound) / 16_000 < 29
 
 
 def test_lengths_that_are_guessed_are_no_promises(tmp_path: Path) -> None:
