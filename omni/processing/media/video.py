@@ -271,7 +271,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
     usual = sound_track(container, name, None)
     codec = stream.codec_context.codec
     lost: Callable[[memoryview], bool] | None = None
-    keys = 0
+    keys, stated = 0, container.format.name in WHOLE
     length, others = _length(container)
     marks: list[Mark] = []
     sound: list[Mark] = []
@@ -282,8 +282,9 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
         found = mark(place, packet)
         if found.shown is not None:
             ends = max(ends, found.shown + found.duration)
-            if not packet.is_discard:
-                begins = min(begins, found.shown, found.shown if found.decoded is None else found.decoded)
+            counted = found.decoded if container.format.name == "flv" else found.shown
+            if not packet.is_discard and counted is not None:
+                begins = min(begins, counted)
         if packet.stream.index == stream.index:
             marks.append(found)
             stamps.append(packet.pts)
@@ -292,7 +293,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
                 lost = lost_at_beginning(codec.canonical_name, stream.codec_context.extradata, memoryview(packet))
             # Cut away by an edit list, but others may be decoded from it; or coded to be never shown.
             visible = not packet.is_discard and _is_shown(stream.codec_context.name, packet)
-            if visible and keys == 1 and None not in (packet.pts, stamps[0]) and packet.pts < stamps[0]:
+            if visible and stated and keys == 1 and None not in (packet.pts, stamps[0]) and packet.pts < stamps[0]:
                 visible = not lost(memoryview(packet))
             shown.append(visible)
         elif usual is not None and packet.stream.index == usual.index:
@@ -301,7 +302,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
         raise MediaError(f"{name} has a picture stream without a single picture. The file is cut off or damaged.")
     if length is not None and not may_leap(container):
         start = (container.start_time or 0) / av.time_base
-        # Writers count it from the first stamp, some from that of decoding, and those of Matroska mostly from 0.
+        # Writers count it from the first stamp, those of FLV from that of decoding, those of Matroska mostly from 0.
         since = min(start, begins, 0.0 if container.format.name == WHOLE[1] else math.inf)
         warn_if_short(name, length, max(ends, start) - since, "clip")
 
@@ -314,7 +315,7 @@ def _scan(container: Any, stream: Any, name: str) -> _Scan:
             marks = credible(marks)
             shifts = Recordings(marks, credible(sound)).shifts(marks)
         times, end = _laid_out(marks, shown, shifts)
-        trusted = container.format.name in WHOLE and len(set(known)) == len(stamps) and marks[0].key
+        trusted = stated and len(set(known)) == len(stamps) and marks[0].key
         # Where a file does not say which are keyframes, all are taken for some. These decoders give a frame then, too.
         trusted &= keys < len(marks) or len(marks) == 1 or codec.intra_only or codec.canonical_name in TELLING
         if times:
