@@ -26,7 +26,7 @@ from omni.processing.positions import Layout, layout
 from omni.request import PrefillBatch, Prompt, assign_slots, join, read_prompt, whole_prompt, with_media
 from omni.reuse import LRUCache
 from omni.runtime.compiled import Compiled, step
-from omni.runtime.graphs import empty_cache, is_out_of_memory
+from omni.runtime.graphs import empty_cache, is_out_of_memory, on_stream
 from omni.runtime.sampling import Sampling, draw_noise, pick
 from omni.stages import Prefix, Staged
 from omni.thinker import Thinker, collected
@@ -159,22 +159,12 @@ class Engine:
 
     @contextmanager
     def _on_default_stream(self) -> Iterator[None]:
-        """On a GPU, whichever stream a caller is on, in order with that: what is kept, and the memory that graphs
-        share, are every thread's."""
+        """On a GPU, whichever stream a caller is on: what is kept, and the memory that graphs share, are all threads'."""
         if self.device.type != "cuda":
             yield
             return
-        with torch.cuda.device(self.device):
-            caller, own = torch.cuda.current_stream(), torch.cuda.default_stream()
-            if caller == own:
-                yield
-                return
-            own.wait_stream(caller)
-            try:
-                with torch.cuda.stream(own):
-                    yield
-            finally:
-                caller.wait_stream(own)
+        with torch.cuda.device(self.device), on_stream(torch.cuda.default_stream()):
+            yield
 
     def clear(self) -> None:
         """Drops what is kept between requests: graphs, the tables of frame sizes, media and beginnings of prompts."""

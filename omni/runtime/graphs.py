@@ -311,14 +311,23 @@ def beside() -> Iterator[None]:
 
     One model at a time: what a second one launched on a stream that is captured would be in the first one's graph.
     """
-    with _beside:
-        stream = _stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                yield
-        finally:  # also what was begun before it failed
-            torch.cuda.current_stream().wait_stream(stream)
+    with _beside, on_stream(_stream(torch.cuda.current_device())):
+        yield
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """On a stream of the current device inside, in order with what the caller is on before and after."""
+    caller = torch.cuda.current_stream()
+    if caller == stream:
+        yield
+        return
+    stream.wait_stream(caller)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also what was begun before it failed
+        caller.wait_stream(stream)
 
 
 @cache

@@ -151,6 +151,16 @@ class Replayed:
         return self.replay(*tensors)
 
 
+class NamedStream:
+    """Stands in for a CUDA stream: notes in `waits`, a list for all of them, which one waits for which."""
+
+    def __init__(self, name: str, waits: list[tuple[str, str]]) -> None:
+        self.name, self.waits = name, waits
+
+    def wait_stream(self, other: NamedStream) -> None:
+        self.waits.append((self.name, other.name))
+
+
 def captures_without_a_gpu(model: Omni, monkeypatch: pytest.MonkeyPatch) -> Compiled:
     """The compiled side of a model, which now rounds plans and captures as on a GPU: with a stand-in for graphs."""
     monkeypatch.setattr(graphs, "Captured", Replayed)

@@ -20,12 +20,11 @@ from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
 import omni
 from omni import engine, layers, moe, stages
-from omni.engine import Engine
 from omni.layers import directly
 from omni.model import Omni
 from omni.runtime.graphs import capture, renewed, warm_up
 from seats.methods import METHODS
-from tests.omni.pairs import FAMILIES, Pair, captures_without_a_gpu, make_request
+from tests.omni.pairs import FAMILIES, NamedStream, Pair, captures_without_a_gpu, make_request
 
 MIXED = {"seats": SETTINGS, "max_new_tokens": 12, "stop_token_ids": []}
 
@@ -276,17 +275,9 @@ def test_callers_on_other_streams_wait(pair: Pair, monkeypatch: pytest.MonkeyPat
     """Protects what threads share: all of it runs on one stream, after what the caller launched and before what it
     launches then."""
     waits: list[tuple[str, str]] = []
-
-    class Stream:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def wait_stream(self, other: Any) -> None:
-            waits.append((self.name, other.name))
-
-    own, other = Stream("default"), Stream("other")
+    own, other = NamedStream("default", waits), NamedStream("other", waits)
     current = [other]
-    monkeypatch.setattr(Engine, "device", torch.device("cuda"))
+    monkeypatch.setattr(engine.Engine, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: own)

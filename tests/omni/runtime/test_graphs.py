@@ -23,6 +23,7 @@ from omni.layers import compiling, part
 from omni.runtime import graphs
 from omni.runtime.graphs import OPTIONS, Graphs, Parts, packed, structure, unpacked
 from omni.stages import Prefix, Sequence
+from tests.omni.pairs import NamedStream
 
 
 def scaled(factor: int, x: Tensor) -> Tensor:
@@ -242,15 +243,7 @@ def test_a_capture_that_cannot_end_spoils_no_other(captures: list[str], monkeypa
 def test_what_fails_beside_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects tokens: what a step that failed had begun may still write when the same step begins anew."""
     waits: list[tuple[str, str]] = []
-
-    class Stream:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def wait_stream(self, other: Stream) -> None:
-            waits.append((self.name, other.name))
-
-    current, side = Stream("current"), Stream("side")
+    current, side = NamedStream("current", waits), NamedStream("side", waits)
     for name, value in (("current_device", 0), ("current_stream", current)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
