@@ -159,7 +159,7 @@ class Engine:
 
     @contextmanager
     def _on_default_stream(self) -> Iterator[None]:
-        """On a GPU, whichever stream a caller is on: what is kept, and the memory that graphs share, are all threads'."""
+        """On a GPU, whatever stream a caller is on: what is kept and the memory that graphs share are all threads'."""
         if self.device.type != "cuda":
             yield
             return
