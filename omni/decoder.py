@@ -37,23 +37,17 @@ class Attention(nn.Module):
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
     def extend(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, index: Tensor, seen: Tensor
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, index: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`prefill` of what comes after positions whose keys and values are there, (B, kv_heads, P, dim).
 
         index: (B, S + P or less) where those of the whole lie, in order, in the given ones followed by those of x.
-        seen: (B, 1, S, whole) which of them each position of x attends to. Returns keys and values of the whole.
+        known: (B,) how many of them are before x. Returns keys and values of the whole.
         """
         q, *own = self.project(x, rotary)
         index = index[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
         k, v = (torch.cat(both, dim=2).gather(2, index) for both in zip((keys, values), own, strict=True))
-        # Heads that share keys are rows of one product: no copy of the keys, and kernels that know no groups.
-        group = self.heads // self.kv_heads
-        q = rearrange(q, "b (kv group) s d -> b kv (group s) d", group=group)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=repeat(seen, "b 1 s n -> b 1 (group s) n", group=group)
-        )
-        return self.output(rearrange(mixed, "b kv (group s) d -> b s (kv group d)", group=group)), k, v
+        return self.output(attend_after(q, k, v, known)), k, v
 
     def decode(
         self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
@@ -101,6 +95,42 @@ class Attention(nn.Module):
     @staticmethod
     def _normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
         return x if norm is None else norm(x)
+
+
+MASK = 2**28
+"""Elements that a mask may have: `attend_after` takes as many positions at a time. For 64 s of video after as much, the
+7B's whole mask would have 1.7 billion, of three bytes each."""
+
+
+@operator("omni::attend_after")
+def attend_after(q: Tensor, keys: Tensor, values: Tensor, known: Tensor) -> Tensor:
+    """Causal attention of the positions that follow the `known` first, (B,), of a sequence.
+
+    q: (B, heads, S, dim). keys, values: (B, kv_heads, N, dim), of the whole. With a mask, since what is known differs
+    from row to row and from prompt to prompt of a graph. Returns (B, S, heads · dim).
+    """
+    (batch, heads, length, dim), (kv_heads, whole) = q.shape, keys.shape[1:3]
+    group = heads // kv_heads
+    rows = max(1, MASK // (batch * group * whole))
+    mixed = q.new_empty(batch, length, kv_heads, group, dim)
+    slot = torch.arange(whole, device=q.device)
+    for first in range(0, length, rows):
+        asking = torch.arange(first, min(first + rows, length), device=q.device)
+        seen = slot <= (known[:, None] + asking)[:, None, :, None]
+        # Heads that share keys are rows of one product: no copy of the keys, and kernels that know no groups.
+        part = F.scaled_dot_product_attention(
+            rearrange(q[:, :, first : first + rows], "b (kv group) s d -> b kv (group s) d", group=group),
+            keys,
+            values,
+            attn_mask=repeat(seen, "b 1 s n -> b 1 (group s) n", group=group),
+        )
+        mixed[:, first : first + rows] = rearrange(part, "b kv (group s) d -> b s kv group d", group=group)
+    return rearrange(mixed, "b s kv group d -> b s (kv group d)")
+
+
+@attend_after.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
 
 
 def attend(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, written: Tensor) -> Tensor:
@@ -220,10 +250,10 @@ class Layer(nn.Module):
         keys: Tensor,
         values: Tensor,
         index: Tensor,
-        seen: Tensor,
+        known: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`prefill` of what comes after positions whose keys and values are there: `Attention.extend`."""
-        mixed, keys, values = self.attention.extend(self.attention_norm(x), rotary, keys, values, index, seen)
+        mixed, keys, values = self.attention.extend(self.attention_norm(x), rotary, keys, values, index, known)
         x = x + mixed
         return self.mlp(x, norm=self.mlp_norm, residual=x), keys, values
 

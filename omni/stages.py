@@ -143,14 +143,12 @@ def extend(
     slot = torch.arange(plan.segments[0].length, device=rest.x.device)
     index = torch.where(slot < known, slot, before.place.shape[1] + slot - known)
     index = index.clamp(max=before.place.shape[1] + slots - 1)
-    asking = known + torch.arange(slots, device=slot.device)
-    seen = slot <= asking[:, None, :, None]
     rotary = thinker.rotary(rest.positions)
     keys, values = [], []
     for number in range(*plan.segments[0].layers):
         known_keys, known_values = (some[number].expand(rows, -1, -1, -1) for some in (prefix.keys, prefix.values))
         layer = cast(Layer, thinker.layers[number])
-        rest.x, layer_keys, layer_values = layer.extend(rest.x, rotary, known_keys, known_values, index, seen)
+        rest.x, layer_keys, layer_values = layer.extend(rest.x, rotary, known_keys, known_values, index, before.count)
         keys.append(layer_keys)
         values.append(layer_values)
         add_deepstack(rest, number)

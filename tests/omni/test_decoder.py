@@ -1,0 +1,49 @@
+"""Attention of what comes after keys and values that are there: a number of positions at a time, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni import decoder
+from omni.decoder import attend_after
+
+HEADS, KV_HEADS, DIM = 6, 2, 8
+
+
+def of_each_position(q: Tensor, keys: Tensor, values: Tensor, known: list[int]) -> Tensor:
+    """Position by position, without a mask, in float64."""
+    keys, values = (each.double().repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (keys, values))
+    rows = []
+    for row, count in enumerate(known):
+        mixed = []
+        for place in range(q.shape[2]):
+            there = slice(None, count + place + 1)
+            scores = q[row, :, place, None].double() @ keys[row, :, there].mT * DIM**-0.5
+            mixed.append((scores.softmax(dim=-1) @ values[row, :, there]).flatten())
+        rows.append(torch.stack(mixed))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 3 * 17 * 4, 2 * 3 * 17 * 5 + 1, 2**28])
+@pytest.mark.parametrize("known", [[7, 7], [0, 5]], ids=["alike", "unlike"])
+def test_positions_see_what_is_before_them(elements: int, known: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(decoder, "MASK", elements)
+    masks: list[int] = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(*tensors: Tensor, attn_mask: Tensor) -> Tensor:
+        masks.append(attn_mask.numel())
+        return attention(*tensors, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    q = torch.randn(2, HEADS, 10, DIM)
+    keys, values = torch.randn(2, 2, KV_HEADS, 17, DIM).unbind()
+    mixed = attend_after(q, keys, values, torch.tensor(known))
+    torch.testing.assert_close(mixed.double(), of_each_position(q, keys, values, known), atol=1e-6, rtol=1e-5)
+    # One position at least; the mask of an hour's clip after another has tens of billions of elements.
+    assert max(masks) <= max(elements, 2 * 3 * 17)
+    assert len(masks) == {1: 10, 2 * 3 * 17 * 4: 3, 2 * 3 * 17 * 5 + 1: 2, 2**28: 1}[elements]
