@@ -7,16 +7,18 @@ data: nothing they say is believed before it is held against the file's real siz
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weights.files import MAX_BYTES, parse_object, read_object, stays_inside
+from weights.files import LEAVES, MAX_BYTES, parse_object, read_object, stays_inside
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -54,19 +56,21 @@ def listed(summary: str, problems: Sequence[str]) -> CheckpointError:
 def read_index(folder: str | Path, prefix: str = "thinker.") -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder whose name starts with `prefix`.
 
-    Shards without such a tensor are not opened and need not be there. Raises CheckpointError with all that is
-    wrong: a shard that is absent, outside the folder, truncated or corrupt; index and shards that disagree;
-    tensors of other dtypes than DTYPES.
+    Shards without such a tensor are not opened and need not be there. Of a single file and an index the file is read,
+    with a warning. Raises CheckpointError with all that is wrong: a shard that is absent, outside the folder, truncated
+    or corrupt; index and shards that disagree; tensors of other dtypes than DTYPES.
     """
     folder = Path(folder)
-    if (folder / INDEX_FILE).is_file():
+    listing = listing_file(folder)
+    if listing is None:
+        raise no_checkpoint(folder)
+    shard_of = None
+    shards = [SINGLE_FILE]
+    if listing == INDEX_FILE:
         shard_of = read_weight_map(folder, prefix)
         shards = sorted(set(shard_of.values()))
-    elif (folder / SINGLE_FILE).is_file():
-        shard_of = None
-        shards = [SINGLE_FILE]
-    else:
-        raise no_checkpoint(folder)
+    elif (folder / INDEX_FILE).is_file():
+        warnings.warn(f"{folder}: {SINGLE_FILE} is read, {INDEX_FILE} beside it is not: remove one.", stacklevel=2)
 
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
@@ -103,18 +107,40 @@ def read_tensors(folder: Path, file: str) -> dict[str, StoredTensor]:
     return tensors
 
 
+def listing_file(folder: Path) -> str | None:
+    """The file that says what tensors a checkpoint has: the single one before an index, which `save_pretrained` leaves
+    behind, as in transformers; None where there is neither."""
+    return next((name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()), None)
+
+
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
+
+
+def other_weights(files: Iterable[str]) -> str:
+    """A sentence about files of weights that are not read; nothing where there are none."""
+    found = sorted(file for file in files if file.endswith(OTHER_WEIGHTS))
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" Not read: {', '.join(found[:3])}{more}; pickles and other formats have to be saved as {SINGLE_FILE}."
+
+
 def no_checkpoint(folder: Path) -> CheckpointError:
     adapter = " It holds an adapter: load its base, with this as the adapter."
-    hint = adapter if (folder / "adapter_config.json").is_file() else ""
+    files: list[str] = []
+    with contextlib.suppress(OSError):
+        files = [path.name for path in folder.iterdir()]
+    hint = adapter if "adapter_config.json" in files else other_weights(files)
     return CheckpointError(f"{folder} holds no checkpoint: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{hint}")
 
 
 def read_names(folder: Path) -> list[str] | None:
-    """The names of all tensors, from the index or the one file; None where there is neither. Raises CheckpointError."""
-    if (folder / INDEX_FILE).is_file():
-        return list(_weight_map(folder / INDEX_FILE))
-    if not (folder / SINGLE_FILE).is_file():
+    """The names of all tensors, from the one file or the index; None where there is neither. Raises CheckpointError."""
+    listing = listing_file(folder)
+    if listing is None:
         return None
+    if listing == INDEX_FILE:
+        return list(_weight_map(folder / INDEX_FILE))
     try:
         header, _, _ = _read_header(_shard_path(folder, SINGLE_FILE))
     except (OSError, ValueError) as error:
@@ -159,7 +185,9 @@ def _shard_path(folder: Path, shard: str) -> Path:
     if not path.is_file():
         raise ValueError("is absent")
     if not stays_inside(path):
-        raise ValueError("is a link that leaves the folder")
+        raise ValueError(f"is {LEAVES}")
+    if path.with_name(f"{shard}.aria2").exists():
+        raise ValueError(f"is not whole: its download goes on, or was interrupted, says {shard}.aria2")
     return path
 
 

@@ -16,6 +16,9 @@ MAX_DIGITS = 1000
 """Of a whole number: Python refuses more than 4300, and what it takes to read them grows with their square."""
 
 
+LEAVES = "a link that leaves the folder. Give the folder that it leads to, or a copy"
+
+
 def stays_inside(path: Path) -> bool:
     """Whether a file of a checkpoint folder is in it, links followed."""
     root = path.parent.resolve()
@@ -36,14 +39,17 @@ def read_text(path: Path) -> str:
         if not path.is_file():
             raise ValueError("it is no regular file")
         if not stays_inside(path):
-            raise ValueError("it is a link that leaves the folder")
+            raise ValueError(f"it is {LEAVES}")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is longer than {MAX_BYTES} bytes")
-        return path.read_bytes().decode()
+        text = path.read_bytes().decode()
     except OSError as error:
         raise ValueError(error.strerror) from error
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8") from error
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    return text
 
 
 def read_object(path: Path) -> dict[str, Any]:

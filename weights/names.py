@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, no_checkpoint, read_names
+from weights.checkpoint import CheckpointError, listing_file, no_checkpoint, read_names
 from weights.load import Destination
 
 RELEASED = {"audio_tower": "audio_tower", "visual": "visual", "model": "model", "lm_head": "lm_head"}
@@ -98,8 +98,7 @@ def read_layout(folder: Path) -> Layout:
     try:
         return layout_of(names)
     except CheckpointError as error:
-        file = next(name for name in (INDEX_FILE, SINGLE_FILE) if (folder / name).is_file())
-        raise CheckpointError(f"{folder / file} {error}.") from None
+        raise CheckpointError(f"{folder / str(listing_file(folder))} {error}.") from None
 
 
 class _Names:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weights.checkpoint import INDEX_FILE
+from weights.checkpoint import INDEX_FILE, SINGLE_FILE
 
 
 def save_sharded(
@@ -41,6 +41,7 @@ def save_sharded(
         for part, file in enumerate(files):
             (unfinished / str(part)).replace(folder / file)
         (unfinished / INDEX_FILE).replace(folder / INDEX_FILE)
+        (folder / SINGLE_FILE).unlink(missing_ok=True)  # it would be read instead
 
 
 def _shards(pairs: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -9,7 +9,16 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from weights.adapters import CONFIG_FILE, WEIGHTS_FILE
-from weights.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, listed, read_names, read_weight_map
+from weights.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    CheckpointError,
+    listed,
+    listing_file,
+    other_weights,
+    read_names,
+    read_weight_map,
+)
 from weights.names import read_layout
 
 SHIPPED = Path(__file__).parent / "tiny"
@@ -43,60 +52,76 @@ def locate(
 
     source: "tiny", the checkpoint that is shipped with this package (a folder of that name is "./tiny"); or an existing
     folder, returned as it is; or a hub id `owner/name`, of which the files that are not in the hub's cache yet are
-    fetched: configuration, tokenizer, index, and then the shards that hold tensors of the thinker (`shards`); never
-    code, pickles or other parts of the model. revision: branch, tag or commit of a hub id. The hub library's
-    environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
+    fetched: configuration, tokenizer, index, and then the one file of all tensors, or the shards that hold some of the
+    thinker (`shards`); never code, pickles or other parts of the model. revision: branch, tag or commit of a hub id.
+    The hub library's environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) hold.
     judge: called before any shard is asked for, with the folder and what yields the names of all tensors, or None where
     the hub does not tell; what it raises is the end. How many bytes shards take is said on stderr before they come.
     Raises CheckpointError where the checkpoint cannot be found or fetched.
     """
-    local = SHIPPED if source == SHIPPED.name else Path(source)
-    if _is_folder(source, local):
+    local = SHIPPED if source == SHIPPED.name else source
+    if _is_folder(local):
         if revision is not None:
             raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}: leave it out.")
-        return local
+        folder = Path(local)
+        _refuse_broken_links(folder)
+        return folder
     source = str(source)
     folder = _fetch(source, revision, SMALL_FILES)
+    _refuse_broken_links(folder)
     if not shards:
         return folder
-    if (folder / INDEX_FILE).is_file():
-        files = sorted(set(read_weight_map(folder, read_layout(folder).prefix).values()))
-    else:
-        files = [SINGLE_FILE]
+    files = [SINGLE_FILE]
+    if listing_file(folder) == INDEX_FILE:
+        sharded = sorted(set(read_weight_map(folder, read_layout(folder).prefix).values()))
+        if not (_absent(folder, sharded) and SINGLE_FILE in _listed(source, folder)):
+            files = sharded
     if absent := _absent(folder, files):
         if judge is not None:
-            judge(folder, lambda: _names(source, folder))
+            judge(folder, lambda: _names(source, folder, files))
         many = f"{len(absent)} files" if len(absent) > 1 else absent[0]
         print(f"fetching {many} of {source}{_size(source, folder, absent)} into {folder}", file=sys.stderr)
         # The commit that answered the first request, so that all files are of one version.
         _fetch(source, folder.name, absent)
         if absent := _absent(folder, files):
-            raise listed(f"{source} holds no weights, or they could not be fetched. Absent from {folder}:", absent)
+            others = other_weights(set(_listed(source, folder)) - set(files))
+            raise listed(
+                f"{source} holds no weights, or they could not be fetched.{others} Absent from {folder}:", absent
+            )
     return folder
 
 
 def locate_adapter(source: str | Path) -> Path:
     """The folder of an adapter, which a hub id is fetched to. Raises CheckpointError."""
-    folder = Path(source)
-    if not _is_folder(source, folder):
-        folder = _fetch(str(source), None, [CONFIG_FILE, WEIGHTS_FILE])
+    folder = Path(source) if _is_folder(source) else _fetch(str(source), None, [CONFIG_FILE, WEIGHTS_FILE])
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{source} holds no adapter: {CONFIG_FILE} is not there.")
     return folder
 
 
-def _is_folder(source: str | Path, local: Path) -> bool:
+def _is_folder(source: str | Path) -> bool:
     """Whether a source is an existing folder; if not, it is a hub id. Raises CheckpointError where it is neither."""
-    if source != "" and local.is_dir():  # Path("") is the working directory
-        return True
-    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
+    try:
+        if source != "" and Path(source).is_dir():  # Path("") is the working directory
+            return True
+    except (OSError, TypeError, ValueError):  # no name that a folder could have
+        pass
+    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise CheckpointError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name).")
     return False
 
 
-def _names(repo_id: str, folder: Path) -> Collection[str] | None:
+def _refuse_broken_links(folder: Path) -> None:
+    """Raises CheckpointError for a small file that is there by name alone: it would count as absent."""
+    for file in SMALL_FILES:
+        path = folder / file
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link that leads nowhere: fetch the file, or take the link away.")
+
+
+def _names(repo_id: str, folder: Path, files: list[str]) -> Collection[str] | None:
     """All tensor names: from the index, or by the first bytes of the one file; None where they do not come."""
-    if (folder / INDEX_FILE).is_file():
+    if files != [SINGLE_FILE]:
         return read_names(folder)
     from huggingface_hub import HfApi
 
@@ -108,14 +133,19 @@ def _names(repo_id: str, folder: Path) -> Collection[str] | None:
 
 def _size(repo_id: str, folder: Path, files: list[str]) -> str:
     """What is to be fetched, in words; nothing where the hub does not tell."""
+    found = _listed(repo_id, folder)
+    return f", {sum(found[file] for file in files) / 1e9:.2f} GB," if found.keys() >= set(files) else ""
+
+
+def _listed(repo_id: str, folder: Path) -> dict[str, int]:
+    """The files of a repository and their bytes; none where the hub does not tell."""
     from huggingface_hub import HfApi
 
     try:
         entries = HfApi().list_repo_tree(repo_id, revision=folder.name)
-        found = {entry.path: getattr(entry, "size", 0) for entry in entries}  # folders have none
-        return f", {sum(found[file] for file in files) / 1e9:.2f} GB,"
-    except Exception:  # a figure for the eye: whatever is wrong will show in the fetch itself
-        return ""
+        return {entry.path: getattr(entry, "size", 0) for entry in entries}  # folders have none
+    except Exception:  # whatever is wrong will show in the fetch itself
+        return {}
 
 
 def _absent(folder: Path, files: list[str]) -> list[str]:

@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import save_file
 from shards import INDEX, entry, shard, write_index
 
 from weights import CheckpointError, read_index
+from weights.checkpoint import read_names
 
 SOUND = {"thinker.a": entry(0, 8, [2, 2]), "thinker.b": entry(8, 12, [2])}
 
@@ -223,3 +225,26 @@ def test_an_index_too_long_to_be_one_is_not_read(tmp_path) -> None:
 def test_the_error_is_a_value_error(tmp_path) -> None:
     """Protects: callers may catch either name."""
     assert issubclass(CheckpointError, ValueError)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path) -> None:
+    """Protects: what `save_pretrained` writes over a sharded checkpoint is read, as by transformers, with a word."""
+    (tmp_path / "model.safetensors").write_bytes(shard(SOUND, bytes(12)))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"thinker.old": "model-00001-of-00001.safetensors"}}))
+    with pytest.warns(UserWarning, match="model.safetensors is read, .* beside it is not"):
+        assert read_index(tmp_path).keys() == SOUND.keys()
+    assert read_names(tmp_path) == list(SOUND)
+
+
+def test_files_that_are_not_read_are_named(tmp_path) -> None:
+    """Protects: who has pickles alone learns that it is them that are not read."""
+    for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "model.fp16.safetensors"):
+        (tmp_path / name).touch()
+    assert "Not read: model.fp16.safetensors, pytorch_model-00001" in refusal(tmp_path)
+
+
+def test_a_download_that_is_not_done_is_refused(tmp_path) -> None:
+    """Protects: aria2 makes the file at its full size first, so that what has not come yet would be read as zeros."""
+    assert "says model.safetensors.aria2" not in single(tmp_path, shard(SOUND, bytes(11)))
+    (tmp_path / "model.safetensors.aria2").touch()
+    assert "is not whole: its download goes on, or was interrupted" in single(tmp_path, shard(SOUND, bytes(12)))

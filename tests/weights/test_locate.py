@@ -19,7 +19,7 @@ WEIGHT_MAP = {
 SMALL = ["config.json", "generation_config.json", "preprocessor_config.json", "chat_template.json"]
 SMALL += ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 OTHERS = ["README.md", "spk_dict.pt", "pytorch_model.bin", "modeling.py", "model-00003-of-00003.safetensors"]
-OTHERS += ["onnx/config.json", "model.safetensors", "LICENSE", ".gitattributes"]
+OTHERS += ["onnx/config.json", "onnx/model.safetensors", "LICENSE", ".gitattributes"]
 
 
 def index(weight_map) -> bytes:
@@ -30,6 +30,8 @@ REPOSITORIES = {
     "acme/omni": {name: name.encode() for name in [*SMALL, *THINKER, *OTHERS]}
     | {"model.safetensors.index.json": index(WEIGHT_MAP)},
     "acme/single": {name: name.encode() for name in ("config.json", "model.safetensors", "spk_dict.pt")},
+    "acme/both": {name: name.encode() for name in ("config.json", "model.safetensors", *THINKER)}
+    | {"model.safetensors.index.json": index(WEIGHT_MAP)},
     "acme/no-weights": {"config.json": b"{}", "pytorch_model.bin": b""},
     "acme/no-thinker": {"model.safetensors.index.json": index({"model.x": "model.safetensors"})},
     "acme/pattern": {"model.safetensors.index.json": index({"thinker.x": "*"}), "modeling.py": b""},
@@ -71,6 +73,27 @@ def test_a_single_file_without_index_is_fetched(online) -> None:
     ]
 
 
+def test_a_single_file_goes_before_an_index(online) -> None:
+    """Protects: where a repository has both, what transformers reads is fetched, and nothing else."""
+    _, answers, hub = online
+    served = sorted(file for repo_id, file in hub.served if repo_id == "acme/both")
+    assert served == ["config.json", "model.safetensors", "model.safetensors.index.json"]
+    assert (Path(answers["acme/both", None]) / "model.safetensors").is_file()
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    """Protects: a file of a half-copied folder does not count as absent, which another template would stand in for."""
+    (tmp_path / "chat_template.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"chat_template\.json is a link that leads nowhere"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a\0b", None, 5, ""])
+def test_what_names_nothing_is_refused(source) -> None:
+    with pytest.raises(CheckpointError, match="neither an existing folder nor a hub id"):
+        locate(source)
+
+
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
@@ -78,7 +101,10 @@ def test_a_single_file_without_index_is_fetched(online) -> None:
         (("acme/omni", "v9"), "acme/omni has no revision 'v9'"),
         (("acme/gated", None), "acme/gated is gated: ask for access"),
         (("acme/omni.git", None), "neither an existing folder nor a valid hub id"),
-        (("acme/no-weights", None), "acme/no-weights holds no weights, or they could not be fetched"),
+        (
+            ("acme/no-weights", None),
+            "holds no weights, or they could not be fetched. Not read: pytorch_model.bin; pickles",
+        ),
         (("acme/no-thinker", None), "names no tensor that starts with 'thinker.', nor those of a thinker alone"),
         (("acme/pattern", None), "names files that are no safetensors files of its own folder"),
     ],
