@@ -12,10 +12,9 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-import torch
-
+import weights
 from omni.arguments import CLIP, QUESTION, TINY, settings_parser
-from omni.config import DTYPES, ConfigError, OmniConfig
+from omni.config import ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
 from omni.kept import explain
@@ -24,6 +23,7 @@ from omni.processing.chat_template import ChatTemplateError
 from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, fetched, kind_of
 from omni.processing.tokenizer import TokenizerError
+from omni.processing.vocabulary import require_vocabulary
 from omni.show import check_path, show
 from seats.method import Method
 from seats.methods import method_for
@@ -79,15 +79,26 @@ def answer(options: argparse.Namespace) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Omni:
+    check_texts(options.model, options.revision, options.temperature)
     return load(
         options.model,
-        device=_device(options.device),
-        dtype=DTYPES[options.dtype] if options.dtype else None,
+        device=options.device,
+        dtype=options.dtype,
         revision=options.revision,
         adapter=options.adapter,
         compile=options.compile,
         progress=sys.stderr.isatty(),
     )
+
+
+def check_texts(model: str, revision: str | None, temperature: float | str) -> None:
+    """Raises what asking a checkpoint in words would, as far as its small files tell, before its weights are fetched
+    and read."""
+    folder = weights.locate(model, revision=revision, shards=False)
+    read_config(folder)
+    require_vocabulary(folder)
+    if temperature == "checkpoint":
+        read_sampling(folder)
 
 
 def prepare(model: Omni, conversation: list[dict[str, Any]], options: argparse.Namespace) -> Inputs:
@@ -262,15 +273,3 @@ def _reading_bar() -> Callable[[int, int], None]:
             bars[-1].close()
 
     return on_frame
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here ({reason}); try --device cpu.") from None
-    return device

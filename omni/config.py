@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seats.cost import prefill_macs
 from weights.adapters import base_of
+from weights.checkpoint import stored_dtype
 from weights.files import read_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -410,7 +411,7 @@ def read_config(folder: Path) -> OmniConfig:
         ),
         positions_per_second=thinker.count("position_id_per_seconds", most=1000),
         seconds_per_chunk=thinker.number("seconds_per_chunk", 0.1, 1000) if family == QWEN2_5 else None,
-        dtype=_dtype(root, thinker, text),
+        dtype=_dtype(root, thinker, text) or stored_dtype(folder) or torch.bfloat16,  # as every public one stores
         stop_token_ids=_stop_token_ids(folder, root, thinker, text),
     )
     for width, owner in ((config.vision.out_hidden_size, "vision"), (config.audio.output_size, "audio")):
@@ -427,7 +428,7 @@ def read_config(folder: Path) -> OmniConfig:
     return config
 
 
-_NEUTRAL = {
+_NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -437,6 +438,19 @@ _NEUTRAL = {
     "eta_cutoff": 0.0,
     "num_beams": 1,
     "min_new_tokens": 0,
+    "min_length": 0,
+    "top_h": None,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "stop_strings": None,
+    "watermarking_config": None,
 }
 """Other settings of generation_config.json that change which token is picked, and the value with which none does."""
 
@@ -444,8 +458,9 @@ _NEUTRAL = {
 def read_sampling(folder: Path) -> tuple[float, float, int | None]:
     """Temperature, top_p and top_k of a checkpoint's `generation_config.json`; temperature 0 where it says greedy.
 
-    What it lacks of the three is transformers' default: 1, 1 and 50. Raises ConfigError where it names no sampling at
-    all, or settings that cannot be followed.
+    What it lacks of the three is transformers' default: 1, 1 and 50; a file that names one of them is taken to sample,
+    whether or not it says do_sample. Raises ConfigError where it names no sampling at all, or settings that cannot be
+    followed.
     """
     path = folder / "generation_config.json"
     section = _Section(
@@ -456,6 +471,8 @@ def read_sampling(folder: Path) -> tuple[float, float, int | None]:
         raise ConfigError(f"{folder} names no sampling settings in generation_config.json: give a temperature.")
     for key, value in _NEUTRAL.items():
         section.expect(key, value)
+    if sampled not in (None, True, False):
+        raise ConfigError(f"generation_config.json.do_sample must be true or false, not {sampled!r:.80}.")
     if sampled is False:
         return 0.0, 1.0, None
     top_k = section.get("top_k")
@@ -612,7 +629,7 @@ def _decoder(section: _Section, thinker: _Section, family: str) -> DecoderConfig
     return config
 
 
-def _dtype(root: _Section, thinker: _Section, text: _Section) -> torch.dtype:
+def _dtype(root: _Section, thinker: _Section, text: _Section) -> torch.dtype | None:
     for section in (thinker, text, root):
         for key in ("dtype", "torch_dtype"):
             if section.has(key):
@@ -620,7 +637,7 @@ def _dtype(root: _Section, thinker: _Section, text: _Section) -> torch.dtype:
                 if name not in DTYPES:
                     raise ConfigError(f"{section.name}.{key} = {name!r:.80} is not one of {', '.join(DTYPES)}.")
                 return DTYPES[name]
-    return torch.bfloat16  # what every public checkpoint of the family stores
+    return None
 
 
 def _stop_token_ids(folder: Path, root: _Section, thinker: _Section, text: _Section) -> tuple[int, ...]:

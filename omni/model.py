@@ -19,9 +19,10 @@ from torch import Tensor
 import weights
 from omni import gemv
 from omni.ahead import BackgroundEncoder, can_encode_ahead
-from omni.config import QWEN3, ConfigError, OmniConfig, read_config, read_sampling
+from omni.config import DTYPES, QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
-from omni.inputs import Inputs
+from omni.inputs import InputError, Inputs
+from omni.processing.chat_template import check_template
 from omni.processing.media.files import as_number
 from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, split_answer
@@ -155,11 +156,15 @@ class Omni:
         compile: bool = False,
         eager_until_warm: bool = False,
         reuse: int = REUSE_BYTES,
+        processor: Processor | None = None,
     ) -> None:
+        """processor: of the folder, where it has been read already."""
         self.thinker = thinker
         self.config: OmniConfig = thinker.config
         self.folder = folder.absolute()  # whatever becomes of the working directory
-        self._tokenizer = LazyTokenizer(self.folder)
+        self._tokenizer = LazyTokenizer(self.folder, None if processor is None else processor.tokenizer)
+        if processor is not None:
+            self.processor = processor
         self.engine = Engine(thinker, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse)
         self.reuse = reuse
 
@@ -523,7 +528,7 @@ def load(
     source: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
     compile: bool = False,
@@ -536,28 +541,33 @@ def load(
     source: a hub id (`Qwen/Qwen2.5-Omni-7B`, with `revision`) or a folder in one of the public layouts
     (`weights.names`). adapter: a LoRA of PEFT's, folder or hub id, merged into the weights.
     device: the accelerator where there is one, else the CPU. dtype: the checkpoint's own, but float32 on a CPU,
-    where most processors have no bfloat16 product. progress: bars on stderr.
+    where most processors have no bfloat16 product; or its name. progress: bars on stderr.
     compile: encoders, prefill and decoding steps run as graphs, compiled when a size is first met (`Omni.warmup` does
     it beforehand); with `eager_until_warm` a prompt whose prefill is not compiled yet runs without.
     reuse: bytes for what the next question about the same media need not do again: on the device what encoders made of
     them and what became of a prompt's beginning, and as many on the host for pictures and sounds as they are read. What
     was not used for longest goes first, and all of it where a request needs the memory. 0 keeps nothing. The same
     tokens are kept and the same answers given as by a model that knows nothing, within the rounding of float sums.
-    Raises omni.config.ConfigError and weights.CheckpointError.
+    Tokenizer, chat template and media settings that the checkpoint has are read before its weights.
+    Raises omni.config.ConfigError, weights.CheckpointError, omni.processing's TokenizerError and ChatTemplateError; and
+    omni.inputs.InputError for a device or dtype that cannot be.
     """
-    if reuse < 0:
-        raise ValueError(f"reuse must be bytes, 0 or more, not {reuse}.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if type(reuse) is not int or reuse < 0:
+        raise ValueError(f"reuse must be bytes, 0 or more, not {reuse!r:.80}.")
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = _named_dtype(dtype)
     adapter_folder = None if adapter is None else weights.locate_adapter(adapter)
     folder = weights.locate(
         source,
         revision=revision,
-        judge=lambda folder, names: _judge(folder, names, adapter_folder, device, dtype, compile),
+        judge=lambda folder, names: _judge(folder, names, adapter_folder, device, asked, compile),
     )
     config = read_config(folder)
+    _refuse_adapter_beside(folder, adapter_folder)
     layout = weights.read_layout(folder)
     config = _with_its_head(config, folder, layout)
-    dtype = dtype or _dtype_on(device, config)
+    processor = Processor(folder, config, reuse=reuse) if has_vocabulary(folder) else None
+    dtype = asked or _dtype_on(device, config)
     _check_compiler(device, dtype, compile)
     thinker = _on_meta(config)
     names = tensor_names(config, layout)
@@ -577,7 +587,37 @@ def load(
         progress=progress,
     )
     thinker.eval().requires_grad_(False)
-    return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse)
+    return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse, processor=processor)
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Raises InputError for one that this machine, or this build of PyTorch, does not have."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise InputError(f"device {str(name)!r:.80} cannot be used here ({reason}); try cpu.") from None
+    return device
+
+
+def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.80}.")
+    return found
+
+
+def _refuse_adapter_beside(folder: Path, adapter_folder: Path | None) -> None:
+    """Raises ConfigError where a checkpoint's folder has an adapter, too, and nobody said what to do with it: whether
+    it is in the weights already, nothing tells."""
+    if adapter_folder is None and (folder / weights.ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} holds {weights.ADAPTER_CONFIG} beside its weights: give the folder as the adapter, too, or take "
+            "that file away where the adapter is merged already."
+        )
 
 
 class Uninitialised(torch.overrides.TorchFunctionMode):
@@ -600,10 +640,13 @@ def _judge(
 ) -> None:
     """Raises what `load` would raise after the shards are fetched, as far as configuration, names and adapter tell."""
     config = read_config(folder)
+    _refuse_adapter_beside(folder, adapter_folder)
     dtype = dtype or _dtype_on(device, config)
     _check_compiler(device, dtype, compile)
     thinker = _on_meta(config)
     weights.check_memory(thinker, device, dtype)
+    if has_vocabulary(folder):
+        check_template(Processor(folder, config).template)
     if (found := find_names()) is None:
         return
     layout = weights.layout_of(found)

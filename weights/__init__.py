@@ -1,5 +1,6 @@
 """Public checkpoints: hub id or folder, safetensors shards, parameters."""
 
+from weights.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from weights.adapters import base_of, read_adapter
 from weights.checkpoint import CheckpointError, StoredTensor, read_index, read_names
 from weights.load import Destination, LowRank, check_names, clear, equal, fill
@@ -9,6 +10,7 @@ from weights.save import save_sharded
 from weights.source import locate, locate_adapter
 
 __all__ = [
+    "ADAPTER_CONFIG",
     "CheckpointError",
     "Destination",
     "Layout",

@@ -149,6 +149,19 @@ def read_names(folder: Path) -> list[str] | None:
     return [name for name in header if name != "__metadata__"]
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """That of the first tensor; None where there is none yet, or it cannot be read: what is wrong will be said then."""
+    try:
+        listing = listing_file(folder)
+        if listing == INDEX_FILE:
+            listing = next(iter(read_weight_map(folder, "").values()))
+        header, _, _ = _read_header(_shard_path(folder, str(listing)))
+        dtypes = (_parse_entry(entry)[0] for name, entry in header.items() if name != "__metadata__")
+        return DTYPES.get(next(dtypes))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
 def _weight_map(path: Path) -> dict[str, Any]:
     """What an index holds, its files unchecked. Raises CheckpointError."""
     try:

@@ -88,6 +88,9 @@ class Attention(nn.Module):
         return rearrange(x, "p n (h d) -> p h n d", h=self.heads)
 
 
+MAX_HALF = torch.finfo(torch.float16).max - 1000
+
+
 class Block(nn.Module):
     """A block of Whisper's encoder (arXiv 2212.04356, section 2.2)."""
 
@@ -102,7 +105,9 @@ class Block(nn.Module):
     @part
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask)
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        x = x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        # As transformers' layers: an overflow would make all that follows NaN.
+        return x.clamp(-MAX_HALF, MAX_HALF) if x.dtype == torch.float16 else x
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(parts, heads, positions, dim) each, of the block's input."""

@@ -145,7 +145,8 @@ def apply_chat_template(
     stand_ins = dict(zip(edges, private, strict=False))
     if len(stand_ins) < len(edges):
         raise ChatTemplateError("the messages use up Unicode's private-use characters: take some out.")
-    prompt = render(template, _plain_messages(messages, stand_ins, CLOSE in template), add_generation_prompt)
+    plain = _plain_messages(messages, stand_ins, CLOSE in template)
+    prompt = render(template, plain, add_generation_prompt, tokenizer.special_tokens)
     restored = str.maketrans({stand_in: edge for edge, stand_in in stand_ins.items()})
     ids: list[int] = []
     for piece in tokenizer.split(prompt):
@@ -154,6 +155,11 @@ def apply_chat_template(
         else:
             ids += tokenizer.encode(piece.translate(restored), split_special_tokens=True)
     return ids
+
+
+def check_template(template: str) -> None:
+    """Raises ChatTemplateError for a template that cannot be read as one."""
+    render(template, None, False)
 
 
 def _plain_messages(
@@ -209,16 +215,27 @@ def _plain_text(text: str, table: Mapping[int, str], kept: re.Pattern[str]) -> s
     return "".join(pieces)
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-    """Renders a foreign template in jinja2's sandbox, in a process of its own.
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    special_tokens: Mapping[str, str] | None = None,
+) -> str:
+    """Renders a foreign template in jinja2's sandbox, in a process of its own; without messages it is read alone.
 
+    special_tokens: "eos_token" and the like → text, which the template may name.
     Bounded: processor time, memory and the prompt's length (`omni.processing.sandbox` names the figures).
     On systems other than Linux memory is not, and on Windows the wall clock alone bounds the time. Its environment is
     empty. The process has this user's rights: what a hole in jinja2's sandbox would yield is not contained.
     Costs the start of a Python interpreter, about a tenth of a second. Raises ChatTemplateError.
     """
     program = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
-    request = {"template": template, "messages": messages, "add_generation_prompt": add_generation_prompt}
+    request = {
+        "template": template,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "special_tokens": dict(special_tokens or {}),
+    }
     try:
         done = subprocess.run(
             program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS, env=_ENVIRONMENT

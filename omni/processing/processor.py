@@ -49,6 +49,7 @@ class Processor:
                 f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model up to "
                 f"{config.decoder.vocab_size - 1}: its files belong to another model."
             )
+        _check_added_tokens(self.tokenizer, config, folder)
         fallback = QWEN3_OMNI_TEMPLATE if config.family == QWEN3 else QWEN2_5_OMNI_TEMPLATE
         self.template = load_template(folder) or fallback
         self.sizes = vision_sizes(folder, config)
@@ -165,6 +166,20 @@ class Processor:
             fields["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         use_audio_in_video = any(with_sound) if with_sound else listen
         return Inputs(torch.tensor([expand(ids, blocks)]), use_audio_in_video=use_audio_in_video, **fields)
+
+
+def _check_added_tokens(tokenizer: Tokenizer, config: OmniConfig, folder: Path) -> None:
+    """Raises TokenizerError where a token that a prompt needs would come out as its letters, which no error would show:
+    its list is absent, or another model's."""
+    known, tokens = set(tokenizer.added_tokens.values()), config.token_ids
+    lacking = [text for text in ("<|im_start|>", TURN_END) if text not in tokenizer.added_tokens]
+    media = {"image": tokens.image, "video": tokens.video, "audio": tokens.audio}
+    lacking += [f"{id} ({kind})" for kind, id in media.items() if id not in known]
+    if lacking:
+        raise TokenizerError(
+            f"{folder}: the tokenizer lists no added token {', '.join(lacking)}. tokenizer_config.json, tokenizer.json "
+            "or added_tokens.json of this model, which lists them, is missing."
+        )
 
 
 def _local(source: Any, urls: bool, stack: ExitStack) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 CPU_SECONDS = 4
@@ -29,22 +30,44 @@ class _LoudUndefined(jinja2.Undefined):
         return self._fail_with_undefined_error()
 
 
-def render(template: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    """The prompt that a template makes of messages.
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, by which templates mark for trainers what a model says: its content, as it is."""
+
+    tags = {"generation"}  # noqa: RUF012, jinja2's own way
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def render(
+    template: str,
+    messages: list[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    special_tokens: dict[str, str] | None = None,
+) -> str:
+    """The prompt that a template makes of messages; "" of None, for which it is only read.
 
     Offers what transformers' `chat_template_utils` does: `raise_exception`, `strftime_now`, a `tojson` that
-    escapes no HTML, loop controls, and `tools` and `documents`, which are None. Raises whatever the template
-    raises, and jinja2's TemplateError for a prompt of more than MAX_CHARACTERS.
+    escapes no HTML, loop controls, `generation`, the tokenizer's `special_tokens` by their names, and `tools` and
+    `documents`, which are None. Raises whatever the template raises, for a value that is not there, which transformers
+    prints as nothing, too; and jinja2's TemplateError for a prompt of more than MAX_CHARACTERS.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], undefined=_LoudUndefined
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+        undefined=_LoudUndefined,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    pieces = environment.from_string(template).generate(
-        messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None
-    )
+    program = environment.from_string(template)
+    if messages is None:
+        return ""
+    given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    pieces = program.generate({**(special_tokens or {}), **given})
     prompt: list[str] = []
     characters = 0
     for piece in pieces:

@@ -20,6 +20,15 @@ __all__ = ["LazyTokenizer", "TextStream", "Tokenizer", "TokenizerError", "split_
 _BYTE_OF_CHARACTER = {ord(character): byte for byte, character in BYTE_CHARACTERS.items()}
 
 
+NOTHING = re.compile("(?!)")
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds the first of these texts that is there."""
+    alternatives = "|".join(map(re.escape, texts))
+    return re.compile(alternatives) if alternatives else NOTHING
+
+
 class Tokenizer:
     """Encodes and decodes with one vocabulary.
 
@@ -36,7 +45,12 @@ class Tokenizer:
         self._tokens = {id: token for token, id in self._ids.items()}
         # Longest first: where several added tokens start at one place, the longest wins.
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        self._added_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        normalized = {token.text for token in vocabulary.added if token.normalized}
+        self._added_pattern = _any_of(text for text in longest_first if text not in normalized)
+        self._normalized_pattern = _any_of(unicodedata.normalize("NFC", t) for t in longest_first if t in normalized)
+        self._added_ids = {unicodedata.normalize("NFC", text): self.added_tokens[text] for text in normalized}
+        self._added_ids |= {text: id for text, id in self.added_tokens.items() if text not in normalized}
+        self.special_tokens = vocabulary.special_tokens
 
         # Only bytes and what merges make can come out of BPE: other tokens of the vocabulary stay outside.
         scores = dict.fromkeys(BYTE_CHARACTERS.values(), 0)
@@ -55,12 +69,22 @@ class Tokenizer:
         return max(self._tokens) + 1
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Yields the plain pieces of a text and the ids of the added tokens between them, in order."""
+        """Yields the plain pieces of a text and the ids of the added tokens between them, in order.
+
+        Those that are normalized are looked for in the others' pieces, in NFC, as the tokenizers library does.
+        """
+        for piece in self._split(text, self._added_pattern):
+            if isinstance(piece, int) or self._normalized_pattern is NOTHING:
+                yield piece
+            else:
+                yield from self._split(unicodedata.normalize("NFC", piece), self._normalized_pattern)
+
+    def _split(self, text: str, pattern: re.Pattern[str]) -> Iterator[str | int]:
         start = 0
-        for match in self._added_pattern.finditer(text):
+        for match in pattern.finditer(text):
             if match.start() > start:
                 yield text[start : match.start()]
-            yield self.added_tokens[match.group()]
+            yield self._added_ids[match.group()]
             start = match.end()
         if start < len(text):
             yield text[start:]
@@ -127,9 +151,10 @@ class Tokenizer:
 class LazyTokenizer:
     """The tokenizer of a checkpoint, read when it is first called for; pickled it is the folder alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: of the folder, where it has been read already."""
         self.folder = folder
-        self._read: Tokenizer | None = None
+        self._read = tokenizer
 
     def __call__(self) -> Tokenizer:
         if self._read is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ class AddedToken:
     """A token that stands for exactly its text and takes no part in BPE.
 
     special: left out of decoded text, as <|im_end|> is; others, such as <tool_call>, are part of the answer.
+    normalized: looked for after NFC, in what other added tokens leave.
     """
 
     text: str
     id: int
     special: bool
+    normalized: bool = False
 
 
 def _byte_characters() -> dict[int, str]:
@@ -51,12 +53,13 @@ class Vocabulary:
     """A byte-level BPE vocabulary that does not contradict itself; making another raises TokenizerError.
 
     ids: token in byte characters → id. Added tokens may be in it or not. merges: pairs of tokens, most urgent
-    first.
+    first. special_tokens: "eos_token" and the like → text, for chat templates.
     """
 
     ids: Mapping[str, int]
     merges: Sequence[tuple[str, str]]
     added: Sequence[AddedToken] = ()
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_ids()
@@ -123,12 +126,18 @@ def has_vocabulary(folder: Path) -> bool:
     return (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file()
 
 
+def require_vocabulary(folder: Path) -> None:
+    if not has_vocabulary(folder):
+        raise TokenizerError(f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json.")
+
+
 def read_vocabulary(folder: Path) -> Vocabulary:
     """Reads vocab.json and merges.txt, or tokenizer.json, and the added tokens.
 
     These come from the first of tokenizer_config.json (`added_tokens_decoder`), tokenizer.json
     (`added_tokens`) and added_tokens.json that lists any. Raises TokenizerError.
     """
+    require_vocabulary(folder)
     ids_file, merges_file, whole_file = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer.json"))
     whole = _read_object(whole_file) if whole_file.is_file() else {}
     if ids_file.is_file() and merges_file.is_file():
@@ -141,8 +150,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         ids = _object(model.get("vocab"), whole_file)
         merges = _pairs(_list(model.get("merges"), whole_file), whole_file)
     else:
-        raise TokenizerError(f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json.")
-    return Vocabulary(ids, merges, _added_tokens(folder, whole))
+        raise TokenizerError(f"{folder} has no merges.txt: it needs vocab.json and merges.txt, or tokenizer.json.")
+    return Vocabulary(ids, merges, _added_tokens(folder, whole), _special_tokens(folder))
 
 
 def _check_family(whole: dict[str, Any], model: dict[str, Any], file: Path) -> None:
@@ -191,10 +200,27 @@ def _added_token(entry: dict[str, Any], file: Path) -> AddedToken:
     text, id = entry.get("content"), entry.get("id")
     if not isinstance(text, str) or type(id) is not int:
         raise TokenizerError(f"{file} lists an added token without text or number: the file is damaged.")
-    for flag in ("lstrip", "rstrip", "single_word", "normalized"):
+    for flag in ("lstrip", "rstrip", "single_word"):
         if entry.get(flag):
             raise TokenizerError(f"{file}: the added token {text!r:.80} is {flag}, which is not supported.")
-    return AddedToken(text, id, bool(entry.get("special")))
+    return AddedToken(text, id, bool(entry.get("special")), bool(entry.get("normalized")))
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of bos_token, eos_token and the like. What names none is Qwen2's class's."""
+    config_file, roles_file = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, map_ = (_read_object(file) if file.is_file() else {} for file in (config_file, roles_file))
+    extra = config.get("extra_special_tokens")
+    roles = {**_QWEN2_TOKENS, **map_, **(extra if isinstance(extra, dict) else {}), **config}
+    texts = {
+        role: token.get("content") if isinstance(token, dict) else token
+        for role, token in roles.items()
+        if role.endswith("_token")
+    }
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+_QWEN2_TOKENS = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
 
 
 def _tokens_with_a_role(folder: Path, config: dict[str, Any]) -> set[str]:

@@ -143,8 +143,14 @@ def templates_are_rendered_here(request: pytest.FixtureRequest, monkeypatch: pyt
         monkeypatch.setattr(chat_template, "render", rendered)
 
 
-def rendered(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+def rendered(
+    template: str,
+    messages: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    special_tokens: Mapping[str, str] | None = None,
+) -> str:
+    told = None if messages is None else list(messages)
     try:
-        return sandbox.render(template, list(messages), add_generation_prompt)
+        return sandbox.render(template, told, add_generation_prompt, dict(special_tokens or {}))
     except Exception as error:
         raise chat_template.ChatTemplateError(f"the chat template failed: {str(error).rstrip('.')}.") from error

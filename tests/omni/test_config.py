@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import omni
 import omni.config as config_module
@@ -231,6 +232,9 @@ def test_reads_the_sampling_of_a_generation_config(tmp_path: Path, settings: Any
         ({"top_k": 1.5}, "top_k must be a count"),
         ({"temperature": 0.6, "repetition_penalty": 1.05}, "repetition_penalty = 1.05 is not supported, only 1.0"),
         ({"temperature": 0.6, "num_beams": 4}, "num_beams = 4 is not supported, only 1"),
+        ({"temperature": 0.6, "suppress_tokens": [1]}, r"suppress_tokens = \[1\] is not supported"),
+        ({"temperature": 0.6, "guidance_scale": 1.5}, "guidance_scale = 1.5 is not supported, only 1.0"),
+        ({"temperature": 0.6, "do_sample": "false"}, "do_sample must be true or false, not 'false'"),
     ],
 )
 def test_sampling_that_cannot_be_followed_is_named(tmp_path: Path, settings: Any, words: str) -> None:
@@ -364,3 +368,17 @@ def test_refuses_what_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="not readable JSON"):
         read_config(tmp_path)
+
+
+def test_the_dtype_of_the_weights_where_none_is_named(tmp_path: Path) -> None:
+    """Protects: float32 weights stay so on a GPU, as transformers keeps them, in one file and in shards."""
+    write(tmp_path, {"torch_dtype": None})
+    assert read_config(tmp_path).dtype == torch.bfloat16
+    save_file({"thinker.a": torch.zeros(1)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"thinker.a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_config(tmp_path).dtype == torch.float32
+    save_file({"thinker.a": torch.zeros(1).half()}, tmp_path / "model.safetensors")
+    assert read_config(tmp_path).dtype == torch.float16
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert read_config(tmp_path).dtype == torch.bfloat16

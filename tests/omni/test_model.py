@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import omni
 from omni.arguments import settings_parser
-from omni.config import read_config
+from omni.config import ConfigError, read_config
 from omni.engine import KV
 from omni.inputs import InputError
 from omni.processing.processor import Processor
@@ -25,6 +25,7 @@ from omni.processing.tokenizer import TokenizerError
 from omni.runtime.sampling import Sampling, pick
 from seats import method_for, preset_for
 from tests.omni.pairs import ENVIRONMENT, FAMILIES, TEXT, Pair, make_request
+from weights import CheckpointError
 
 REQUEST = [("text", 5), ("video", 3, 6, 8, 1.0, 420), ("text", 4)]
 
@@ -97,6 +98,46 @@ def test_prepared_equals_transformers_processor(model: omni.Omni, checkpoint: Pa
     torch.testing.assert_close(inputs.input_features, batch["input_features"][:, :, :frames], atol=1e-4, rtol=0)
     theirs = omni.Inputs(**batch)
     torch.testing.assert_close(model.prefill(theirs).logits, model.prefill(inputs).logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "bf16"}, InputError, "dtype must be one of .*bfloat16.*, not 'bf16'"),
+        ({"dtype": torch.int8}, InputError, "dtype must be one of .*, not torch.int8"),
+        ({"device": "meta"}, InputError, "device 'meta' cannot be used here"),
+        ({"device": "gpu"}, InputError, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, InputError, "device 'cuda:99' cannot be used here"),
+        ({"device": 1.5}, InputError, "device '1.5' cannot be used here"),
+        ({"reuse": "1GB"}, ValueError, "reuse must be bytes, 0 or more, not '1GB'"),
+        ({"adapter": 5}, CheckpointError, "'5' is neither an existing folder nor a hub id"),
+    ],
+)
+def test_what_cannot_be_loaded_with_is_one_sentence(
+    checkpoint: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        omni.load(checkpoint, **{"device": "cpu", **options})
+
+
+def test_a_dtype_has_a_name(checkpoint: Path) -> None:
+    assert omni.load(checkpoint, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_an_adapter_beside_weights_is_not_passed_over(checkpoint: Path, tmp_path: Path) -> None:
+    """Protects: transformers would add it; whether it is merged already, nothing tells."""
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds adapter_config\.json beside its weights"):
+        omni.load(folder, device="cpu")
+
+
+def test_tokens_that_are_not_listed_are_missed(checkpoint: Path, tmp_path: Path) -> None:
+    """Protects: without their list <|im_start|> would be spelled out, and the answer be noise."""
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(TokenizerError, match=r"lists no added token <\|im_start\|>, <\|im_end\|>, \d+ \(image\)"):
+        omni.load(folder, device="cpu")
 
 
 def test_several_media_share_one_prompt(model: omni.Omni, clip: Path) -> None:

@@ -50,6 +50,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     header = json.dumps({"thinker.visual.x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     one_file = len(header).to_bytes(8, "little") + header + bytes(4)
     quantised: dict[str, Any] = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    words = {name: content for name, content in files.items() if name not in ("vocab.json", "merges.txt")}
+    unlisted = {name: content for name, content in files.items() if name != "tokenizer_config.json"}
+    beside = {"adapter_config.json": b"{}"}
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "acme/sound"}
     hub = Hub(
         {
@@ -63,6 +66,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             "acme/huge": repository(sound, huge),
             "acme/missing": missing,
             "acme/one-file": {**single, SINGLE: one_file + bytes(10**6)},
+            "acme/no-words": words,
+            "acme/no-added-tokens": unlisted,
+            "acme/template": {**files, "chat_template.json": b'{"chat_template": "{% if %}"}'},
+            "acme/adapter-beside": {**files, **beside},
             "acme/adapter": {"adapter_config.json": json.dumps(adapter).encode(), "adapter_model.safetensors": b"x"},
         }
     )
@@ -84,6 +91,10 @@ REFUSED = {
     "acme/quantised-names": "(2 missing, 2 unexpected; quantised weights are not supported)",
     "acme/huge": "GB in float32, and cpu can hold ",
     "acme/missing": "does not fit the model (2 missing):",
+    "acme/no-words": "holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json",
+    "acme/no-added-tokens": "the tokenizer lists no added token <|im_start|>, <|im_end|>, ",
+    "acme/template": "the chat template failed: TemplateSyntaxError: Expected an expression",
+    "acme/adapter-beside": "holds adapter_config.json beside its weights: give the folder as the adapter, too, or",
     "acme/adapter": "is an adapter for 'acme/sound', no checkpoint: load that, with this as its adapter",
 }
 
@@ -130,3 +141,11 @@ def test_an_adapter_is_judged_before_its_base_is_fetched(hub: Hub, tmp_path: Pat
     assert "adapter_model.safetensors is damaged or not supported" in err
     new = [file for _, file in (hub.sent - before) if file.endswith(".safetensors")]
     assert new == ["adapter_model.safetensors"]
+
+
+def test_sampling_that_is_not_named_is_refused_first(hub: Hub, tmp_path: Path) -> None:
+    """Protects: `--temperature checkpoint` of one that names no sampling costs no weights."""
+    status, err, _ = ask(hub, tmp_path / "cache", "acme/sound", "--temperature", "checkpoint")
+    assert status == 1
+    assert "names no sampling settings in generation_config.json: give a temperature." in err
+    assert "fetching" not in err

@@ -347,6 +347,24 @@ def test_helpers_of_foreign_templates() -> None:
     assert chat_template.render(template, [], False) == expected == '{"a": 1, "b": "<é>"} 4 01'
 
 
+def test_special_tokens_and_marks_of_what_is_said() -> None:
+    """What templates of trainers have: the tokenizer's special tokens by name, and marks around what a model says."""
+    template = (
+        "{% for m in messages %}{% generation %}\n{{ m.content }}{{ eos_token }}\n{% endgeneration %}{% endfor %}"
+        "{% if bos_token %}{{ bos_token }}{% endif %}"
+    )
+    messages = [{"role": "assistant", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    for tokens in ({"eos_token": "<|im_end|>"}, {"eos_token": "</s>", "bos_token": "<s>"}):
+        expected = render_jinja_template([messages], chat_template=template, **tokens)[0][0]
+        assert chat_template.render(template, messages, False, tokens) == expected
+
+
+def test_a_template_is_read_without_messages() -> None:
+    chat_template.check_template("{{ messages[0].content + nothing }}{{ raise_exception('no') }}")
+    with pytest.raises(ChatTemplateError, match="Expected an expression"):
+        chat_template.check_template("{% if %}")
+
+
 def test_a_process_that_cannot_work_is_an_error(tmp_path: Path) -> None:
     """Where rendering breaks down, for instance without jinja2, its last words are in the error."""
     interpreter = tmp_path / "python"

@@ -232,6 +232,39 @@ def test_longest_of_overlapping_added_tokens_wins(trained: Pair) -> None:
         assert ours.encode(text) == reference.encode(text).ids, text
 
 
+@given(
+    st.lists(st.sampled_from(["<e\u0301>", "<é>", "<|im_end|>", "<answer>", "<answer", ">", "a", " ", "e", "\u0301"]))
+)
+@settings(max_examples=100, deadline=None)
+def test_added_tokens_that_are_normalized(trained: Pair, pieces: list[str]) -> None:
+    """What `add_tokens` of transformers adds is looked for after NFC, in what the other added tokens leave."""
+    vocab = trained.reference.get_vocab(with_added_tokens=False)
+    texts = {"<answer>": True, "<é>": True, "<|im_end|>": False, "<answer><é>": True}
+    added = [AddedToken(text, len(vocab) + i, False, normalized) for i, (text, normalized) in enumerate(texts.items())]
+    ours = Tokenizer(Vocabulary(vocab, [], added))
+    reference = _reference(models.BPE(vocab, []))
+    reference.add_tokens([tokenizers.AddedToken(text, normalized=normalized) for text, normalized in texts.items()])
+    text = "".join(pieces)
+    assert ours.encode(text) == reference.encode(text).ids
+    assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_special_tokens_have_their_names(trained: Pair, tmp_path: Path) -> None:
+    """Chat templates name them: tokenizer_config.json says which, then special_tokens_map.json, then Qwen2's class."""
+    for file in trained.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"eos_token": {"content": "<|im_end|>"}, "extra_special_tokens": {"video_token": "<|VIDEO|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "x", "pad_token": "<|im_start|>"}))
+    assert Tokenizer.from_folder(tmp_path).special_tokens == {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_start|>",
+        "unk_token": "<|endoftext|>",
+        "video_token": "<|VIDEO|>",
+    }
+
+
 def _files(trained: Pair) -> dict[str, Any]:
     """The trained vocabulary in the form of tokenizer.json."""
     return json.loads(trained.reference.to_str())
