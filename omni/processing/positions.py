@@ -132,8 +132,8 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
         first = place + marks
         positions[:, place:first] = steps + start
         if marks == 2:
-            frames, sound = (_take(queues, kind) + (start + span) for kind in (VIDEO, AUDIO))
-            block, run = _interleave(frames, sound, kinds[first:], config)
+            frames, sound = (_take(queues, kind) for kind in (VIDEO, AUDIO))
+            block, run = _interleave(frames, sound, kinds[first:], config, start + span)
         else:
             kind = int(kinds[first])
             block, run = _take(queues, kind) + (start + span), 0
@@ -151,19 +151,21 @@ def _walk(ids: Tensor, kinds: Tensor, queues: dict[int, deque[Tensor]], config: 
     return positions, clip
 
 
-def _interleave(frames: Tensor, sound: Tensor, kinds: Tensor, config: OmniConfig) -> tuple[Tensor, int]:
+def _interleave(frames: Tensor, sound: Tensor, kinds: Tensor, config: OmniConfig, start: Tensor) -> tuple[Tensor, int]:
     """(3, n + m) of a clip's n frame and m audio tokens, and where the last run of one of the two begins.
 
     What follows counts on from that run, be it frames or sound, and not from the furthest position.
-    kinds: of the prompt's tokens from the block's first on.
+    frames, sound: (3, n), (3, m) from zero. kinds: of the prompt's tokens from the block's first on.
     """
     kinds = kinds[: frames.shape[1] + sound.shape[1]]
     is_frame, is_sound = kinds == VIDEO, kinds == AUDIO
     if int(is_frame.sum()) != frames.shape[1] or int(is_sound.sum()) != sound.shape[1]:
         raise _wrong_block()
-    # Qwen3-Omni sorts the positions, whatever their places hold: rounding may have sorted the ids otherwise.
-    if config.family == QWEN3:
-        is_frame = take_turns(frames[0], sound[0])
+    # As the public models: by the positions, whatever their places hold. Rounding may have sorted the ids otherwise.
+    # Qwen3-Omni sorts them where they are in the prompt, in float32 there.
+    begin = start if config.family == QWEN3 else 0
+    is_frame = take_turns(frames[0] + begin, sound[0] + begin, config)
+    frames, sound = frames + start, sound + start
     block = frames.new_empty(3, len(kinds))
     block.index_copy_(1, is_frame.nonzero().flatten(), frames)
     block.index_copy_(1, is_frame.logical_not().nonzero().flatten(), sound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -47,31 +48,28 @@ def clip_block(
     per_grid = height * width // config.vision.spatial_merge_size**2
     if audio_tokens is None:
         return [config.token_ids.video] * (grids * per_grid)
-    if config.seconds_per_chunk is None:
-        # In float64 and in this order of products, so that ties fall as in the public processor.
-        times = torch.arange(grids, dtype=torch.float64) * seconds_per_grid * config.positions_per_second
-        is_frame = take_turns(times.repeat_interleave(per_grid), torch.arange(audio_tokens, dtype=torch.float64))
-        block = [config.token_ids.video if frame else config.token_ids.audio for frame in is_frame.tolist()]
-        return [config.token_ids.audio_start, *block, config.token_ids.audio_end]
-    size = int(config.positions_per_second * config.seconds_per_chunk)
-    step = seconds_per_grid * config.positions_per_second
-    frames = _chunks((grid * step for grid in range(grids) for _ in range(per_grid)), size)
-    sound = _chunks(range(audio_tokens), size)
-    block = [config.token_ids.audio_start]
-    for chunk in range(max(len(frames), len(sound))):
-        block += [config.token_ids.video] * (frames[chunk] if chunk < len(frames) else 0)
-        block += [config.token_ids.audio] * (sound[chunk] if chunk < len(sound) else 0)
-    return [*block, config.token_ids.audio_end]
+    # In float64 and in this order of products, so that ties fall as in the public processor.
+    times = torch.arange(grids, dtype=torch.float64) * seconds_per_grid * config.positions_per_second
+    sound = torch.arange(audio_tokens, dtype=torch.float64)
+    is_frame = take_turns(times.repeat_interleave(per_grid), sound, config)
+    block = [config.token_ids.video if frame else config.token_ids.audio for frame in is_frame.tolist()]
+    return [config.token_ids.audio_start, *block, config.token_ids.audio_end]
 
 
-def take_turns(frames: Tensor, sound: Tensor) -> Tensor:
-    """Merges the rising times of a clip's frame tokens (n,) and audio tokens (m,), frames first where they are equal.
+def take_turns(frames: Tensor, sound: Tensor, config: OmniConfig) -> Tensor:
+    """How a clip's frame tokens (n,) and audio tokens (m,) follow each other, by their rising times in positions.
 
-    Returns (n + m,) bool: whether the token at each place belongs to a frame.
+    Qwen2.5-Omni: by chunks of `seconds_per_chunk`, the frames of each before its sound. Qwen3-Omni: by time, frames
+    first where it is equal. Returns (n + m,) bool: whether the token at each place belongs to a frame.
     """
-    is_frame = torch.zeros(len(frames) + len(sound), dtype=torch.bool)
-    is_frame[torch.searchsorted(sound, frames) + torch.arange(len(frames))] = True
-    return is_frame
+    if config.seconds_per_chunk is None:
+        is_frame = torch.zeros(len(frames) + len(sound), dtype=torch.bool)
+        is_frame[torch.searchsorted(sound, frames) + torch.arange(len(frames))] = True
+        return is_frame
+    size = int(config.positions_per_second * config.seconds_per_chunk)
+    counts = zip_longest(*(_chunks(times.tolist(), size) for times in (frames, sound)), fillvalue=0)
+    runs = torch.tensor([run for pair in counts for run in pair])
+    return (torch.arange(len(runs)) % 2 == 0).repeat_interleave(runs)
 
 
 def _chunks(times: Iterable[float], size: int) -> list[int]:

@@ -45,6 +45,8 @@ REQUESTS = {
     "clip with shorter sound": [("text", 5), ("video", 6, 6, 10, 1.0, 420), ("text", 4)],
     "clip with longer sound": [("text", 5), ("video", 2, 8, 6, 1.0, 1101), ("text", 4)],
     "slow clip with sound": [("text", 5), ("video", 3, 6, 6, 9.375, 2800), ("text", 2)],
+    "clip whose seconds single precision rounds up": [("text", 5), ("video", 41, 4, 4, 2 / 1.3, 6400), ("text", 2)],
+    "clip whose seconds single precision rounds down": [("text", 5), ("video", 71, 4, 4, 2 / 4.6, 3200), ("text", 2)],
     "more grids than a batch": [("text", 5), ("video", 11, 10, 6, 0.8, 850), ("text", 4)],
     "several clips with sound": [
         *[("text", 3), ("video", 2, 6, 6, 1.0, 300), ("text", 3), ("video", 4, 8, 4, 1.0, 700)],
@@ -194,8 +196,8 @@ def test_greedy_answer_equals_transformers(pair: Pair) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    grid=st.tuples(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4)),
-    seconds=st.sampled_from([0.2, 0.5, 0.8, 1.0, 2.0, 3.7, 9.375]),
+    grid=st.tuples(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4)),
+    seconds=st.sampled_from([0.2, 0.5, 0.8, 1.0, 2.0, 3.7, 9.375]) | st.integers(1, 96).map(lambda rate: 8 / rate),
     audio_tokens=st.integers(1, 700),
 )
 def test_clip_ids_equal_transformers(grid: tuple[int, int, int], seconds: float, audio_tokens: int) -> None:
