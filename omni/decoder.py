@@ -47,7 +47,7 @@ class Attention(nn.Module):
         q, *own = self.project(x, rotary)
         index = index[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
         k, v = (torch.cat(both, dim=2).gather(2, index) for both in zip((keys, values), own, strict=True))
-        return self.output(attend_after(q, k, v, known)), k, v
+        return self.output(attend_after(q, k, v, known, keys.shape[2])), k, v
 
     def decode(
         self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, written: Tensor
@@ -97,31 +97,31 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
 
-MASK = 2**28
-"""Elements that a mask may have: `attend_after` takes as many positions at a time. For 64 s of video after as much, the
-7B's whole mask would have 1.7 billion, of three bytes each."""
+MASK = 2**26
+"""Elements that a mask may have on a GPU, a quarter of it on a CPU: `attend_after` takes as many positions at a time.
+For 64 s of video after as much, the 7B's whole mask would have 1.7 billion, of three bytes each."""
 
 
 @operator("omni::attend_after")
-def attend_after(q: Tensor, keys: Tensor, values: Tensor, known: Tensor) -> Tensor:
-    """Causal attention of the positions that follow the `known` first, (B,), of a sequence.
+def attend_after(q: Tensor, keys: Tensor, values: Tensor, known: Tensor, most: int) -> Tensor:
+    """Causal attention of the positions that follow the `known` first, (B,), of a sequence, at most `most`.
 
     q: (B, heads, S, dim). keys, values: (B, kv_heads, N, dim), of the whole. With a mask, since what is known differs
     from row to row and from prompt to prompt of a graph. Returns (B, S, heads · dim).
     """
     (batch, heads, length, dim), (kv_heads, whole) = q.shape, keys.shape[1:3]
     group = heads // kv_heads
-    rows = max(1, MASK // (batch * group * whole))
+    rows = max(1, (MASK if q.is_cuda else MASK // 4) // (batch * group * whole))
     mixed = q.new_empty(batch, length, kv_heads, group, dim)
-    slot = torch.arange(whole, device=q.device)
     for first in range(0, length, rows):
         asking = torch.arange(first, min(first + rows, length), device=q.device)
-        seen = slot <= (known[:, None] + asking)[:, None, :, None]
+        before = min(whole, most + first + rows)  # what comes later none of them sees
+        seen = torch.arange(before, device=q.device) <= (known[:, None] + asking)[:, None, :, None]
         # Heads that share keys are rows of one product: no copy of the keys, and kernels that know no groups.
         part = F.scaled_dot_product_attention(
             rearrange(q[:, :, first : first + rows], "b (kv group) s d -> b kv (group s) d", group=group),
-            keys,
-            values,
+            keys[:, :, :before],
+            values[:, :, :before],
             attn_mask=repeat(seen, "b 1 s n -> b 1 (group s) n", group=group),
         )
         mixed[:, first : first + rows] = rearrange(part, "b kv (group s) d -> b s kv group d", group=group)

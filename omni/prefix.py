@@ -28,6 +28,10 @@ LEAST_REST = 2
 """Tokens that are run anew even where a whole prompt is known: the last makes the logits, and one row alone would be
 another shape to the compiler."""
 
+LONG_REST = 1024
+"""Tokens after a beginning from which on their attention counts: by a mask, it takes twice the operations of a whole
+prompt's, by slower kernels. Where they are more than what the beginning spares, to start over is faster."""
+
 
 @dataclass(frozen=True)
 class PendingPrompt:
@@ -132,7 +136,8 @@ class PrefixMatch:
 
 
 def longest_match(kept: LRUCache[CachedPrefix], pending: PendingPrompt, method: Method | None) -> PrefixMatch | None:
-    """The longest beginning of a prompt that is kept, where it spares more than text."""
+    """The longest beginning of a prompt that is kept, where it spares more than text and, of a long prompt, as much as
+    it leaves (`LONG_REST`)."""
     for key in pending.keys(method):
         cached = kept.get(key)
         if cached is None:
@@ -140,8 +145,9 @@ def longest_match(kept: LRUCache[CachedPrefix], pending: PendingPrompt, method: 
         tokens = cached.common(pending)
         selected = [span for span, medium in zip(pending.spans, pending.media, strict=True) if medium.kind != "image"]
         least = min(pending.spans)[1] if method is None else max(end for _, end in selected)
-        if tokens >= least:
-            return PrefixMatch(cached, tokens)
+        match = PrefixMatch(cached, tokens)
+        if tokens >= least and pending.length - tokens <= max(match.entered, LONG_REST):
+            return match
     return None
 
 

@@ -31,7 +31,7 @@ def of_each_position(q: Tensor, keys: Tensor, values: Tensor, known: list[int]) 
 @pytest.mark.parametrize("known", [[7, 7], [0, 5]], ids=["alike", "unlike"])
 def test_positions_see_what_is_before_them(elements: int, known: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(decoder, "MASK", elements)
+    monkeypatch.setattr(decoder, "MASK", 4 * elements)
     masks: list[int] = []
     attention = F.scaled_dot_product_attention
 
@@ -42,7 +42,7 @@ def test_positions_see_what_is_before_them(elements: int, known: list[int], monk
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     q = torch.randn(2, HEADS, 10, DIM)
     keys, values = torch.randn(2, 2, KV_HEADS, 17, DIM).unbind()
-    mixed = attend_after(q, keys, values, torch.tensor(known))
+    mixed = attend_after(q, keys, values, torch.tensor(known), 7)
     torch.testing.assert_close(mixed.double(), of_each_position(q, keys, values, known), atol=1e-6, rtol=1e-5)
     # One position at least; the mask of an hour's clip after another has tens of billions of elements.
     assert max(masks) <= max(elements, 2 * 3 * 17)

@@ -16,7 +16,7 @@ from test_golden import load, read_request
 from test_stages import CASES, REQUESTS, SETTINGS, config_of, golden
 
 import omni
-from omni import stages
+from omni import prefix, stages
 from omni.cache import Cache
 from omni.engine import KV
 from omni.inputs import Medium
@@ -122,6 +122,20 @@ def test_with_every_token_a_later_medium_runs_alone(pair: Pair) -> None:
         same(found, alone.prefill(later, method))
         assert found.reused_tokens == (first.input_ids.shape[1] if method is None else 0)
         assert found.encode_seconds > 0
+
+
+def test_a_short_beginning_of_a_long_prompt_is_run_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: a picture of a few tokens before a clip of many spares less than the clip's attention then costs."""
+    monkeypatch.setattr(prefix, "LONG_REST", 20)
+    model = fresh(pair.model)
+    first = [("text", 5), ("image", 6, 6), ("text", 4)]
+    one = make_request(pair, first, seed=3)
+    two = make_request(pair, [*first[:2], ("text", 4), ("image", 12, 12), ("text", 4)], seed=3)
+    model.prefill(one)
+    long = model.prefill(two)
+    assert long.reused_tokens == 0
+    same(long, fresh(pair.model, reuse=0).prefill(two))
+    assert model.prefill(ending(two, 0)).reused_tokens > 0
 
 
 @pytest.mark.parametrize("change", ["seconds per grid", "a frame", "a sample", "a word before", "another method"])

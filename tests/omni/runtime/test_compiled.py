@@ -94,6 +94,7 @@ def test_bfloat16_is_compiled_where_a_gpu_has_it(
         raise LoadsError
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(omni.model, "usable_device", torch.device)
     monkeypatch.setattr(weights, "fill", fill)
     refused = compile and dtype == torch.bfloat16 and capability < (8, 0)
     with pytest.raises(ConfigError if refused else LoadsError, match=r"compute capability 7\.5" if refused else None):
