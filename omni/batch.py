@@ -237,10 +237,15 @@ class PrepareWorker:
             packs[-1][0].append(made)
             if shared is not None:
                 packs[-1][1].append(shared)
-        return {
-            "row": [json.dumps(told) for told, _ in packs],
-            "tensors": [pack(requests, self.dtype) if requests else b"" for _, requests in packs],
-        }
+        packed = [self.packed(*each) for each in packs]
+        return {"row": [json.dumps(told) for told, _ in packed], "tensors": [tensors for _, tensors in packed]}
+
+    def packed(self, told: list[dict[str, Any]], requests: list[Inputs]) -> tuple[list[dict[str, Any]], bytes]:
+        """A pack's rows and its tensors; where these cannot be packed, every row of it is an error."""
+        try:
+            return told, pack(requests, self.dtype) if requests else b""
+        except Exception as error:
+            return [one if "error" in one else {"id": one["id"], "error": reason(error)} for one in told], b""
 
     def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """What `Source.rows` tells of a row or a group."""
@@ -306,15 +311,17 @@ def _same(one: Any, other: Any) -> bool:
 
 def pack(requests: list[Inputs], dtype: torch.dtype) -> bytes:
     """Requests with the same media as safetensors, the media once: of pictures and clips the bytes that patches are
-    made of, a quarter of them; sounds in the dtype that the encoders see."""
+    made of, a quarter of them, a clip that a request names twice once; sounds in the dtype that the encoders see."""
     from safetensors.torch import save
 
     tensors = {f"input_ids.{number}": inputs.input_ids for number, inputs in enumerate(requests)}
     metadata = {}
     for name, value in media_in(requests[0]).items():
         if isinstance(value, Pixels):
-            metadata[name] = json.dumps({"sizes": asdict(value.sizes), "of_clip": value.of_clip})
-            tensors |= {f"{name}.{number}": frames for number, frames in enumerate(value.frames)}
+            numbers: dict[int, int] = {}
+            order = [numbers.setdefault(id(frames), len(numbers)) for frames in value.frames]
+            metadata[name] = json.dumps({"sizes": asdict(value.sizes), "of_clip": value.of_clip, "order": order})
+            tensors |= {f"{name}.{number}": frames for number, frames in zip(order, value.frames, strict=True)}
         elif isinstance(value, Tensor):
             tensors[name] = value.to(dtype) if name == "input_features" else value
         else:
@@ -343,7 +350,8 @@ def unpack(packed: bytes) -> list[Inputs]:
             sizes: dict[str, Any] = {
                 key: tuple(each) if isinstance(each, list) else each for key, each in value["sizes"].items()
             }
-            value = Pixels(tuple(parts[name]), VisionSizes(**sizes), value["of_clip"])
+            frames = tuple(parts[name][number] for number in value["order"])
+            value = Pixels(frames, VisionSizes(**sizes), value["of_clip"])
         media[name] = value
     return [Inputs(ids, **media) for ids in parts["input_ids"]]
 

@@ -16,6 +16,7 @@ from PIL import Image
 from test_rows import read, write
 
 import omni
+from omni import batch as batch_module
 from omni import rows as omni_rows
 from omni.answer import method_of
 from omni.batch import ModelReplica, Pool, PrepareWorker, argument_parser, main, pack, unpack
@@ -257,6 +258,50 @@ def test_a_file_that_changes_meanwhile_is_two(tmp_path: Path, checkpoint: Path) 
     assert [torch.equal(one.input_ids, other.input_ids) for one, other in zip(first, again, strict=True)] == [True] * 2
     assert again[0].held("pixel_values").sizes == first[0].held("pixel_values").sizes
     assert again[0].use_audio_in_video is first[0].use_audio_in_video
+
+
+@pytest.mark.parametrize("kind", ["clip", "picture"])
+def test_a_row_may_name_a_medium_twice(tmp_path: Path, checkpoint: Path, clip: Path, kind: str) -> None:
+    """Protects: what is read once is one tensor, which safetensors does not store under two names. It is packed once,
+    in its places among others, and comes back as it was."""
+    if kind == "picture":
+        for colour in ("red", "blue"):
+            Image.new("RGB", (56, 56), colour).save(tmp_path / f"{colour}.png")
+    media = [str(clip)] * 2 if kind == "clip" else ["red.png", "blue.png", "red.png"]
+    rows = [{"id": number, "media": media, "question": f"{number}?"} for number in range(2)]
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows), "--fps", "1", "--max-frames", "4")
+    prepare = PrepareWorker(given, ALONE, set())
+    expected = prepare.prepared(rows[0])[1]
+    source = Source(given.questions)
+    source.scan()
+    made = prepare(source.rows(Tables, source.groups()))
+    (told,), (tensors,) = map(list, (map(json.loads, made["row"]), made["tensors"]))
+    assert [one["id"] for one in told if "error" not in one] == [0, 1]
+    found, name = unpack(tensors)[0], "pixel_values_videos" if kind == "clip" else "pixel_values"
+    assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert len({frames.data_ptr() for frames in unpack(tensors)[0].held(name).frames}) == len(set(media))
+
+
+def test_what_cannot_be_packed_is_its_rows_error(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: the rows beside it, and the run."""
+    rows = [{"id": number, "media": None, "question": f"{number}?"} for number in range(2)]
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
+    prepare, answer = PrepareWorker(given, ALONE, set()), ModelReplica(given, ALONE)
+
+    def failing(requests: list[omni.Inputs], dtype: torch.dtype) -> bytes:
+        if calls:
+            raise RuntimeError("no")
+        calls.append(1)
+        return pack(requests, dtype)
+
+    calls: list[int] = []
+    monkeypatch.setattr(batch_module, "pack", failing)
+    made = [prepare(pyarrow.Table.from_pylist([row])) for row in rows]
+    table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
+    found = {line["id"]: line for line in map(json.loads, answer(table)["answer"])}
+    assert found.keys() == {0, 1} and found[0]["text"] and found[1]["error"] == "RuntimeError: no"
 
 
 def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
