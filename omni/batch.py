@@ -37,7 +37,7 @@ from omni.processing.media import fetched
 from omni.processing.media.addresses import scheme_of
 from omni.processing.processor import Processor
 from omni.reuse import REUSE_BYTES
-from omni.rows import Journal, Source, parse, row_options, sources_of, written
+from omni.rows import Journal, Source, only_run, parse, row_options, sources_of, written
 
 READ_BYTES = 2**30
 """Of media that a process keeps while rows about them follow; the longest clip that a model sees takes 540 MB."""
@@ -90,6 +90,12 @@ def run(options: argparse.Namespace) -> None:
     # Processes on other nodes have other working directories.
     options.questions = options.questions.resolve()
     source = Source(options.questions)
+    with only_run(options.answers):
+        complete(ray, options, source)
+
+
+def complete(ray: Any, options: argparse.Namespace, source: Source) -> None:
+    """Answers what is not answered yet, as the only run into these answers."""
     for path in written(options.answers):
         if path.exists() and path.samefile(options.questions):
             raise InputError(f"{options.answers} would be written over {options.questions}: name another file.")

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import warnings
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -28,6 +30,8 @@ SHAPING = ("fps", "max_frames", "max_pixels", "start", "end", "no_audio")
 """Settings by which media become tensors: rows that differ in one are not about the same."""
 MOST_TOGETHER = 16
 """Rows about the same media that stay together. Where there are more, several processes share them out."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What systems and file systems without locks say."""
 NO_ID = "the row has no id, which must be text or a whole number."
 
 
@@ -226,6 +230,51 @@ def written(answers: Path) -> list[Path]:
     return [answers, answers.with_suffix(".partial.jsonl"), answers.with_suffix(".partial.parquet")]
 
 
+@contextmanager
+def only_run(answers: Path) -> Iterator[None]:
+    """Inside nobody else writes these answers. Makes their folder. Raises InputError where another run writes them, be
+    it on another machine, or nobody can.
+
+    It is the system's lock on a file beside them, which ends with the process, whatever ends that.
+    """
+    path = Path(os.path.realpath(written(answers)[1]))
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file: IO[str] | None = _locked(lock)
+    except BlockingIOError:
+        raise InputError(f"{answers} is being written by another run: wait for its end, or name another.") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"{answers} cannot be written: {error.strerror}.") from None
+        warnings.warn(f"there are no locks beside {answers}: start no other run into it.", stacklevel=3)
+        file = None
+    with file or nullcontext():
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked. Raises BlockingIOError where another has it, OSError of `NO_LOCKS` where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except OSError:
+            file.close()
+            raise
+        file.close()  # whoever had it before has removed it meanwhile
+
+
 class Journal:
     """Answers as they come, a line each: the file of answers itself, or beside it one that Parquet is made from."""
 
@@ -234,7 +283,6 @@ class Journal:
         self.file, self.new = written(path)[-2:]
         if path.is_file() and self.file != path and not self.file.is_file():
             raise InputError(f"{path} is there and whole: remove it to answer anew.")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.ids: set[Any] = set()
         self.end: int | None = 0
         """Of what is whole, where the rest is still to be cut off: when the first answer is written."""

@@ -24,7 +24,7 @@ from omni.inputs import InputError
 from omni.processing import reader
 from omni.processing.frames import Pixels
 from omni.processing.media import MediaError
-from omni.rows import Source
+from omni.rows import Source, only_run
 
 pyarrow = pytest.importorskip("pyarrow")
 ALONE = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
@@ -336,6 +336,16 @@ def test_what_fits_no_row_is_said_first(tmp_path: Path, checkpoint: Path, capsys
     assert capsys.readouterr().err.startswith("omni-batch: token selection cannot run: FastV cannot keep")
     assert main(["--batch", "0", *command]) == 1
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_second_run_is_refused(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects: two runs into one file lose and double answers; what is there stays as it is."""
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"}, "{broken")
+    answers = write(tmp_path / "a.jsonl", {"id": 1, "text": "x"})
+    with only_run(answers):
+        assert main(["--model", str(checkpoint), str(questions), str(answers)]) == 1
+    assert "a.jsonl is being written by another run" in capsys.readouterr().err
+    assert read(answers).keys() == {1}
 
 
 def test_no_cluster_is_said(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from omni.batch import argument_parser
 from omni.inputs import InputError
-from omni.rows import Journal, Source, row_options
+from omni.rows import Journal, Source, only_run, row_options
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -161,6 +163,53 @@ def test_parquet_comes_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
     with pytest.raises(InputError, match="is there and whole"):
         Journal(path)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.jsonl", "a.jsonl"), ("a.parquet", "a.partial.jsonl")])
+def test_one_run_at_a_time(tmp_path: Path, first: str, second: str) -> None:
+    """Protects: no answer is cut off or written twice by a second run, whatever it calls the file."""
+    (tmp_path / "linked").symlink_to(tmp_path)
+    with only_run(tmp_path / first):
+        with pytest.raises(InputError, match=rf"{second} is being written by another run"):
+            only_run(tmp_path / "linked" / second).__enter__()
+        with only_run(tmp_path / "b.jsonl"):
+            pass
+    with only_run(tmp_path / second):
+        pass
+    assert [each.name for each in tmp_path.iterdir()] == ["linked"]
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    code = f"import sys; from pathlib import Path; from omni.rows import only_run; l = only_run(Path({str(path)!r}))\n"
+    code += "l.__enter__(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stdout.read(1)
+        with pytest.raises(InputError, match="another run"), only_run(path):
+            pass
+        run.kill()
+    assert (tmp_path / ".a.jsonl.lock").exists()
+    with only_run(path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, and on file systems that have none."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.warns(UserWarning, match="start no other run into it"), only_run(tmp_path / "new" / "a.jsonl"):
+        assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "loop"])
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with (
+        pytest.raises(InputError, match=rf"{folder}/a\.jsonl cannot be written: "),
+        only_run(tmp_path / folder / "a.jsonl"),
+    ):
+        pass
 
 
 def test_other_questions_are_no_answers(tmp_path: Path) -> None:
