@@ -4,8 +4,8 @@ A row is {"id", "media", "question"} and any setting of `omni.generate` under it
 goes before the command line's. media: a path, a list of them, or null; paths are relative to the questions' folder.
 Addresses on the network are fetched where the command line says so, never because a row does.
 Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "thought_cut", "tokens",
-"stats"}, or {"id", "error"}; they come as they are ready. What is written already is not asked again: a run that was
-stopped goes on when started anew.
+"stats"}, or {"id", "error"}, with "warnings" where there are any of its media; they come as they are ready. What is
+written already is not asked again: a run that was stopped goes on when started anew.
 Rows about the same media, wherever they stand, go through one process that reads media and one replica after another:
 what was read, encoded and prefilled for the first is there for the rest.
 """
@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ from omni.model import Generation, load
 from omni.processing.frames import Pixels, VisionSizes
 from omni.processing.media import fetched
 from omni.processing.media.addresses import scheme_of
+from omni.processing.media.files import noting
 from omni.processing.processor import Processor
 from omni.reuse import REUSE_BYTES
 from omni.rows import Journal, Source, only_run, parse, row_options, sources_of, written
@@ -110,22 +112,22 @@ def complete(ray: Any, options: argparse.Namespace, source: Source) -> None:
     journal.check([*ids, *(row["id"] for row in unreadable)])
     started = time.perf_counter()
     journal.write([json.dumps(row) for row in unreadable if row["id"] not in journal.ids])
-    errors = sum(row["id"] not in journal.ids for row in unreadable)
+    found = Counter(error=sum(row["id"] not in journal.ids for row in unreadable))
     left = [each for each in ids if each not in journal.ids]
     if left:
-        errors += answer(ray, options, source, journal)
+        found += answer(ray, options, source, journal)
     seconds = time.perf_counter() - started
     new = len(left) + sum(row["id"] not in journal.ids for row in unreadable)
     journal.finish()
     print(
-        f"{new} rows in {seconds:.1f} s ({new / max(seconds, 1e-9):.2f} a second), {errors} of them errors; "
-        f"{len(ids) + len(unreadable) - new} were there before: {options.answers}",
+        f"{new} rows in {seconds:.1f} s ({new / max(seconds, 1e-9):.2f} a second), {found['error']} of them errors, "
+        f"{found['warnings']} with warnings; {len(ids) + len(unreadable) - new} were there before: {options.answers}",
         file=sys.stderr,
     )
 
 
-def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journal) -> int:
-    """Answers what is left and returns how many errors there were."""
+def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journal) -> Counter[str]:
+    """Answers what is left and returns in how many rows each column is."""
     from ray.data import ActorPoolStrategy
 
     pool = start(ray, options)
@@ -151,12 +153,13 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
             num_cpus=pool.reserved,
             num_gpus=int(pool.device.startswith("cuda")),
         )
-        errors = 0
+        found: Counter[str] = Counter()
         for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
             lines = batch["answer"].to_pylist()
             journal.write(lines)
-            errors += sum("error" in json.loads(line) for line in lines)
-        return errors
+            for line in lines:
+                found.update(json.loads(line).keys())
+        return found
     finally:
         ray.shutdown()
 
@@ -231,10 +234,13 @@ class PrepareWorker:
             if row["id"] is None or row["id"] in self.done:
                 continue
             inputs = None
-            try:
-                made, inputs = self.prepared(row)
-            except Exception as error:  # whatever a file can do, it is this row's alone
-                made = {"id": row["id"], "error": reason(error)}
+            with noting() as notes:
+                try:
+                    made, inputs = self.prepared(row)
+                except Exception as error:  # whatever a file can do, it is this row's alone
+                    made = failed(row, error)
+            if notes:
+                made["warnings"] = [writable(note) for note in dict.fromkeys(notes)]
             first = next(iter(packs[-1][1]), None) if packs else None
             shared = inputs if inputs is None or first is None else with_media_of(first, inputs)
             if not packs or (shared is None and inputs is not None):
@@ -251,7 +257,7 @@ class PrepareWorker:
         try:
             return told, pack(requests, self.dtype) if requests else b""
         except Exception as error:
-            return [one if "error" in one else {"id": one["id"], "error": reason(error)} for one in told], b""
+            return [one if "error" in one else failed(one, error) for one in told], b""
 
     def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """What `Source.rows` tells of a row or a group."""
@@ -362,9 +368,20 @@ def unpack(packed: bytes) -> list[Inputs]:
     return [Inputs(ids, **media) for ids in parts["input_ids"]]
 
 
-def reason(error: Exception) -> str:
-    """In words where it is one of ours."""
-    return str(error) if isinstance(error, (*ERRORS, MemoryError, ValueError)) else f"{type(error).__name__}: {error}"
+def failed(told: dict[str, Any], error: Exception) -> dict[str, Any]:
+    """What is written of a row instead of an answer: in words where the error is one of ours."""
+    ours = isinstance(error, (*ERRORS, MemoryError, ValueError))
+    said = writable(str(error) if ours else f"{type(error).__name__}: {error}")
+    return {"id": told["id"], "error": said, **warned(told)}
+
+
+def warned(told: dict[str, Any]) -> dict[str, Any]:
+    return {"warnings": told["warnings"]} if "warnings" in told else {}
+
+
+def writable(message: str) -> str:
+    """Names of files that are no UTF-8 have characters that it cannot hold."""
+    return message.encode(errors="backslashreplace").decode()
 
 
 class ModelReplica:
@@ -398,7 +415,7 @@ class ModelReplica:
                     settings = argparse.Namespace(**one["settings"])
                     plan = self.model.engine.plan(inputs, method_of(settings, self.model.config))
                 except Exception as error:
-                    lines.append(json.dumps({"id": one["id"], "error": reason(error)}))
+                    lines.append(json.dumps(failed(one, error)))
                     continue
                 # What is drawn at random depends on who is asked beside it.
                 drawn = one["id"] if settings.temperature else None
@@ -428,13 +445,13 @@ class ModelReplica:
         except Exception as error:
             if len(group) > 1:  # whose fault it is shows when each is asked alone
                 return [line for one in group for line in self.answers([one])]
-            return [json.dumps({"id": group[0][0]["id"], "error": reason(error)})]
+            return [json.dumps(failed(group[0][0], error))]
         return [line_of(told, generation) for (told, _), generation in zip(group, found, strict=True)]
 
 
 def line_of(told: dict[str, Any], generation: Generation) -> str:
     stats = {**asdict(generation.stats), "media_seconds": told["media_seconds"]}
-    return json.dumps({"id": told["id"], **report_of(generation), "stats": stats}, ensure_ascii=False)
+    return json.dumps({"id": told["id"], **report_of(generation), "stats": stats, **warned(told)}, ensure_ascii=False)
 
 
 if __name__ == "__main__":

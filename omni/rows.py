@@ -340,14 +340,18 @@ class Journal:
         import pyarrow.parquet
 
         self._cut()
-        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error")
+        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error", "warnings")
         kinds: dict[str, Any] = dict.fromkeys(names)
         with self.file.open(encoding="utf-8") as lines:
             rows = [kinds | json.loads(line) for line in lines]
         for row in rows:
             row["id"] = str(row["id"])
             row["stats"] = row["stats"] and json.dumps(row["stats"])
-        types = {"tokens": pyarrow.list_(pyarrow.int64()), "thought_cut": pyarrow.bool_()}
+        types = {
+            "tokens": pyarrow.list_(pyarrow.int64()),
+            "thought_cut": pyarrow.bool_(),
+            "warnings": pyarrow.list_(pyarrow.string()),
+        }
         schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in kinds])
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.new)
         self.new.replace(self.path)

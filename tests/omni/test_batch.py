@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from omni.inputs import InputError
 from omni.processing import reader
 from omni.processing.frames import Pixels
 from omni.processing.media import MediaError
-from omni.rows import Source, only_run
+from omni.rows import Journal, Source, only_run
 
 pyarrow = pytest.importorskip("pyarrow")
 ALONE = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
@@ -122,6 +123,10 @@ def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, che
         prepare.prepared({"id": 1, "media": "https://192.0.2.1/a.mp4", "question": "?", "urls": True})
     with pytest.raises(InputError, match="start: must be 0 or more"):
         prepare.prepared({"id": 1, "media": str(clip), "question": "?", "start": -1})
+
+
+def one_by_one(table: Any) -> list[Any]:
+    return [table.slice(row, 1) for row in range(len(table))]
 
 
 class Tables:
@@ -304,6 +309,48 @@ def test_what_cannot_be_packed_is_its_rows_error(
     assert found.keys() == {0, 1} and found[0]["text"] and found[1]["error"] == "RuntimeError: no"
 
 
+def cut_sound(path: Path) -> str:
+    """Noise that says that it is four seconds long, and is some two."""
+    import av
+
+    noise = np.random.default_rng(0).integers(-9999, 9999, (1, 4 * 16_000)).astype(np.int16)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("flac", rate=16_000)
+        frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return str(path)
+
+
+def test_warnings_are_their_rows(tmp_path: Path, checkpoint: Path) -> None:
+    """Protects: that an answer is about half of a clip is said beside it, at every row and beside an error, too, also
+    where sound is what is cut off, which another thread reads, or the file's name is no UTF-8."""
+    pages = tmp_path / "pages\udcff.tiff"
+    Image.new("RGB", (56, 56)).save(pages, save_all=True, append_images=[Image.new("RGB", (56, 56))])
+    media = [str(pages), cut_sound(tmp_path / "a.flac"), str(pages)]
+    rows: list[dict[str, Any]] = [{"id": number, "media": media, "question": f"{number}?"} for number in range(2)]
+    rows += [{"id": "wrong", "media": [*media, "gone.png"], "question": "?"}, {"id": "whole", "question": "?"}]
+    rows += [{"id": "long", "media": media, "question": "?", "max_new_tokens": 10**6}]
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
+    prepare, answer = PrepareWorker(given, ALONE, set()), ModelReplica(given, ALONE)
+    source = Source(given.questions)
+    source.scan()
+    made = [prepare(row) for row in one_by_one(source.rows(Tables, source.groups()))]
+    table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
+    journal = Journal(tmp_path / "a.parquet")
+    journal.write(answer(table)["answer"])
+    journal.finish()
+    found = {row["id"]: row for row in pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()}
+    assert found["0"]["text"] is not None and found["long"]["error"]
+    for id in ("0", "1", "long"):
+        sound, picture = sorted(found[id]["warnings"])
+        assert sound.startswith(f"{tmp_path}/a.flac is cut off: it promises a sound of 4.0 s and has ")
+        assert picture == f"{tmp_path}/pages\\udcff.tiff has 2 pages: the first is taken."
+    assert "gone.png" in found["wrong"]["error"]
+    assert found["whole"]["warnings"] is None
+
+
 def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Every row once, also when the run goes on from what an earlier one wrote, and where groups of them are about the
     same; then nothing is left to do."""
@@ -314,16 +361,20 @@ def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[s
         {"id": number, "media": [None, "a.png", "b.png"][number % 3], "question": f"Question {number}?"}
         for number in range(12)
     ]
-    questions = write(tmp_path / "q.jsonl", *rows, "{broken", {"id": "gone", "media": "gone.png", "question": "?"})
+    gone = {"id": "gone", "media": "gone.png", "question": "?"}
+    cut = {"id": "cut", "media": cut_sound(tmp_path / "a.flac"), "question": "?"}
+    questions = write(tmp_path / "q.jsonl", *rows, "{broken", gone, cut)
     answers = tmp_path / "a.jsonl"
     answers.write_text('{"id": 3, "text": "from before"}\n{"id": 4, "te')
     command = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3", "--batch", "4"]
     assert main([*command, str(questions), str(answers)]) == 0
     found = read(answers)
-    assert found.keys() == {*range(12), "line 13", "gone"}
+    assert found.keys() == {*range(12), "line 13", "gone", "cut"}
     assert found[3]["text"] == "from before"
     assert [each for each in found if "error" in found[each]] == ["line 13", "gone"]
-    assert "13 rows" in capfd.readouterr().err
+    assert [each for each in found if "warnings" in found[each]] == ["cut"]
+    said = capfd.readouterr().err
+    assert "14 rows" in said and "2 of them errors, 1 with warnings; 1 were there before" in said
     assert main([*command, str(questions), str(answers)]) == 0
     assert "0 rows" in capfd.readouterr().err
     assert read(answers) == found
