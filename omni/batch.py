@@ -29,7 +29,7 @@ from torch import Tensor
 import omni
 import weights
 from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
-from omni.arguments import model_parser, settings_parser
+from omni.arguments import OUT_OF_MEMORY, model_parser, settings_parser
 from omni.config import DTYPES, OmniConfig, read_config
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         run(options)
     except ERRORS as error:
         print(f"omni-batch: {error}", file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"omni-batch: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("omni-batch: stopped; the same command goes on where it was.", file=sys.stderr)
@@ -89,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("replicas", "cores", "decoders", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1.")
+    check_device(options.device, elsewhere=options.address is not None)
     # Processes on other nodes have other working directories.
     options.questions = options.questions.resolve()
     source = Source(options.questions)
@@ -105,8 +109,10 @@ def complete(ray: Any, options: argparse.Namespace, source: Source) -> None:
     folder = weights.locate(options.model, revision=options.revision, shards=False)
     if folder == Path(options.model):
         options.model = str(folder.resolve())
-    if options.adapter is not None and Path(options.adapter).is_dir():
-        options.adapter = str(Path(options.adapter).resolve())
+    if options.adapter is not None:
+        folder_of_adapter = weights.locate_adapter(options.adapter)
+        if folder_of_adapter == Path(options.adapter):
+            options.adapter = str(folder_of_adapter.resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
     ids, unreadable = source.scan()
     journal.check([*ids, *(row["id"] for row in unreadable)])
@@ -130,8 +136,8 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
     """Answers what is left and returns in how many rows each column is."""
     from ray.data import ActorPoolStrategy
 
-    pool = start(ray, options)
     try:
+        pool = start(ray, options)
         groups = source.groups()
         options.repeats = source.repeats()
         some = options.batch if groups is None else max(1, round(options.batch * len(groups.ends) / len(groups.order)))
@@ -156,9 +162,11 @@ def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journ
         found: Counter[str] = Counter()
         for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
             lines = batch["answer"].to_pylist()
+            for row in map(json.loads, lines):
+                if UNUSABLE in row:
+                    raise InputError(row[UNUSABLE])
+                found.update(row.keys())
             journal.write(lines)
-            for line in lines:
-                found.update(json.loads(line).keys())
         return found
     finally:
         ray.shutdown()
@@ -199,6 +207,8 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
     device = options.device or ("cuda" if gpus else "cpu")
     on_gpu = device.startswith("cuda")
     replicas = options.replicas or (gpus if on_gpu else max(1, cores // 4))
+    if on_gpu and (replicas == 0 or (options.address is None and replicas > gpus)):  # a cluster may grow
+        raise InputError(f"each replica takes a GPU, and there are {gpus}: lower --replicas, or try --device cpu.")
     decoders = options.decoders or max(1, cores // 2 - READERS)
     threads = options.cores or (1 if on_gpu else max(1, (cores if options.address is None else cores // 2) // replicas))
     if options.address is not None:
@@ -207,6 +217,24 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
     promised = decoders + replicas + READERS
     ray.init(address="local", num_cpus=promised, include_dashboard=False, log_to_driver=False, logging_level="warning")
     return Pool(decoders, replicas, threads, reserved=1, device=device)
+
+
+def check_device(name: str | None, *, elsewhere: bool) -> None:
+    """Raises InputError for a device that no replica can have. elsewhere: in a cluster, not on this machine."""
+    try:
+        device = torch.device(name or "cpu")
+        if device.type != "cuda" and not elsewhere:  # GPUs are counted: to use one here takes memory of it
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used here ({why}); try --device cpu.") from None
+    if device.type == "cuda" and device.index:
+        raise InputError(f"a replica sees one GPU, which is cuda, not {name}: choose GPUs by CUDA_VISIBLE_DEVICES.")
+
+
+UNUSABLE = "unusable"
+"""The column in which a process tells the run, instead of answers, why it cannot do anything. What Ray makes of an
+error when a process starts is a traceback as text."""
 
 
 class PrepareWorker:
@@ -221,14 +249,20 @@ class PrepareWorker:
             done = ray.get(done)
         self.options, self.done = options, done
         self.folder = options.questions.parent
-        checkpoint = weights.locate(options.model, revision=options.revision, shards=False)
-        self.config = read_config(checkpoint)
-        self.processor = Processor(checkpoint, self.config, reuse=READ_BYTES if options.repeats else 0)
-        self.dtype = pool.dtype(options, self.config)
+        self.unusable: str | None = None
+        try:
+            checkpoint = weights.locate(options.model, revision=options.revision, shards=False)
+            self.config = read_config(checkpoint)
+            self.processor = Processor(checkpoint, self.config, reuse=READ_BYTES if options.repeats else 0)
+            self.dtype = pool.dtype(options, self.config)
+        except ERRORS as error:
+            self.unusable = str(error)
 
     def __call__(self, table: Any) -> Any:
         """A row, or a group of them → packs: ids and settings as a list in JSON, tensors as safetensors. Nothing of one
         that is answered or unreadable. A group is one pack, unless its files change meanwhile."""
+        if self.unusable:
+            return {"row": [json.dumps([{UNUSABLE: self.unusable}])], "tensors": [b""]}
         packs: list[tuple[list[dict[str, Any]], list[Inputs]]] = []
         for row in self.rows(*table.to_pylist()):
             if row["id"] is None or row["id"] in self.done:
@@ -390,25 +424,33 @@ class ModelReplica:
     def __init__(self, options: argparse.Namespace, pool: Pool) -> None:
         torch.set_num_threads(pool.threads)
         self.most = options.batch
-        self.model = load(
-            options.model,
-            device=pool.device,
-            dtype=DTYPES[options.dtype] if options.dtype else None,
-            revision=options.revision,
-            adapter=options.adapter,
-            compile=options.compile,
-            reuse=REUSE_BYTES if options.repeats else 0,  # nothing is digested or held that nobody asks for again
-        )
+        self.unusable: str | None = None
+        try:
+            self.model = load(
+                options.model,
+                device=pool.device,
+                dtype=DTYPES[options.dtype] if options.dtype else None,
+                revision=options.revision,
+                adapter=options.adapter,
+                compile=options.compile,
+                reuse=REUSE_BYTES if options.repeats else 0,  # nothing is digested or held that nobody asks for again
+            )
+        except ERRORS as error:
+            self.unusable = str(error)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.unusable = OUT_OF_MEMORY
 
     def __call__(self, table: Any) -> dict[str, Any]:
         """Packs of `PrepareWorker` → answers as lines of JSON. Rows of one plan and the same settings run together:
         first those of each pack, then those that are alone in theirs."""
+        if self.unusable:
+            return {"answer": [json.dumps({UNUSABLE: self.unusable})]}
         lines: list[str] = []
         alone: dict[Any, list[tuple[dict[str, Any], Inputs]]] = {}
         for rows, tensors in zip(table["row"].to_pylist(), table["tensors"].to_pylist(), strict=True):
             told = json.loads(rows)
-            lines += [json.dumps(one) for one in told if "error" in one]
-            told = [one for one in told if "error" not in one]
+            lines += [json.dumps(one) for one in told if "settings" not in one]
+            told = [one for one in told if "settings" in one]
             groups = alone if len(told) == 1 else {}
             for one, inputs in zip(told, unpack(tensors) if told else [], strict=True):
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import omni
 from omni import batch as batch_module
 from omni import rows as omni_rows
 from omni.answer import method_of
+from omni.arguments import OUT_OF_MEMORY
 from omni.batch import ModelReplica, Pool, PrepareWorker, argument_parser, main, pack, unpack
 from omni.inputs import InputError
 from omni.processing import reader
@@ -397,6 +399,73 @@ def test_a_second_run_is_refused(tmp_path: Path, checkpoint: Path, capsys: pytes
         assert main(["--model", str(checkpoint), str(questions), str(answers)]) == 1
     assert "a.jsonl is being written by another run" in capsys.readouterr().err
     assert read(answers).keys() == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "nosuch"], "device 'nosuch' cannot be used here (Expected one of cpu"),
+        (["--device", "xpu"], "device 'xpu' cannot be used here ("),
+        (["--device", "cuda:1"], "a replica sees one GPU, which is cuda, not cuda:1: choose GPUs by CUDA_VISIBLE_"),
+        (["--device", "cuda"], "each replica takes a GPU, and there are 0: lower --replicas, or try --device cpu."),
+        (["--device", "cuda", "--replicas", "2"], "each replica takes a GPU, and there are 0"),
+        (["--adapter", "/nosuch"], "'/nosuch' is neither an existing folder nor a hub id"),
+    ],
+)
+def test_what_no_replica_can_use_is_said_first(
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    """Protects: before Ray starts, and not in its traceback."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"})
+    assert main(["--model", str(checkpoint), *arguments, str(questions), str(tmp_path / "a.jsonl")]) == 1
+    assert capsys.readouterr().err.startswith(f"omni-batch: {said}")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "config.json", "memory"])
+def test_a_process_that_cannot_start_tells_why(
+    tmp_path: Path, checkpoint: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: where a node's own files are at fault, or its memory, the sentence comes to the run."""
+    given = options(checkpoint, write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"}))
+    prepare, answer = PrepareWorker(given, ALONE, set()), ModelReplica(given, ALONE)
+    if broken == "memory":
+
+        def full(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(batch_module, "load", full)
+        answer, expected = ModelReplica(given, ALONE), OUT_OF_MEMORY
+    else:
+        folder = tmp_path / "copy"
+        shutil.copytree(checkpoint, folder)
+        (folder / broken).write_text("[]")
+        given.model = str(folder)
+        prepare, expected = PrepareWorker(given, ALONE, set()), broken
+    made = prepare(pyarrow.Table.from_pylist([{"id": 1, "media": None, "question": "?"}]))
+    (line,) = map(json.loads, answer(pyarrow.table(made))["answer"])
+    assert line.keys() == {"unusable"} and expected in line["unusable"]
+
+
+def test_on_ray_it_is_a_sentence(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An adapter without weights, which the replica finds."""
+    pytest.importorskip("ray")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "target_modules": []}')
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"})
+    command = ["--model", str(checkpoint), "--device", "cpu", "--adapter", str(tmp_path / "adapter")]
+    assert main([*command, str(questions), str(tmp_path / "a.jsonl")]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "adapter_model.safetensors is absent" in said.partition("\nomni-batch: ")[2]
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_no_cluster_is_said(
