@@ -369,10 +369,17 @@ def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Na
     """The settings of a row: its own, then the command line's. Raises InputError."""
     parser = settings_parser(RowSettings)
     known = vars(parser.parse_args([]))
-    arguments = []
+    found, arguments = copy(options), []
     for name, value in row.items():
-        if name in known and value is not None:
-            flag = f"--{name.replace('_', '-')}"
-            switch = isinstance(value, bool) and isinstance(known[name], bool)
-            arguments += [flag] * value if switch else [f"{flag}={value}"]
-    return parser.parse_args(arguments, copy(options))
+        if name not in known or value is None:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(known[name], bool):  # a switch, which the row may also turn off
+            if not isinstance(value, bool):
+                raise InputError(f"{flag}: must be true or false, not {value!r:.80}.")
+            setattr(found, name, value)
+            continue
+        if name == "system" and not isinstance(value, str):
+            raise InputError(f"{flag}: must be text, not {value!r:.80}.")
+        arguments.append(f"--{flag}={value}")
+    return parser.parse_args(arguments, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,25 @@ def test_rows_go_before_the_command_line() -> None:
     with pytest.raises(InputError) as caught:
         row_options({"kv": "x" * 10_000}, given)
     assert len(str(caught.value)) < 400
+
+
+def test_a_row_turns_off_what_the_command_line_turns_on() -> None:
+    """Protects: a row's false goes before the command line's true; what is neither is refused."""
+    given = argument_parser().parse_args(["--no-audio", "q.jsonl", "a.jsonl"])
+    assert [row_options({"no_audio": value}, given).no_audio for value in (False, True, None)] == [False, True, True]
+    assert given.no_audio
+    for value in ("false", 0, 1.0, []):
+        with pytest.raises(InputError, match=rf"no-audio: must be true or false, not {re.escape(repr(value))}\.$"):
+            row_options({"no_audio": value}, given)
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 3, True])
+def test_a_system_message_is_text(value: Any) -> None:
+    """Protects: no Python's spelling of a list is asked."""
+    given = argument_parser().parse_args(["q.jsonl", "a.jsonl"])
+    assert row_options({"system": "--be brief"}, given).system == "--be brief"
+    with pytest.raises(InputError, match=rf"system: must be text, not {re.escape(repr(value))}\.$"):
+        row_options({"system": value}, given)
 
 
 def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
