@@ -381,5 +381,7 @@ def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Na
             continue
         if name == "system" and not isinstance(value, str):
             raise InputError(f"{flag}: must be text, not {value!r:.80}.")
+        if isinstance(value, float) and value.is_integer():  # whole numbers with a gap between are such in Parquet
+            value = int(value)
         arguments.append(f"--{flag}={value}")
     return parser.parse_args(arguments, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -69,6 +70,24 @@ def test_a_system_message_is_text(value: Any) -> None:
     assert row_options({"system": "--be brief"}, given).system == "--be brief"
     with pytest.raises(InputError, match=rf"system: must be text, not {re.escape(repr(value))}\.$"):
         row_options({"system": value}, given)
+
+
+def test_whole_numbers_with_a_gap_between(tmp_path: Path) -> None:
+    """Protects: pandas writes such a column as floats, of which those that are whole are the numbers that were meant;
+    no other is rounded."""
+    from pyarrow import parquet
+
+    given = argument_parser().parse_args(["--max-new-tokens", "7", "q.jsonl", "a.jsonl"])
+    columns = {"max_new_tokens": [32.0, None], "seed": [2.0**40, 0.0], "fps": [2.0, 0.5], "retention": [1.0, 0.25]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "q.parquet")
+    for row, expected in zip(
+        parquet.read_table(tmp_path / "q.parquet").to_pylist(), ((32, 2**40, 2.0, 1.0), (7, 0, 0.5, 0.25)), strict=True
+    ):
+        found = row_options(row, given)
+        assert (found.max_new_tokens, found.seed, found.fps, found.retention) == expected
+    for value in (32.5, math.nan, math.inf):
+        with pytest.raises(InputError, match=rf"max-new-tokens: must be a whole number, not '{value}'"):
+            row_options({"max_new_tokens": value}, given)
 
 
 def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
