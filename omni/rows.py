@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
@@ -95,8 +96,9 @@ class Source:
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
-            start = 0
             with self.path.open("rb") as lines:
+                start = len(BOM_UTF8) if lines.read(len(BOM_UTF8)) == BOM_UTF8 else 0  # as Notepad begins a file
+                lines.seek(start)
                 for line in lines:
                     if line.strip():
                         try:

@@ -98,6 +98,20 @@ def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
     assert "it is not JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    """Protects: what Windows' editors begin a file with costs no row; within a file it is what it is."""
+    path = tmp_path / "q.jsonl"
+    lines = [b'{"id": 0}\r\n', b'{"id": 1}\n', b"\xef\xbb\xbf" + b'{"id": 2}\n']
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))
+    source = Source(path)
+    ids, unreadable = source.scan()
+    assert ids == [0, 1] and [row["id"] for row in unreadable] == ["line 3"]
+    data = path.read_bytes()
+    assert [data[start:].partition(b"\n")[0].strip() for start in source.starts] == [b'{"id": 0}', b'{"id": 1}']
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert Source(path).scan() == ([], [])
+
+
 @pytest.mark.parametrize(
     "line",
     [
