@@ -2,7 +2,8 @@
 
 A row is {"id", "media", "question"} and any setting of `omni.generate` under its long name with underscores, which
 goes before the command line's. media: a path, a list of them, or null; paths are relative to the questions' folder.
-Addresses on the network are fetched where the command line says so, never because a row does.
+Addresses on the network are fetched where the command line says so, never because a row does. question: a text, which
+may be empty beside media: Qwen3-Omni's Captioner takes sound without any.
 Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "thought_cut", "tokens",
 "stats"}, or {"id", "error"}, with "warnings" where there are any of its media; they come as they are ready. What is
 written already is not asked again: a run that was stopped goes on when started anew.
@@ -314,6 +315,8 @@ class PrepareWorker:
         sources = sources_of(row.get("media"))
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the row's media must be a path, a list of paths, or null.")
+        if not sources and not row["question"].strip():
+            raise InputError("the row has neither media nor a question: only beside media a question may be empty.")
         options.question = row["question"]
         sources = [source if scheme_of(source) else str(self.folder / source) for source in sources]
         started = time.perf_counter()

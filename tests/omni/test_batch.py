@@ -55,6 +55,20 @@ def test_media_are_paths(tmp_path: Path, checkpoint: Path, media: Any) -> None:
         prepare.prepared({"id": 1, "question": "?", "media": media})
 
 
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_for_media(tmp_path: Path, checkpoint: Path, model: omni.Omni, question: str) -> None:
+    """Protects: captioners are asked nothing, and nothing is asked about nothing."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    prepare = PrepareWorker(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
+    for media in (None, []):
+        with pytest.raises(InputError, match="the row has neither media nor a question"):
+            prepare.prepared({"id": 1, "question": question, "media": media})
+    _, found = prepare.prepared({"id": 1, "question": question, "media": "a.png"})
+    content = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": question}]
+    expected = [{"role": "user", "content": content if question else content[:1]}]
+    assert torch.equal(found.input_ids, model.prepare(expected).input_ids)
+
+
 def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
     """Protects: characters that Unicode calls line ends, and bytes that are no UTF-8, cost no other row."""
     path = tmp_path / "q.jsonl"
