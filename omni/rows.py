@@ -283,6 +283,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file, self.new = written(path)[-2:]
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file.")
         if path.is_file() and self.file != path and not self.file.is_file():
             raise InputError(f"{path} is there and whole: remove it to answer anew.")
         self.ids: set[Any] = set()
@@ -335,7 +337,8 @@ class Journal:
                 ) from None
 
     def finish(self) -> None:
-        """Makes Parquet of the lines, where that is wanted: whole or not at all."""
+        """Makes Parquet of the lines, where that is wanted: whole or not at all. Raises InputError where it cannot be
+        written."""
         if self.file == self.path or not self.file.is_file():
             return
         import pyarrow
@@ -355,8 +358,16 @@ class Journal:
             "warnings": pyarrow.list_(pyarrow.string()),
         }
         schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in kinds])
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.new)
-        self.new.replace(self.path)
+        table = pyarrow.Table.from_pylist(rows, schema)
+        try:
+            pyarrow.parquet.write_table(table, self.new)
+            self.new.replace(self.path)
+        except OSError as error:
+            self.new.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror or error}. The answers are in {self.file}: the same "
+                "command makes it of them."
+            ) from None
         self.file.unlink()
 
 

@@ -168,6 +168,32 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 1 in Journal(tmp_path / "a.jsonl").ids
 
 
+def test_a_disk_too_full_for_parquet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: nothing half-written is left, the answers are, and with room again Parquet is made of them."""
+    from pyarrow import parquet
+
+    def full(_: Any, path: Path) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Journal(tmp_path / "a.parquet").write(['{"id": "1", "text": "x"}'])
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "write_table", full)
+        with pytest.raises(InputError, match=r"a\.parquet cannot be written: No space left .* in .*a\.partial\.jsonl"):
+            Journal(tmp_path / "a.parquet").finish()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.partial.jsonl"]
+    Journal(tmp_path / "a.parquet").finish()
+    assert parquet.read_table(tmp_path / "a.parquet")["text"].to_pylist() == ["x"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_answers_are_a_file(tmp_path: Path, name: str) -> None:
+    """Protects: that is known before anything is asked."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name} is a folder: name a file"):
+        Journal(tmp_path / name)
+
+
 def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
     """Protects: a damaged file of answers is not overwritten, and it is said which file it is."""
     path = tmp_path / "a.jsonl"
