@@ -5,8 +5,9 @@ goes before the command line's. media: a path, a list of them, or null; paths ar
 Addresses on the network are fetched where the command line says so, never because a row does. question: a text, which
 may be empty beside media: Qwen3-Omni's Captioner takes sound without any.
 Files are JSON lines, or Parquet with these columns. An answer is {"id", "text", "thought", "thought_cut", "tokens",
-"stats"}, or {"id", "error"}, with "warnings" where there are any of its media; they come as they are ready. What is
-written already is not asked again: a run that was stopped goes on when started anew.
+"stats"}, or {"id", "error"}, with "warnings" where there are any of its media, and "command", the model and the
+settings of the command line; they come as they are ready. What is written already is not asked again: a run that was
+stopped goes on when started anew, with the same settings.
 Rows about the same media, wherever they stand, go through one process that reads media and one replica after another:
 what was read, encoded and prefilled for the first is there for the rest.
 """
@@ -115,10 +116,12 @@ def complete(ray: Any, options: argparse.Namespace, source: Source) -> None:
         if folder_of_adapter == Path(options.adapter):
             options.adapter = str(folder_of_adapter.resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
+    command = command_of(options)
+    journal.check_command(command)
     ids, unreadable = source.scan()
     journal.check([*ids, *(row["id"] for row in unreadable)])
     started = time.perf_counter()
-    journal.write([json.dumps(row) for row in unreadable if row["id"] not in journal.ids])
+    journal.write([json.dumps({**row, "command": command}) for row in unreadable if row["id"] not in journal.ids])
     found = Counter(error=sum(row["id"] not in journal.ids for row in unreadable))
     left = [each for each in ids if each not in journal.ids]
     if left:
@@ -131,6 +134,12 @@ def complete(ray: Any, options: argparse.Namespace, source: Source) -> None:
         f"{found['warnings']} with warnings; {len(ids) + len(unreadable) - new} were there before: {options.answers}",
         file=sys.stderr,
     )
+
+
+def command_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on of a command; a row's own settings go before it. What is not set is left out."""
+    names = ("model", "revision", "adapter", "dtype", *vars(settings_parser().parse_args([])))
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def answer(ray: Any, options: argparse.Namespace, source: Source, journal: Journal) -> Counter[str]:
@@ -426,7 +435,7 @@ class ModelReplica:
 
     def __init__(self, options: argparse.Namespace, pool: Pool) -> None:
         torch.set_num_threads(pool.threads)
-        self.most = options.batch
+        self.most, self.command = options.batch, command_of(options)
         self.unusable: str | None = None
         try:
             self.model = load(
@@ -448,11 +457,11 @@ class ModelReplica:
         first those of each pack, then those that are alone in theirs."""
         if self.unusable:
             return {"answer": [json.dumps({UNUSABLE: self.unusable})]}
-        lines: list[str] = []
+        answers: list[dict[str, Any]] = []
         alone: dict[Any, list[tuple[dict[str, Any], Inputs]]] = {}
         for rows, tensors in zip(table["row"].to_pylist(), table["tensors"].to_pylist(), strict=True):
             told = json.loads(rows)
-            lines += [json.dumps(one) for one in told if "settings" not in one]
+            answers += [one for one in told if "settings" not in one]
             told = [one for one in told if "settings" in one]
             groups = alone if len(told) == 1 else {}
             for one, inputs in zip(told, unpack(tensors) if told else [], strict=True):
@@ -460,24 +469,25 @@ class ModelReplica:
                     settings = argparse.Namespace(**one["settings"])
                     plan = self.model.engine.plan(inputs, method_of(settings, self.model.config))
                 except Exception as error:
-                    lines.append(json.dumps(failed(one, error)))
+                    answers.append(failed(one, error))
                     continue
                 # What is drawn at random depends on who is asked beside it.
                 drawn = one["id"] if settings.temperature else None
                 key = plan, json.dumps(one["settings"]), drawn
                 groups.setdefault(key, []).append((one, inputs))
             if groups is not alone:
-                lines += self.asked(groups)
-        return {"answer": lines + self.asked(alone)}
+                answers += self.asked(groups)
+        answers += self.asked(alone)
+        return {"answer": [json.dumps({**one, "command": self.command}, ensure_ascii=False) for one in answers]}
 
-    def asked(self, groups: dict[Any, list[tuple[dict[str, Any], Inputs]]]) -> list[str]:
+    def asked(self, groups: dict[Any, list[tuple[dict[str, Any], Inputs]]]) -> list[dict[str, Any]]:
         found = []
         for group in groups.values():
             for start in range(0, len(group), self.most):
                 found += self.answers(group[start : start + self.most])
         return found
 
-    def answers(self, group: list[tuple[dict[str, Any], Inputs]]) -> list[str]:
+    def answers(self, group: list[tuple[dict[str, Any], Inputs]]) -> list[dict[str, Any]]:
         settings = argparse.Namespace(**group[0][0]["settings"])
         try:
             found = self.model.generate(
@@ -489,14 +499,14 @@ class ModelReplica:
             )
         except Exception as error:
             if len(group) > 1:  # whose fault it is shows when each is asked alone
-                return [line for one in group for line in self.answers([one])]
-            return [json.dumps(failed(group[0][0], error))]
-        return [line_of(told, generation) for (told, _), generation in zip(group, found, strict=True)]
+                return [alone for one in group for alone in self.answers([one])]
+            return [failed(group[0][0], error)]
+        return [answered(told, generation) for (told, _), generation in zip(group, found, strict=True)]
 
 
-def line_of(told: dict[str, Any], generation: Generation) -> str:
+def answered(told: dict[str, Any], generation: Generation) -> dict[str, Any]:
     stats = {**asdict(generation.stats), "media_seconds": told["media_seconds"]}
-    return json.dumps({"id": told["id"], **report_of(generation), "stats": stats, **warned(told)}, ensure_ascii=False)
+    return {"id": told["id"], **report_of(generation), "stats": stats, **warned(told)}
 
 
 if __name__ == "__main__":

@@ -288,6 +288,8 @@ class Journal:
         if path.is_file() and self.file != path and not self.file.is_file():
             raise InputError(f"{path} is there and whole: remove it to answer anew.")
         self.ids: set[Any] = set()
+        self.commands: list[dict[str, Any]] = []
+        """What rows say of the commands that they are from; those of 0.1 say nothing."""
         self.end: int | None = 0
         """Of what is whole, where the rest is still to be cut off: when the first answer is written."""
         if self.file.is_file():
@@ -303,6 +305,10 @@ class Journal:
                     if "question" in row and not row.keys() & {"text", "error"}:
                         raise InputError(f"{self.file} is no file of answers but of questions: name another.")
                     self.ids.add(row["id"])
+                    if not isinstance(row.get("command", {}), dict):
+                        raise InputError(f"{self.file} is no file of answers: its command is no object.")
+                    if "command" in row and row["command"] not in self.commands:
+                        self.commands.append(row["command"])
                     end += len(line)
             self.end = end
 
@@ -317,6 +323,19 @@ class Journal:
                     f"the ids {texts[str(id)]!r:.80} and {id!r:.80} would be the same text in {self.path}: "
                     "answer into a .jsonl file."
                 )
+
+    def check_command(self, command: dict[str, Any]) -> None:
+        """Raises InputError where answers that are there are those of another command."""
+        usual = vars(settings_parser().parse_args([]))  # also of settings that there were none of then
+        for other in self.commands:
+            for name in [*command, *(name for name in other if name not in command)]:
+                now, then = (each.get(name, usual.get(name)) for each in (command, other))
+                if now != then:
+                    was, is_now = ("not given" if value is None else f"{value!r:.80}" for value in (then, now))
+                    raise InputError(
+                        f"{self.file} has answers for which --{name.replace('_', '-')} was {was}, and now it is "
+                        f"{is_now}: give the settings of then, or name another file."
+                    )
 
     def _cut(self) -> None:
         if self.end is not None and self.file.is_file():
@@ -345,13 +364,14 @@ class Journal:
         import pyarrow.parquet
 
         self._cut()
-        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error", "warnings")
+        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error", "warnings", "command")
         kinds: dict[str, Any] = dict.fromkeys(names)
         with self.file.open(encoding="utf-8") as lines:
             rows = [kinds | json.loads(line) for line in lines]
         for row in rows:
             row["id"] = str(row["id"])
-            row["stats"] = row["stats"] and json.dumps(row["stats"])
+            for name in ("stats", "command"):
+                row[name] = row[name] and json.dumps(row[name])
         types = {
             "tokens": pyarrow.list_(pyarrow.int64()),
             "thought_cut": pyarrow.bool_(),

@@ -291,6 +291,26 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, folder: str) -> No
         pass
 
 
+def test_answers_of_another_command_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Protects: one file has answers of one model with the same settings; those of 0.1 say nothing of theirs."""
+    then = {"model": "tiny", "retention": 0.35, "fps": 2.0}
+    path = write(tmp_path / "a.jsonl", {"id": 1, "text": "x"}, {"id": 2, "text": "x", "command": then})
+    journal = Journal(path)
+    for now in (then, {**then, "kv": "layerwise"}, {"model": "tiny", "retention": 0.35}):  # what is usual is not said
+        journal.check_command(now)
+    for changed, said in (
+        ({"retention": 0.1}, "--retention was 0.35, and now it is 0.1"),
+        ({"max_pixels": 3136}, "--max-pixels was not given, and now it is 3136"),
+        ({"model": "other"}, "--model was 'tiny', and now it is 'other'"),
+        ({"kv": "pruned"}, "--kv was 'layerwise', and now it is 'pruned'"),
+    ):
+        with pytest.raises(InputError, match=rf"a\.jsonl has answers for which {said}: give the settings of then"):
+            journal.check_command({**then, **changed})
+    Journal(write(tmp_path / "b.jsonl", {"id": 1, "text": "x"})).check_command(then)
+    with pytest.raises(InputError, match=r"b\.jsonl is no file of answers: its command is no object"):
+        Journal(write(tmp_path / "b.jsonl", {"id": 1, "text": "x", "command": "tiny"}))
+
+
 def test_other_questions_are_no_answers(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", {"id": 1, "question": "?"})
     with pytest.raises(InputError, match="no file of answers but of questions"):
