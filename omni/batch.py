@@ -259,6 +259,9 @@ class PrepareWorker:
             done = ray.get(done)
         self.options, self.done = options, done
         self.folder = options.questions.parent
+        self.files = ExitStack()
+        self.fetched: dict[str, Any] = {}
+        """By address on the network, what it is read from, as long as its group is."""
         self.unusable: str | None = None
         try:
             checkpoint = weights.locate(options.model, revision=options.revision, shards=False)
@@ -274,25 +277,27 @@ class PrepareWorker:
         if self.unusable:
             return {"row": [json.dumps([{UNUSABLE: self.unusable}])], "tensors": [b""]}
         packs: list[tuple[list[dict[str, Any]], list[Inputs]]] = []
-        for row in self.rows(*table.to_pylist()):
-            if row["id"] is None or row["id"] in self.done:
-                continue
-            inputs = None
-            with noting() as notes:
-                try:
-                    made, inputs = self.prepared(row)
-                except Exception as error:  # whatever a file can do, it is this row's alone
-                    made = failed(row, error)
-            if notes:
-                made["warnings"] = [writable(note) for note in dict.fromkeys(notes)]
-            first = next(iter(packs[-1][1]), None) if packs else None
-            shared = inputs if inputs is None or first is None else with_media_of(first, inputs)
-            if not packs or (shared is None and inputs is not None):
-                packs.append(([], []))
-                shared = inputs
-            packs[-1][0].append(made)
-            if shared is not None:
-                packs[-1][1].append(shared)
+        with self.files:
+            self.fetched.clear()
+            for row in self.rows(*table.to_pylist()):
+                if row["id"] is None or row["id"] in self.done:
+                    continue
+                inputs = None
+                with noting() as notes:
+                    try:
+                        made, inputs = self.prepared(row)
+                    except Exception as error:  # whatever a file can do, it is this row's alone
+                        made = failed(row, error)
+                if notes:
+                    made["warnings"] = [writable(note) for note in dict.fromkeys(notes)]
+                first = next(iter(packs[-1][1]), None) if packs else None
+                shared = inputs if inputs is None or first is None else with_media_of(first, inputs)
+                if not packs or (shared is None and inputs is not None):
+                    packs.append(([], []))
+                    shared = inputs
+                packs[-1][0].append(made)
+                if shared is not None:
+                    packs[-1][1].append(shared)
         packed = [self.packed(*each) for each in packs]
         return {"row": [json.dumps(told) for told, _ in packed], "tensors": [tensors for _, tensors in packed]}
 
@@ -329,15 +334,17 @@ class PrepareWorker:
         options.question = row["question"]
         sources = [source if scheme_of(source) else str(self.folder / source) for source in sources]
         started = time.perf_counter()
-        with ExitStack() as files:
-            options.media = [files.enter_context(fetched(source, urls=self.options.urls)) for source in sources]
-            inputs = self.processor.prepare(
-                messages(options),
-                use_audio_in_video=not options.no_audio,
-                fps=options.fps,
-                max_frames=options.max_frames,
-                max_pixels=options.max_pixels,
-            )
+        for source in sources:
+            if scheme_of(source) in ("http", "https") and source not in self.fetched:
+                self.fetched[source] = self.files.enter_context(fetched(source, urls=self.options.urls))
+        options.media = [self.fetched.get(source, source) for source in sources]
+        inputs = self.processor.prepare(
+            messages(options),
+            use_audio_in_video=not options.no_audio,
+            fps=options.fps,
+            max_frames=options.max_frames,
+            max_pixels=options.max_pixels,
+        )
         seconds = time.perf_counter() - started
         settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
         settings |= {"start": None, "end": None}  # they are done with: rows that differ in them may run together

@@ -8,7 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -143,6 +147,40 @@ def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, che
 
 def one_by_one(table: Any) -> list[Any]:
     return [table.slice(row, 1) for row in range(len(table))]
+
+
+def test_an_address_is_fetched_once_for_its_rows(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: rows about one address are one download, which is gone after them."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        media = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("a.png", "gone.png")]
+        rows = [{"id": number, "media": media[:1], "question": f"{number}?"} for number in range(3)]
+        rows += [{"id": 3, "media": media[:1] * 2, "question": "?"}, {"id": 4, "media": media, "question": "?"}]
+        path = write(tmp_path / "q.jsonl", *rows)
+        source, prepare = Source(path), PrepareWorker(options(checkpoint, path, "--urls"), ALONE, set())
+        source.scan()
+        made = [prepare(row) for row in one_by_one(source.rows(Tables, source.groups()))]
+        server.shutdown()
+    told = [told for one in made for row in one["row"] for told in json.loads(row)]
+    assert [one["id"] for one in told] == [0, 1, 2, 3, 4] and [one["id"] for one in told if "error" in one] == [4]
+    assert asked == ["/a.png", "/a.png", "/a.png", "/gone.png"]  # once for each group
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 class Tables:
