@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import warnings
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -28,6 +31,8 @@ SHAPING = ("fps", "max_frames", "max_pixels", "start", "end", "no_audio")
 """Settings by which media become tensors: rows that differ in one are not about the same."""
 MOST_TOGETHER = 16
 """Rows about the same media that stay together. Where there are more, several processes share them out."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What systems and file systems without locks say."""
 NO_ID = "the row has no id, which must be text or a whole number."
 
 
@@ -91,8 +96,9 @@ class Source:
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path} is no Parquet file: {error}") from None
         else:
-            start = 0
             with self.path.open("rb") as lines:
+                start = len(BOM_UTF8) if lines.read(len(BOM_UTF8)) == BOM_UTF8 else 0  # as Notepad begins a file
+                lines.seek(start)
                 for line in lines:
                     if line.strip():
                         try:
@@ -226,16 +232,64 @@ def written(answers: Path) -> list[Path]:
     return [answers, answers.with_suffix(".partial.jsonl"), answers.with_suffix(".partial.parquet")]
 
 
+@contextmanager
+def only_run(answers: Path) -> Iterator[None]:
+    """Inside nobody else writes these answers. Makes their folder. Raises InputError where another run writes them, be
+    it on another machine, or nobody can.
+
+    It is the system's lock on a file beside them, which ends with the process, whatever ends that.
+    """
+    path = Path(os.path.realpath(written(answers)[1]))
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file: IO[str] | None = _locked(lock)
+    except BlockingIOError:
+        raise InputError(f"{answers} is being written by another run: wait for its end, or name another.") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"{answers} cannot be written: {error.strerror}.") from None
+        warnings.warn(f"there are no locks beside {answers}: start no other run into it.", stacklevel=3)
+        file = None
+    with file or nullcontext():
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked. Raises BlockingIOError where another has it, OSError of `NO_LOCKS` where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except OSError:
+            file.close()
+            raise
+        file.close()  # whoever had it before has removed it meanwhile
+
+
 class Journal:
     """Answers as they come, a line each: the file of answers itself, or beside it one that Parquet is made from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file, self.new = written(path)[-2:]
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file.")
         if path.is_file() and self.file != path and not self.file.is_file():
             raise InputError(f"{path} is there and whole: remove it to answer anew.")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.ids: set[Any] = set()
+        self.commands: list[dict[str, Any]] = []
+        """What rows say of the commands that they are from; those of 0.1 say nothing."""
         self.end: int | None = 0
         """Of what is whole, where the rest is still to be cut off: when the first answer is written."""
         if self.file.is_file():
@@ -251,6 +305,10 @@ class Journal:
                     if "question" in row and not row.keys() & {"text", "error"}:
                         raise InputError(f"{self.file} is no file of answers but of questions: name another.")
                     self.ids.add(row["id"])
+                    if not isinstance(row.get("command", {}), dict):
+                        raise InputError(f"{self.file} is no file of answers: its command is no object.")
+                    if "command" in row and row["command"] not in self.commands:
+                        self.commands.append(row["command"])
                     end += len(line)
             self.end = end
 
@@ -265,6 +323,19 @@ class Journal:
                     f"the ids {texts[str(id)]!r:.80} and {id!r:.80} would be the same text in {self.path}: "
                     "answer into a .jsonl file."
                 )
+
+    def check_command(self, command: dict[str, Any]) -> None:
+        """Raises InputError where answers that are there are those of another command."""
+        usual = vars(settings_parser().parse_args([]))  # also of settings that there were none of then
+        for other in self.commands:
+            for name in [*command, *(name for name in other if name not in command)]:
+                now, then = (each.get(name, usual.get(name)) for each in (command, other))
+                if now != then:
+                    was, is_now = ("not given" if value is None else f"{value!r:.80}" for value in (then, now))
+                    raise InputError(
+                        f"{self.file} has answers for which --{name.replace('_', '-')} was {was}, and now it is "
+                        f"{is_now}: give the settings of then, or name another file."
+                    )
 
     def _cut(self) -> None:
         if self.end is not None and self.file.is_file():
@@ -285,24 +356,38 @@ class Journal:
                 ) from None
 
     def finish(self) -> None:
-        """Makes Parquet of the lines, where that is wanted: whole or not at all."""
+        """Makes Parquet of the lines, where that is wanted: whole or not at all. Raises InputError where it cannot be
+        written."""
         if self.file == self.path or not self.file.is_file():
             return
         import pyarrow
         import pyarrow.parquet
 
         self._cut()
-        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error")
+        names = ("id", "text", "thought", "thought_cut", "tokens", "stats", "error", "warnings", "command")
         kinds: dict[str, Any] = dict.fromkeys(names)
         with self.file.open(encoding="utf-8") as lines:
             rows = [kinds | json.loads(line) for line in lines]
         for row in rows:
             row["id"] = str(row["id"])
-            row["stats"] = row["stats"] and json.dumps(row["stats"])
-        types = {"tokens": pyarrow.list_(pyarrow.int64()), "thought_cut": pyarrow.bool_()}
+            for name in ("stats", "command"):
+                row[name] = row[name] and json.dumps(row[name])
+        types = {
+            "tokens": pyarrow.list_(pyarrow.int64()),
+            "thought_cut": pyarrow.bool_(),
+            "warnings": pyarrow.list_(pyarrow.string()),
+        }
         schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in kinds])
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), self.new)
-        self.new.replace(self.path)
+        table = pyarrow.Table.from_pylist(rows, schema)
+        try:
+            pyarrow.parquet.write_table(table, self.new)
+            self.new.replace(self.path)
+        except OSError as error:
+            self.new.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror or error}. The answers are in {self.file}: the same "
+                "command makes it of them."
+            ) from None
         self.file.unlink()
 
 
@@ -317,10 +402,19 @@ def row_options(row: dict[str, Any], options: argparse.Namespace) -> argparse.Na
     """The settings of a row: its own, then the command line's. Raises InputError."""
     parser = settings_parser(RowSettings)
     known = vars(parser.parse_args([]))
-    arguments = []
+    found, arguments = copy(options), []
     for name, value in row.items():
-        if name in known and value is not None:
-            flag = f"--{name.replace('_', '-')}"
-            switch = isinstance(value, bool) and isinstance(known[name], bool)
-            arguments += [flag] * value if switch else [f"{flag}={value}"]
-    return parser.parse_args(arguments, copy(options))
+        if name not in known or value is None:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(known[name], bool):  # a switch, which the row may also turn off
+            if not isinstance(value, bool):
+                raise InputError(f"{flag}: must be true or false, not {value!r:.80}.")
+            setattr(found, name, value)
+            continue
+        if name == "system" and not isinstance(value, str):
+            raise InputError(f"{flag}: must be text, not {value!r:.80}.")
+        if isinstance(value, float) and value.is_integer():  # whole numbers with a gap between are such in Parquet
+            value = int(value)
+        arguments.append(f"--{flag}={value}")
+    return parser.parse_args(arguments, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -15,13 +16,14 @@ class BackgroundTask(Generic[T]):
     """with BackgroundTask(task) as running: … running.wait()
 
     task(stopped) → what `wait` returns; it should look at `stopped()` now and then, which tells that nobody waits any
-    more: the block was left. Where both fail, the error of the task is raised, as if it had been done first.
+    more: the block was left. Where both fail, the error of the task is raised, as if it had been done first. The task
+    sees the context variables of whoever starts it.
     """
 
     def __init__(self, task: Callable[[Callable[[], bool]], T]) -> None:
         self.stop = threading.Event()
         self.pool = ThreadPoolExecutor(1)
-        self.job = self.pool.submit(task, self.stop.is_set)
+        self.job = self.pool.submit(copy_context().run, task, self.stop.is_set)
 
     def wait(self) -> T:
         return self.job.result()

@@ -5,25 +5,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_rows import read, write
 
 import omni
+from omni import batch as batch_module
 from omni import rows as omni_rows
 from omni.answer import method_of
+from omni.arguments import OUT_OF_MEMORY
 from omni.batch import ModelReplica, Pool, PrepareWorker, argument_parser, main, pack, unpack
 from omni.inputs import InputError
 from omni.processing import reader
 from omni.processing.frames import Pixels
 from omni.processing.media import MediaError
-from omni.rows import Source
+from omni.rows import Journal, Source, only_run
 
 pyarrow = pytest.importorskip("pyarrow")
 ALONE = Pool(decoders=1, replicas=1, threads=1, reserved=1, device="cpu")
@@ -49,6 +57,20 @@ def test_media_are_paths(tmp_path: Path, checkpoint: Path, media: Any) -> None:
     prepare = PrepareWorker(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
     with pytest.raises(InputError, match="media must be a path, a list of paths, or null"):
         prepare.prepared({"id": 1, "question": "?", "media": media})
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_for_media(tmp_path: Path, checkpoint: Path, model: omni.Omni, question: str) -> None:
+    """Protects: captioners are asked nothing, and nothing is asked about nothing."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    prepare = PrepareWorker(options(checkpoint, tmp_path / "q.jsonl"), ALONE, set())
+    for media in (None, []):
+        with pytest.raises(InputError, match="the row has neither media nor a question"):
+            prepare.prepared({"id": 1, "question": question, "media": media})
+    _, found = prepare.prepared({"id": 1, "question": question, "media": "a.png"})
+    content = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": question}]
+    expected = [{"role": "user", "content": content if question else content[:1]}]
+    assert torch.equal(found.input_ids, model.prepare(expected).input_ids)
 
 
 def test_lines_end_at_line_ends_alone(tmp_path: Path, checkpoint: Path) -> None:
@@ -121,6 +143,44 @@ def test_rows_have_stretches_and_addresses_but_fetch_nothing(tmp_path: Path, che
         prepare.prepared({"id": 1, "media": "https://192.0.2.1/a.mp4", "question": "?", "urls": True})
     with pytest.raises(InputError, match="start: must be 0 or more"):
         prepare.prepared({"id": 1, "media": str(clip), "question": "?", "start": -1})
+
+
+def one_by_one(table: Any) -> list[Any]:
+    return [table.slice(row, 1) for row in range(len(table))]
+
+
+def test_an_address_is_fetched_once_for_its_rows(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: rows about one address are one download, which is gone after them."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        media = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("a.png", "gone.png")]
+        rows = [{"id": number, "media": media[:1], "question": f"{number}?"} for number in range(3)]
+        rows += [{"id": 3, "media": media[:1] * 2, "question": "?"}, {"id": 4, "media": media, "question": "?"}]
+        path = write(tmp_path / "q.jsonl", *rows)
+        source, prepare = Source(path), PrepareWorker(options(checkpoint, path, "--urls"), ALONE, set())
+        source.scan()
+        made = [prepare(row) for row in one_by_one(source.rows(Tables, source.groups()))]
+        server.shutdown()
+    told = [told for one in made for row in one["row"] for told in json.loads(row)]
+    assert [one["id"] for one in told] == [0, 1, 2, 3, 4] and [one["id"] for one in told if "error" in one] == [4]
+    assert asked == ["/a.png", "/a.png", "/a.png", "/gone.png"]  # once for each group
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 class Tables:
@@ -259,6 +319,93 @@ def test_a_file_that_changes_meanwhile_is_two(tmp_path: Path, checkpoint: Path) 
     assert again[0].use_audio_in_video is first[0].use_audio_in_video
 
 
+@pytest.mark.parametrize("kind", ["clip", "picture"])
+def test_a_row_may_name_a_medium_twice(tmp_path: Path, checkpoint: Path, clip: Path, kind: str) -> None:
+    """Protects: what is read once is one tensor, which safetensors does not store under two names. It is packed once,
+    in its places among others, and comes back as it was."""
+    if kind == "picture":
+        for colour in ("red", "blue"):
+            Image.new("RGB", (56, 56), colour).save(tmp_path / f"{colour}.png")
+    media = [str(clip)] * 2 if kind == "clip" else ["red.png", "blue.png", "red.png"]
+    rows = [{"id": number, "media": media, "question": f"{number}?"} for number in range(2)]
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows), "--fps", "1", "--max-frames", "4")
+    prepare = PrepareWorker(given, ALONE, set())
+    expected = prepare.prepared(rows[0])[1]
+    source = Source(given.questions)
+    source.scan()
+    made = prepare(source.rows(Tables, source.groups()))
+    (told,), (tensors,) = map(list, (map(json.loads, made["row"]), made["tensors"]))
+    assert [one["id"] for one in told if "error" not in one] == [0, 1]
+    found, name = unpack(tensors)[0], "pixel_values_videos" if kind == "clip" else "pixel_values"
+    assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert len({frames.data_ptr() for frames in unpack(tensors)[0].held(name).frames}) == len(set(media))
+
+
+def test_what_cannot_be_packed_is_its_rows_error(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: the rows beside it, and the run."""
+    rows = [{"id": number, "media": None, "question": f"{number}?"} for number in range(2)]
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
+    prepare, answer = PrepareWorker(given, ALONE, set()), ModelReplica(given, ALONE)
+
+    def failing(requests: list[omni.Inputs], dtype: torch.dtype) -> bytes:
+        if calls:
+            raise RuntimeError("no")
+        calls.append(1)
+        return pack(requests, dtype)
+
+    calls: list[int] = []
+    monkeypatch.setattr(batch_module, "pack", failing)
+    made = [prepare(pyarrow.Table.from_pylist([row])) for row in rows]
+    table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
+    found = {line["id"]: line for line in map(json.loads, answer(table)["answer"])}
+    assert found.keys() == {0, 1} and found[0]["text"] and found[1]["error"] == "RuntimeError: no"
+
+
+def cut_sound(path: Path) -> str:
+    """Noise that says that it is four seconds long, and is some two."""
+    import av
+
+    noise = np.random.default_rng(0).integers(-9999, 9999, (1, 4 * 16_000)).astype(np.int16)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("flac", rate=16_000)
+        frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return str(path)
+
+
+def test_warnings_are_their_rows(tmp_path: Path, checkpoint: Path) -> None:
+    """Protects: that an answer is about half of a clip is said beside it, at every row and beside an error, too, also
+    where sound is what is cut off, which another thread reads, or the file's name is no UTF-8."""
+    pages = tmp_path / "pages\udcff.tiff"
+    Image.new("RGB", (56, 56)).save(pages, save_all=True, append_images=[Image.new("RGB", (56, 56))])
+    media = [str(pages), cut_sound(tmp_path / "a.flac"), str(pages)]
+    rows: list[dict[str, Any]] = [{"id": number, "media": media, "question": f"{number}?"} for number in range(2)]
+    rows += [{"id": "wrong", "media": [*media, "gone.png"], "question": "?"}, {"id": "whole", "question": "?"}]
+    rows += [{"id": "long", "media": media, "question": "?", "max_new_tokens": 10**6}]
+    given = options(checkpoint, write(tmp_path / "q.jsonl", *rows))
+    prepare, answer = PrepareWorker(given, ALONE, set()), ModelReplica(given, ALONE)
+    source = Source(given.questions)
+    source.scan()
+    made = [prepare(row) for row in one_by_one(source.rows(Tables, source.groups()))]
+    table = pyarrow.table({name: [value for one in made for value in one[name]] for name in ("row", "tensors")})
+    journal = Journal(tmp_path / "a.parquet")
+    journal.write(answer(table)["answer"])
+    journal.finish()
+    found = {row["id"]: row for row in pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()}
+    assert found["0"]["text"] is not None and found["long"]["error"]
+    for id in ("0", "1", "long"):
+        sound, picture = sorted(found[id]["warnings"])
+        assert sound.startswith(f"{tmp_path}/a.flac is cut off: it promises a sound of 4.0 s and has ")
+        assert picture == f"{tmp_path}/pages\\udcff.tiff has 2 pages: the first is taken."
+    assert "gone.png" in found["wrong"]["error"]
+    assert found["whole"]["warnings"] is None
+    assert {json.loads(row["command"])["max_new_tokens"] for row in found.values()} == {5}
+
+
 def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Every row once, also when the run goes on from what an earlier one wrote, and where groups of them are about the
     same; then nothing is left to do."""
@@ -269,19 +416,28 @@ def test_on_ray(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[s
         {"id": number, "media": [None, "a.png", "b.png"][number % 3], "question": f"Question {number}?"}
         for number in range(12)
     ]
-    questions = write(tmp_path / "q.jsonl", *rows, "{broken", {"id": "gone", "media": "gone.png", "question": "?"})
+    gone = {"id": "gone", "media": "gone.png", "question": "?"}
+    cut = {"id": "cut", "media": cut_sound(tmp_path / "a.flac"), "question": "?"}
+    questions = write(tmp_path / "q.jsonl", *rows, "{broken", gone, cut)
     answers = tmp_path / "a.jsonl"
     answers.write_text('{"id": 3, "text": "from before"}\n{"id": 4, "te')
     command = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3", "--batch", "4"]
     assert main([*command, str(questions), str(answers)]) == 0
     found = read(answers)
-    assert found.keys() == {*range(12), "line 13", "gone"}
+    assert found.keys() == {*range(12), "line 13", "gone", "cut"}
     assert found[3]["text"] == "from before"
     assert [each for each in found if "error" in found[each]] == ["line 13", "gone"]
-    assert "13 rows" in capfd.readouterr().err
+    assert [each for each in found if "warnings" in found[each]] == ["cut"]
+    said = capfd.readouterr().err
+    assert "14 rows" in said and "2 of them errors, 1 with warnings; 1 were there before" in said
     assert main([*command, str(questions), str(answers)]) == 0
     assert "0 rows" in capfd.readouterr().err
+    assert main([*command, "--seed", "5", str(questions), str(answers)]) == 1
+    assert "--seed was not given, and now it is 5" in capfd.readouterr().err
     assert read(answers) == found
+    asked = found[0]["command"]
+    assert (asked["model"], asked["max_new_tokens"], asked["retention"]) == (str(checkpoint), 3, 0.35)
+    assert all(found[each]["command"] == asked for each in found if each != 3)
 
 
 def test_what_fits_no_row_is_said_first(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +446,83 @@ def test_what_fits_no_row_is_said_first(tmp_path: Path, checkpoint: Path, capsys
     assert main(["--method", "fastv", "--retention", "0.1", *command]) == 1
     assert capsys.readouterr().err.startswith("omni-batch: token selection cannot run: FastV cannot keep")
     assert main(["--batch", "0", *command]) == 1
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_second_run_is_refused(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects: two runs into one file lose and double answers; what is there stays as it is."""
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"}, "{broken")
+    answers = write(tmp_path / "a.jsonl", {"id": 1, "text": "x"})
+    with only_run(answers):
+        assert main(["--model", str(checkpoint), str(questions), str(answers)]) == 1
+    assert "a.jsonl is being written by another run" in capsys.readouterr().err
+    assert read(answers).keys() == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "nosuch"], "device 'nosuch' cannot be used here (Expected one of cpu"),
+        (["--device", "xpu"], "device 'xpu' cannot be used here ("),
+        (["--device", "cuda:1"], "a replica sees one GPU, which is cuda, not cuda:1: choose GPUs by CUDA_VISIBLE_"),
+        (["--device", "cuda"], "each replica takes a GPU, and there are 0: lower --replicas, or try --device cpu."),
+        (["--device", "cuda", "--replicas", "2"], "each replica takes a GPU, and there are 0"),
+        (["--adapter", "/nosuch"], "'/nosuch' is neither an existing folder nor a hub id"),
+    ],
+)
+def test_what_no_replica_can_use_is_said_first(
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    """Protects: before Ray starts, and not in its traceback."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"})
+    assert main(["--model", str(checkpoint), *arguments, str(questions), str(tmp_path / "a.jsonl")]) == 1
+    assert capsys.readouterr().err.startswith(f"omni-batch: {said}")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "config.json", "memory"])
+def test_a_process_that_cannot_start_tells_why(
+    tmp_path: Path, checkpoint: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: where a node's own files are at fault, or its memory, the sentence comes to the run."""
+    given = options(checkpoint, write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"}))
+    prepare, answer = PrepareWorker(given, ALONE, set()), ModelReplica(given, ALONE)
+    if broken == "memory":
+
+        def full(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(batch_module, "load", full)
+        answer, expected = ModelReplica(given, ALONE), OUT_OF_MEMORY
+    else:
+        folder = tmp_path / "copy"
+        shutil.copytree(checkpoint, folder)
+        (folder / broken).write_text("[]")
+        given.model = str(folder)
+        prepare, expected = PrepareWorker(given, ALONE, set()), broken
+    made = prepare(pyarrow.Table.from_pylist([{"id": 1, "media": None, "question": "?"}]))
+    (line,) = map(json.loads, answer(pyarrow.table(made))["answer"])
+    assert expected in line["unusable"] and "id" not in line
+
+
+def test_on_ray_it_is_a_sentence(tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An adapter without weights, which the replica finds."""
+    pytest.importorskip("ray")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "target_modules": []}')
+    questions = write(tmp_path / "q.jsonl", {"id": 1, "media": None, "question": "?"})
+    command = ["--model", str(checkpoint), "--device", "cpu", "--adapter", str(tmp_path / "adapter")]
+    assert main([*command, str(questions), str(tmp_path / "a.jsonl")]) == 1
+    said = capfd.readouterr().err
+    assert "adapter_model.safetensors is absent" in said.rpartition("\nomni-batch: ")[2]
     assert not (tmp_path / "a.jsonl").exists()
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 
 from omni.batch import argument_parser
 from omni.inputs import InputError
-from omni.rows import Journal, Source, row_options
+from omni.rows import Journal, Source, only_run, row_options
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -49,12 +53,63 @@ def test_rows_go_before_the_command_line() -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_a_row_turns_off_what_the_command_line_turns_on() -> None:
+    """Protects: a row's false goes before the command line's true; what is neither is refused."""
+    given = argument_parser().parse_args(["--no-audio", "q.jsonl", "a.jsonl"])
+    assert [row_options({"no_audio": value}, given).no_audio for value in (False, True, None)] == [False, True, True]
+    assert given.no_audio
+    for value in ("false", 0, 1.0, []):
+        with pytest.raises(InputError, match=rf"no-audio: must be true or false, not {re.escape(repr(value))}\.$"):
+            row_options({"no_audio": value}, given)
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 3, True])
+def test_a_system_message_is_text(value: Any) -> None:
+    """Protects: no Python's spelling of a list is asked."""
+    given = argument_parser().parse_args(["q.jsonl", "a.jsonl"])
+    assert row_options({"system": "--be brief"}, given).system == "--be brief"
+    with pytest.raises(InputError, match=rf"system: must be text, not {re.escape(repr(value))}\.$"):
+        row_options({"system": value}, given)
+
+
+def test_whole_numbers_with_a_gap_between(tmp_path: Path) -> None:
+    """Protects: pandas writes such a column as floats, of which those that are whole are the numbers that were meant;
+    no other is rounded."""
+    from pyarrow import parquet
+
+    given = argument_parser().parse_args(["--max-new-tokens", "7", "q.jsonl", "a.jsonl"])
+    columns = {"max_new_tokens": [32.0, None], "seed": [2.0**40, 0.0], "fps": [2.0, 0.5], "retention": [1.0, 0.25]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "q.parquet")
+    for row, expected in zip(
+        parquet.read_table(tmp_path / "q.parquet").to_pylist(), ((32, 2**40, 2.0, 1.0), (7, 0, 0.5, 0.25)), strict=True
+    ):
+        found = row_options(row, given)
+        assert (found.max_new_tokens, found.seed, found.fps, found.retention) == expected
+    for value in (32.5, math.nan, math.inf):
+        with pytest.raises(InputError, match=rf"max-new-tokens: must be a whole number, not '{value}'"):
+            row_options({"max_new_tokens": value}, given)
+
+
 def test_rows_without_an_id_are_answers_with_an_error(tmp_path: Path) -> None:
     questions = write(tmp_path / "q.jsonl", {"id": "a"}, "{broken", "", {"question": "?"}, "[1]", {"id": 2})
     ids, unreadable = Source(questions).scan()
     assert ids == ["a", 2]
     assert [row["id"] for row in unreadable] == ["line 2", "line 3", "line 4"]
     assert "it is not JSON" in unreadable[0]["error"] and "has no id" in unreadable[1]["error"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    """Protects: what Windows' editors begin a file with costs no row; within a file it is what it is."""
+    path = tmp_path / "q.jsonl"
+    lines = [b'{"id": 0}\r\n', b'{"id": 1}\n', b"\xef\xbb\xbf" + b'{"id": 2}\n']
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))
+    source = Source(path)
+    ids, unreadable = source.scan()
+    assert ids == [0, 1] and [row["id"] for row in unreadable] == ["line 3"]
+    data = path.read_bytes()
+    assert [data[start:].partition(b"\n")[0].strip() for start in source.starts] == [b'{"id": 0}', b'{"id": 1}']
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert Source(path).scan() == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +168,32 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 1 in Journal(tmp_path / "a.jsonl").ids
 
 
+def test_a_disk_too_full_for_parquet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: nothing half-written is left, the answers are, and with room again Parquet is made of them."""
+    from pyarrow import parquet
+
+    def full(_: Any, path: Path) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Journal(tmp_path / "a.parquet").write(['{"id": "1", "text": "x"}'])
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "write_table", full)
+        with pytest.raises(InputError, match=r"a\.parquet cannot be written: No space left .* in .*a\.partial\.jsonl"):
+            Journal(tmp_path / "a.parquet").finish()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.partial.jsonl"]
+    Journal(tmp_path / "a.parquet").finish()
+    assert parquet.read_table(tmp_path / "a.parquet")["text"].to_pylist() == ["x"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_answers_are_a_file(tmp_path: Path, name: str) -> None:
+    """Protects: that is known before anything is asked."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name} is a folder: name a file"):
+        Journal(tmp_path / name)
+
+
 def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
     """Protects: a damaged file of answers is not overwritten, and it is said which file it is."""
     path = tmp_path / "a.jsonl"
@@ -161,6 +242,73 @@ def test_parquet_comes_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
     with pytest.raises(InputError, match="is there and whole"):
         Journal(path)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.jsonl", "a.jsonl"), ("a.parquet", "a.partial.jsonl")])
+def test_one_run_at_a_time(tmp_path: Path, first: str, second: str) -> None:
+    """Protects: no answer is cut off or written twice by a second run, whatever it calls the file."""
+    (tmp_path / "linked").symlink_to(tmp_path)
+    with only_run(tmp_path / first):
+        with pytest.raises(InputError, match=rf"{second} is being written by another run"):
+            only_run(tmp_path / "linked" / second).__enter__()
+        with only_run(tmp_path / "b.jsonl"):
+            pass
+    with only_run(tmp_path / second):
+        pass
+    assert [each.name for each in tmp_path.iterdir()] == ["linked"]
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    code = f"import sys; from pathlib import Path; from omni.rows import only_run; l = only_run(Path({str(path)!r}))\n"
+    code += "l.__enter__(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stdout.read(1)
+        with pytest.raises(InputError, match="another run"), only_run(path):
+            pass
+        run.kill()
+    assert (tmp_path / ".a.jsonl.lock").exists()
+    with only_run(path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, and on file systems that have none."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.warns(UserWarning, match="start no other run into it"), only_run(tmp_path / "new" / "a.jsonl"):
+        assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "loop"])
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with (
+        pytest.raises(InputError, match=rf"{folder}/a\.jsonl cannot be written: "),
+        only_run(tmp_path / folder / "a.jsonl"),
+    ):
+        pass
+
+
+def test_answers_of_another_command_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Protects: one file has answers of one model with the same settings; those of 0.1 say nothing of theirs."""
+    then = {"model": "tiny", "retention": 0.35, "fps": 2.0}
+    path = write(tmp_path / "a.jsonl", {"id": 1, "text": "x"}, {"id": 2, "text": "x", "command": then})
+    journal = Journal(path)
+    for now in (then, {**then, "kv": "layerwise"}, {"model": "tiny", "retention": 0.35}):  # what is usual is not said
+        journal.check_command(now)
+    for changed, said in (
+        ({"retention": 0.1}, "--retention was 0.35, and now it is 0.1"),
+        ({"max_pixels": 3136}, "--max-pixels was not given, and now it is 3136"),
+        ({"model": "other"}, "--model was 'tiny', and now it is 'other'"),
+        ({"kv": "pruned"}, "--kv was 'layerwise', and now it is 'pruned'"),
+    ):
+        with pytest.raises(InputError, match=rf"a\.jsonl has answers for which {said}: give the settings of then"):
+            journal.check_command({**then, **changed})
+    Journal(write(tmp_path / "b.jsonl", {"id": 1, "text": "x"})).check_command(then)
+    with pytest.raises(InputError, match=r"b\.jsonl is no file of answers: its command is no object"):
+        Journal(write(tmp_path / "b.jsonl", {"id": 1, "text": "x", "command": "tiny"}))
 
 
 def test_other_questions_are_no_answers(tmp_path: Path) -> None:

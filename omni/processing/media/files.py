@@ -206,7 +206,8 @@ _noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
 
 @contextmanager
 def noting() -> Iterator[list[str]]:
-    """What this thread warns of inside, instead of the warnings; which are given after all where the block fails."""
+    """What this thread, and every `BackgroundTask` of it, warns of inside, instead of the warnings; which are given
+    after all where the block fails."""
     notes: list[str] = []
     token = _noted.set(notes)
     failed = True

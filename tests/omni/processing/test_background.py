@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from omni.processing.background import BackgroundTask
+from omni.processing.media.files import noting, warn
 
 
 def until_stopped(stopped: Callable[[], bool]) -> str:
@@ -29,6 +30,13 @@ def test_it_runs_beside_the_block() -> None:
     with BackgroundTask(task) as running:
         other.set()
         assert running.wait() != threading.get_ident()
+
+
+def test_it_warns_to_whoever_started_it() -> None:
+    """Protects: what there is to warn of sound is noted beside what there is of pictures."""
+    with noting() as notes, BackgroundTask(lambda _: warn("of the task")) as running:
+        running.wait()
+    assert notes == ["of the task"]
 
 
 def test_its_error_goes_first() -> None:
