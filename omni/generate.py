@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import omni
 from omni.arguments import OUT_OF_MEMORY, model_parser, settings_parser
@@ -133,11 +134,15 @@ def split_words(words: list[str], *, may_ask: bool = False) -> tuple[list[str], 
     """Media and question of a command line, whichever comes first.
 
     What is there as a file, or looks like the name of one, is a medium. Of what is left the last is the question, and
-    anything else a file that is missing. Raises UsageError where nothing is left, and for a single word that asks
-    nothing; beside media one may ("Transcribe"). may_ask: there need be no question, which then is "".
+    anything else a file that is missing. Where nothing is left, what ends in the name of another medium is the
+    question ("Describe clip.mp4"). Raises UsageError where there is none, and for a single word that asks nothing;
+    beside media one may ("Transcribe"). may_ask: there need be no question, which then is "".
     """
     how = 'Ask like this: omni-generate clip.mp4 "What happens here?"'
     told = [index for index, word in enumerate(words) if not _names_a_file(word)]
+    if not told:
+        ends = tuple(f" {name}" for word in words for name in (word, Path(word).name))
+        told = [index for index, word in enumerate(words) if word.endswith(ends) and not os.path.lexists(word)]
     if may_ask and not told:
         return words, ""
     if not words:
@@ -162,8 +167,16 @@ def _names_a_file(word: str) -> bool:
         return False
     if re.fullmatch(r"((file|data|https?):|~?/|\.\.?/)\S*", word, re.IGNORECASE):
         return True
+    if re.fullmatch(rf"[^?\n]*[^?\s]\.({MEDIA_ENDINGS})", word, re.IGNORECASE):  # with spaces, as phones name them
+        return True
     # Questions without a space may have a slash further on: Chinese ones, and "Cat/dog?".
     return bool(re.fullmatch(r"\S*\.\w{2,5}|(?!.*\?$)[!-~]*/[!-~]*", word, re.ASCII))
+
+
+MEDIA_ENDINGS = (
+    "mp4|m4v|mov|mkv|webm|avi|mpe?g|m?ts|m2ts|wmv|flv|3gp|ogv|mp3|wav|flac|og[ga]|opus|m4a|aac|wma|aiff?|"
+    "jpe?g|png|gif|webp|bmp|tiff?|avif|hei[cf]"
+)
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -157,6 +157,7 @@ def test_what_is_wrong_before_the_first_question_ends_it(checkpoint: Path, tmp_p
     (tmp_path / "note.txt").write_text("no medium")
     for more, words in (
         ([tmp_path / "gone.mp4"], "gone.mp4 does not exist."),
+        (["My holiday clip.mp4"], "My holiday clip.mp4 does not exist."),
         ([tmp_path / "note.txt"], "note.txt"),
         (["--top-k", "3"], "--top-k is for sampling"),
         (["--method", "fastv", "--retention", "0.1"], "token selection cannot run"),
