@@ -39,6 +39,7 @@ from omni.answer import (
     of_its_world,
     prepare,
     print_thought,
+    put,
     sampling_of,
     warn_of_cut_thought,
 )
@@ -57,7 +58,7 @@ PROMPT = "> "
 def chat(options: argparse.Namespace) -> int:
     """Talks until the input ends. Returns the exit status: 1 where a line that came from no terminal was refused.
 
-    Raises one of ERRORS, or MemoryError, for what is wrong before the first question.
+    Raises one of ERRORS, or MemoryError, for what is wrong before the first question, and OutputError.
     """
     with ExitStack() as stack:
         talk = Conversation(options, stack)
@@ -153,7 +154,7 @@ class Conversation:
             if not self.terminal:
                 raise
             answered = bool(pieces)
-            print(flush=True)
+            put()
             say("stopped; " + ("what was said stays." if answered else "the question is forgotten."))
         except MediaError as error:
             left = "The media of this question are left out." if media else "/new begins without it."
@@ -188,10 +189,10 @@ class Conversation:
             while generation is None:
                 try:
                     pieces.append(next(stream))
-                    print(pieces[-1], end="", flush=True)
+                    put(pieces[-1], end="")
                 except StopIteration as stop:
                     generation = stop.value
-        print(flush=True)
+        put()
         if generation.thought:
             print(file=sys.stderr)  # ends its line
         warn_of_cut_thought(generation)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import omni
-from omni.arguments import OUT_OF_MEMORY, model_parser, settings_parser
+from omni.arguments import OUT_OF_MEMORY, model_parser, open_streams, settings_parser
 
 # PyTorch, whose import takes most of a second, waits until there is a question: nothing here needs it.
 
@@ -29,6 +29,7 @@ class UsageError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Runs one question; returns the exit status: 0, 1 for a bad request, 2 for none, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    open_streams()
     state = {"interrupted": False, "importing": True}
 
     def interrupt(*_: object) -> None:
@@ -96,7 +97,7 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
 
     import torch
 
-    from omni.answer import ERRORS, answer, demo
+    from omni.answer import ERRORS, OutputError, answer, demo
     from omni.chat import chat
 
     imported()
@@ -113,9 +114,10 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         print(f"omni-generate: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): nothing more to say, not even at interpreter exit.
-        sys.stdout = None
+    except (BrokenPipeError, OutputError) as error:
+        if isinstance(error, OutputError):  # else its reader went away (`| head`): nothing more to say
+            print(f"omni-generate: {error}", file=sys.stderr)
+        sys.stdout = None  # or what it holds would be written at interpreter exit
         return 1
     return 0
 

@@ -229,6 +229,39 @@ def test_bad_request_is_one_sentence(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_stdout_cannot_encode_is_escaped(
+    checkpoint: Path, model: omni.Omni, monkeypatch: pytest.MonkeyPatch, capsys, encoding: str
+) -> None:
+    """Protects: an answer that was computed is not lost to its last character; JSON stays JSON."""
+    text = model.generate(model.prepare([{"role": "user", "content": "Why?"}]), max_new_tokens=6).text
+    assert not text.isascii()
+
+    def printed(*options: str) -> str:
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+        assert run(checkpoint, *options, "Why?") == 0
+        sys.stdout.flush()
+        return out.getvalue().decode(encoding)
+
+    assert printed() == text.encode(encoding, "backslashreplace").decode(encoding) + "\n"
+    written = printed("--json")
+    assert json.loads(written)["text"] == text and written.isascii() == (encoding != "utf-8")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("options", [["Why?"], ["--json", "Why?"], ["--chat", "Why?"]])
+def test_a_full_disk_is_one_sentence(checkpoint: Path, options: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n"))
+    with open("/dev/full", "w") as full:  # noqa: PTH123, as stdout
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(checkpoint, *options) == 1
+        with suppress(OSError):
+            full.close()
+    assert capsys.readouterr().err.splitlines() == ["omni-generate: stdout takes no answer: No space left on device."]
+
+
 @pytest.mark.parametrize("moment", ["importing", "loading", "answering"])
 def test_an_interrupt_ends_the_command_at_once(checkpoint: Path, clip: Path, moment: str) -> None:
     """SIGINT while PyTorch is imported, while the model loads and the clip is read, in the middle of an answer: status
