@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,11 @@ OUT_OF_MEMORY = (
 
 
 def open_streams() -> None:
-    """For a program's beginning: what stdout's encoding lacks is escaped, as stderr does, not an error."""
+    """For a program's beginning: a standard stream that is closed (`2>&-`) leads nowhere, so that what is meant for
+    one never goes to another; and what stdout's encoding lacks is escaped, as stderr does, not an error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # of what a notebook puts in its place
             cast(Any, stream).reconfigure(errors="backslashreplace")

@@ -262,6 +262,35 @@ def test_a_full_disk_is_one_sentence(checkpoint: Path, options: list[str], monke
     assert capsys.readouterr().err.splitlines() == ["omni-generate: stdout takes no answer: No space left on device."]
 
 
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_closed_streams_lead_nowhere(
+    checkpoint: Path, chat: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Protects: `2>&-` and `>&-`. The answer alone is on stdout, whose place figures do not take."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run(checkpoint, *chat, "Why?") == 0
+    whole = capsys.readouterr()
+    for name, left in (("stderr", (whole.out, "")), ("stdout", ("", whole.err))):
+        with monkeypatch.context() as closed:
+            closed.setattr(sys, name, None)
+            assert run(checkpoint, *chat, "Why?") == 0
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == (left[0], left[1].count("\n"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells what a number stands for")
+def test_closed_streams_take_no_other_files_number() -> None:
+    """Protects: what libraries write to stderr by its number never goes into a file that was opened later."""
+    code = "import os, sys, omni.arguments as a; a.open_streams(); "
+    code += (
+        "print([os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)], [each is None for each in (sys.stdin, sys.stderr)])"
+    )
+    done = subprocess.run(
+        f'{sys.executable} -c "{code}" <&- 2>&-', shell=True, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout == "['/dev/null', '/dev/null'] [False, False]\n"
+
+
 @pytest.mark.parametrize("moment", ["importing", "loading", "answering"])
 def test_an_interrupt_ends_the_command_at_once(checkpoint: Path, clip: Path, moment: str) -> None:
     """SIGINT while PyTorch is imported, while the model loads and the clip is read, in the middle of an answer: status
