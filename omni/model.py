@@ -483,7 +483,7 @@ class Omni:
 
 
 def listed(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
-    requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
+    requests = list(inputs) if isinstance(inputs, Iterable) and not isinstance(inputs, Inputs) else [inputs]
     if not all(isinstance(each, Inputs) for each in requests):
         raise TypeError("a request must be omni.Inputs, which Omni.prepare makes of messages; or Inputs(**tensors).")
     return requests

@@ -270,6 +270,8 @@ def test_what_is_no_request_is_said(deep: Pair) -> None:
     for ask in (deep.model.prefill, deep.model.generate):
         with pytest.raises(TypeError, match=r"a request must be omni.Inputs, which Omni.prepare makes"):
             ask([{"role": "user", "content": "What?"}])
+        with pytest.raises(TypeError, match=r"a request must be omni.Inputs, which Omni.prepare makes"):
+            ask(None)
 
 
 def test_decoding_sees_video_and_sound_unless_told_otherwise(deep: Pair) -> None:
