@@ -24,7 +24,7 @@ from omni.engine import Engine, Prefill
 from omni.inputs import Inputs
 from omni.processing.media.files import as_number
 from omni.processing.processor import TURN_END, Processor
-from omni.processing.reasoning import AnswerStream, split_answer
+from omni.processing.reasoning import AnswerStream, ends_in_thought, split_answer
 from omni.processing.tokenizer import LazyTokenizer, Tokenizer, TokenizerError
 from omni.processing.vocabulary import has_vocabulary
 from omni.reuse import REUSE_BYTES
@@ -124,7 +124,7 @@ class Generation:
 
     @cached_property
     def thought_cut(self) -> bool:
-        return not self._stopped and AnswerStream(self._tokenizer(), self._prompt[0].tolist() + self.tokens).is_thought
+        return not self._stopped and ends_in_thought(self._tokenizer(), self._prompt[0].tolist(), self.tokens)
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
