@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -53,6 +54,8 @@ from omni.processing.media.files import named
 from omni.show import check_path, show
 
 PROMPT = "> "
+BYTE_ORDER_MARK = "\ufeff"
+"""Before the first line, from editors and shells of Windows."""
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -143,6 +146,8 @@ class Conversation:
         COMMANDS[name].run(self, rest.strip())
 
     def ask(self, question: str) -> None:
+        if re.search("[\0\udc80-\udcff]", question):  # a zero byte, as UTF-16 has them, or what `_lines` let pass
+            raise InputError("the question is no UTF-8 text: save the questions as UTF-8, or set the terminal to it.")
         media, self.waiting = self.waiting, []
         content = [*media, {"type": "text", "text": question}]
         said, answered = [*self.messages, {"role": "user", "content": content}], False
@@ -308,11 +313,12 @@ def say(message: str) -> None:
 def _lines(first: str, terminal: bool) -> Iterator[str]:
     if first:
         yield first
-    # What is no UTF-8 reaches the tokenizer, which refuses it.
+    # What is no UTF-8 is refused where it is asked, and may be a path.
     with suppress(AttributeError):
         cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
     if not terminal:
-        yield from (line.rstrip("\n") for line in sys.stdin or ())
+        for number, line in enumerate(sys.stdin or ()):
+            yield line.removeprefix("" if number else BYTE_ORDER_MARK).rstrip("\n")
         return
     read = _reader()
     while True:

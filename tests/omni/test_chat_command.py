@@ -269,7 +269,27 @@ def test_an_interrupt_ends_a_conversation_by_pipe(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_lines_in_another_encoding_are_lines(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was pasted as Latin-1 goes to the tokenizer, which refuses it in words, and the next line is read."""
+    """What was pasted as Latin-1 is refused where it is asked, and the next line is read."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nWhy?\n"), encoding="utf-8"))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert list(chat._lines("", terminal)) == ["caf\udce9?", "Why?"]
+
+
+def test_text_of_windows_is_read_or_refused_in_words(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Protects: a byte-order mark before a command makes no question of it, and UTF-16 is told to whoever saved it so,
+    line by line, with nothing of it asked."""
+
+    def said(content: bytes) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        status = main(["--model", "tiny", "--device", "cpu", "--max-new-tokens", "2", "--chat"])
+        out, err = capsys.readouterr()
+        assert not out
+        return status, err.splitlines()
+
+    text = "/retention 0.5\r\n/retention 0.6\n"
+    told = ["omni-generate: retention 0.5.", "omni-generate: retention 0.6."]
+    assert said(text.encode("utf-8-sig")) == (0, told)
+    refused = "omni-generate: the question is no UTF-8 text: save the questions as UTF-8, or set the terminal to it."
+    assert said("What?\nWho?".encode("utf-16-le")) == (1, [refused] * 2)
+    assert said("What?\nWho?".encode("utf-16")) == (1, [refused] * 2)
+    assert said("caf\xe9?".encode("latin-1")) == (1, [refused])
