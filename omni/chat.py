@@ -4,7 +4,8 @@ In the library a conversation is a list of messages, which this keeps:
 
 - A question and the media named before it are a message; its answer is the next, without a reasoning model's thought.
 - What failed leaves no trace. Its media wait for the next question, but for those that cannot be read.
-- An answer that Ctrl-C stops stays as far as it was said. Where nothing was, nothing was asked.
+- An answer that Ctrl-C stops stays as far as it was said. Where nothing was, nothing was asked; nor where a thought was
+  cut off before any answer.
 
 In a terminal Ctrl-C stops an answer, and otherwise clears the line; /quit, or the end of the input, ends it all. Where
 questions come from a file or a pipe there is no prompt, and Ctrl-C ends the program: nobody is there to go on.
@@ -153,8 +154,10 @@ class Conversation:
         said, answered = [*self.messages, {"role": "user", "content": content}], False
         pieces: list[str] = []
         try:
-            self.answer(said, question, pieces)
-            answered = True
+            generation = self.answer(said, question, pieces)
+            answered = bool(pieces) or not generation.thought_cut
+            if not answered:
+                say("the question is forgotten.")
         except KeyboardInterrupt:
             if not self.terminal:
                 raise
@@ -173,7 +176,7 @@ class Conversation:
             else:
                 self.waiting = [*media, *self.waiting]
 
-    def answer(self, said: list[dict[str, Any]], question: str, pieces: list[str]) -> None:
+    def answer(self, said: list[dict[str, Any]], question: str, pieces: list[str]) -> Generation:
         """Prints the next answer, whose pieces are also put into `pieces` as they come."""
         started = time.perf_counter()
         inputs = prepare(self.model, said, self.options)
@@ -203,6 +206,7 @@ class Conversation:
         warn_of_cut_thought(generation)
         cast(Shown, self.last).answer = generation.text
         print(figures(generation, media_seconds), file=sys.stderr)
+        return generation
 
     def add(self, sources: list[str]) -> None:
         """Media for the next question; all of them or, where one cannot be read, none."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -138,6 +140,27 @@ def test_media_wait_for_a_question_that_is_answered(
         answers.append(model.generate(inputs, max_new_tokens=5))
     assert out == [answer.text for answer in answers]
     assert [kept(line) for line in err if line.startswith("[")] == [answer.stats.segments for answer in answers]
+
+
+def test_a_question_whose_thought_was_cut_is_forgotten(
+    write_checkpoint, clip: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Protects: a model is not shown an empty answer of its own as if it had said nothing; the medium waits."""
+    folder = shutil.copytree(write_checkpoint("qwen3"), tmp_path / "thinking")
+    settings = json.loads((folder / "chat_template.json").read_text())
+    thinking = settings["chat_template"] + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": thinking}))
+    asked = []
+    prepare = chat.prepare
+    monkeypatch.setattr(
+        chat, "prepare", lambda model, said, options: asked.append(said) or prepare(model, said, options)
+    )
+    status, out, err = talk(monkeypatch, capsys, folder, ["Why?", "And then?"], clip)
+    assert (status, out) == (0, ["", ""])
+    kinds = [[part["type"] for part in message["content"]] for said in asked for message in said]
+    assert kinds == [["video", "text"], ["video", "text"]]
+    assert [message["content"][1]["text"] for said in asked for message in said] == ["Why?", "And then?"]
+    assert err.count("omni-generate: the question is forgotten.") == 2
 
 
 def test_help_lists_every_command(monkeypatch, capsys) -> None:
