@@ -52,9 +52,10 @@ def answer(options: argparse.Namespace) -> None:
     """Prints an answer, and on stderr what it took. Raises one of ERRORS, OutputError or MemoryError."""
     if options.show:
         check_path(options.show, options.media)
+    sampling_of(options)  # what it refuses is known before gigabytes are read
     with ExitStack() as files:
         options.media = [files.enter_context(fetched(source, urls=options.urls)) for source in options.media]
-        conversation = messages(options)  # a file that is not there is known before gigabytes are read
+        conversation = messages(options)  # and a file that is not there
         model = load_model(options)
         started = time.perf_counter()
         inputs = prepare(model, conversation, options)

@@ -138,7 +138,8 @@ def split_words(words: list[str], *, may_ask: bool = False) -> tuple[list[str], 
     What is there as a file, or looks like the name of one, is a medium. Of what is left the last is the question, and
     anything else a file that is missing. Where nothing is left, what ends in the name of another medium is the
     question ("Describe clip.mp4"). Raises UsageError where there is none, and for a single word that asks nothing;
-    beside media one may ("Transcribe"). may_ask: there need be no question, which then is "".
+    beside media one may ("Transcribe"), and so may "", since some models take sound alone. may_ask: there need be no
+    question, which then is "".
     """
     how = 'Ask like this: omni-generate clip.mp4 "What happens here?"'
     told = [index for index, word in enumerate(words) if not _names_a_file(word)]
@@ -150,9 +151,11 @@ def split_words(words: list[str], *, may_ask: bool = False) -> tuple[list[str], 
     if not words:
         raise UsageError(f"there is no question. {how}")
     if not told:
-        raise UsageError(f"there is no question, {words[-1]} names a file. {how}")
+        raise UsageError(f'there is no question, {words[-1]} names a file. {how} "" asks without one.')
     at = told[-1]
     media, question = words[:at] + words[at + 1 :], words[at]
+    if not (media or question.strip() or may_ask):
+        raise UsageError(f"there is no question. {how}")
     others = [words[index] for index in told[:-1]]
     if others and not any(" " in word for word in others):
         raise UsageError(f"{others[0]!r} and {question!r} are no files: put the question in quotation marks. {how}")

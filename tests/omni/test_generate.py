@@ -180,6 +180,20 @@ def test_sampling_settings(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
     assert "names no sampling settings in generation_config.json: give a temperature." in capsys.readouterr().err
 
 
+def test_what_asks_nothing_to_be_drawn_is_said_before_anything_is_loaded(capsys) -> None:
+    assert main(["--model", "no-such-folder", "--top-p", "0.9", "Why?"]) == 1
+    assert capsys.readouterr().err.startswith("omni-generate: --top-p is for sampling: ")
+
+
+def test_a_sound_may_be_asked_about_without_words(
+    checkpoint: Path, clip: Path, model: omni.Omni, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects: "" is the library's message of the medium alone, as Qwen3-Omni's Captioner takes it."""
+    assert run(checkpoint, "--json", "--retention", "1", clip, "") == 0
+    inputs = model.prepare([{"role": "user", "content": [{"type": "video", "video": str(clip)}]}])
+    assert json.loads(capsys.readouterr().out)["tokens"] == model.generate(inputs, max_new_tokens=6).tokens
+
+
 def test_json_and_no_audio(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(checkpoint, "--json", "--no-audio", "--fps", "1", clip, "What?") == 0
     report = json.loads(capsys.readouterr().out)
@@ -415,6 +429,7 @@ def test_the_parser_lists_what_there_is() -> None:
         (["CLIP", "Is it like My clip.mp4?"], ["CLIP"], "Is it like My clip.mp4?"),
         (["CLIP", "Pick one.\nA. an mp3\nB. some .mp3"], ["CLIP"], "Pick one.\nA. an mp3\nB. some .mp3"),
         (["CLIP", "Transcribe"], ["CLIP"], "Transcribe"),
+        (["CLIP", ""], ["CLIP"], ""),
         (["Is clip.mp4 loud?"], [], "Is clip.mp4 loud?"),
         (["发生了什么"], [], "发生了什么"),
         (["CLIP", "他/她在做什么?"], ["CLIP"], "他/她在做什么?"),
@@ -433,7 +448,9 @@ def test_media_and_question(clip: Path, words: list[str], media: list[str], ques
     ("words", "reason"),
     [
         ([], "there is no question."),
-        (["CLIP"], "there is no question, "),
+        ([""], "there is no question."),
+        (["  "], "there is no question."),
+        (["CLIP"], '"" asks without one.'),
         (["."], "there is no question, . names a file."),
         (["missing.mp4"], "there is no question, missing.mp4 names a file."),
         (["My holiday clip.mp4"], "there is no question, My holiday clip.mp4 names a file."),
