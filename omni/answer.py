@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import sys
 import time
@@ -33,13 +34,28 @@ ERRORS = (CheckpointError, ConfigError, TokenizerError, ChatTemplateError, Media
 """Every way in which a request can be wrong; anything else is a fault of this library."""
 
 
+class OutputError(Exception):
+    """Stdout takes no more: a full disk, a terminal that is gone."""
+
+
+def put(text: str = "", end: str = "\n") -> None:
+    """Prints at once. Raises OutputError, and BrokenPipeError where nobody reads any more."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout takes no answer: {error.strerror or error}.") from None
+
+
 def answer(options: argparse.Namespace) -> None:
-    """Prints an answer, and on stderr what it took. Raises one of ERRORS, or MemoryError."""
+    """Prints an answer, and on stderr what it took. Raises one of ERRORS, OutputError or MemoryError."""
     if options.show:
         check_path(options.show, options.media)
+    sampling_of(options)  # what it refuses is known before gigabytes are read
     with ExitStack() as files:
         options.media = [files.enter_context(fetched(source, urls=options.urls)) for source in options.media]
-        conversation = messages(options)  # a file that is not there is known before gigabytes are read
+        conversation = messages(options)  # and a file that is not there
         model = load_model(options)
         started = time.perf_counter()
         inputs = prepare(model, conversation, options)
@@ -59,7 +75,7 @@ def answer(options: argparse.Namespace) -> None:
         settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
         asked = {"model": options.model, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
         report = {**report_of(generation), "stats": stats, **asked, "settings": settings}
-        print(json.dumps(report, ensure_ascii=False))
+        put(json.dumps(report, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"))
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
     warn_of_cut_thought(generation)
@@ -154,8 +170,8 @@ def demo() -> None:
     model = load("tiny")
     content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
     inputs = model.prepare([{"role": "user", "content": content}])
-    print(f"{CLIP}\n{QUESTION}\n")
-    print(
+    put(f"{CLIP}\n{QUESTION}\n")
+    put(
         f"{'tokens kept':12} {'answer':8} {'tokens by layers':28} {'multiply-accumulates':>21} "
         f"{'first prefill':>14} {f'median of {TIMES}':>13}"
     )
@@ -168,12 +184,12 @@ def demo() -> None:
         kept = " > ".join(map(str, stats.segments))
         macs = f"{stats.macs / 1e9:.2f} G"
         fewer = f"{macs} ({stats.macs_ratio:.1f}x fewer)" if selection else macs
-        print(
+        put(
             f"{retention:<12.0%} {answer.text:8} {kept:28} {fewer:>21} "
             f"{1000 * first:11.0f} ms {1000 * median(seconds):10.0f} ms"
         )
-    print("\nNothing was compiled: for a single question that takes longer than the answer.")
-    print('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
+    put("\nNothing was compiled: for a single question that takes longer than the answer.")
+    put('Ask about a clip of yours: python -m omni.generate --model Qwen/Qwen2.5-Omni-7B clip.mp4 "What happens?"')
 
 
 def of_its_world(inputs: Inputs) -> bool:
@@ -237,10 +253,10 @@ def _print_stream(answer: Any, *, quiet: bool) -> Generation:
             piece = next(answer)
         except StopIteration as stop:
             if not quiet:
-                print(flush=True)
+                put()
             return stop.value
         if not quiet:
-            print(piece, end="", flush=True)
+            put(piece, end="")
 
 
 def figures(generation: Generation, media_seconds: float) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 CLIP = Path(__file__).parent / "demo" / "clip.mp4"
 QUESTION = """What was on screen when the low tone sounded?
@@ -42,6 +44,17 @@ TINY = "tiny knows its own small world alone, coloured shapes and tones (its cli
 OUT_OF_MEMORY = (
     "the device ran out of memory: lower --retention, --fps, --max-frames or --max-pixels, or take --dtype bfloat16."
 )
+
+
+def open_streams() -> None:
+    """For a program's beginning: a standard stream that is closed (`2>&-`) leads nowhere, so that what is meant for
+    one never goes to another; and what stdout's encoding lacks is escaped, as stderr does, not an error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of what a notebook puts in its place
+            cast(Any, stream).reconfigure(errors="backslashreplace")
 
 
 def model_parser() -> argparse.ArgumentParser:

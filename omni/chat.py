@@ -4,7 +4,8 @@ In the library a conversation is a list of messages, which this keeps:
 
 - A question and the media named before it are a message; its answer is the next, without a reasoning model's thought.
 - What failed leaves no trace. Its media wait for the next question, but for those that cannot be read.
-- An answer that Ctrl-C stops stays as far as it was said. Where nothing was, nothing was asked.
+- An answer that Ctrl-C stops stays as far as it was said. Where nothing was, nothing was asked; nor where a thought was
+  cut off before any answer.
 
 In a terminal Ctrl-C stops an answer, and otherwise clears the line; /quit, or the end of the input, ends it all. Where
 questions come from a file or a pipe there is no prompt, and Ctrl-C ends the program: nobody is there to go on.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -39,6 +41,7 @@ from omni.answer import (
     of_its_world,
     prepare,
     print_thought,
+    put,
     sampling_of,
     warn_of_cut_thought,
 )
@@ -52,12 +55,14 @@ from omni.processing.media.files import named
 from omni.show import check_path, show
 
 PROMPT = "> "
+BYTE_ORDER_MARK = "\ufeff"
+"""Before the first line, from editors and shells of Windows."""
 
 
 def chat(options: argparse.Namespace) -> int:
     """Talks until the input ends. Returns the exit status: 1 where a line that came from no terminal was refused.
 
-    Raises one of ERRORS, or MemoryError, for what is wrong before the first question.
+    Raises one of ERRORS, or MemoryError, for what is wrong before the first question, and OutputError.
     """
     with ExitStack() as stack:
         talk = Conversation(options, stack)
@@ -142,18 +147,22 @@ class Conversation:
         COMMANDS[name].run(self, rest.strip())
 
     def ask(self, question: str) -> None:
+        if re.search("[\0\udc80-\udcff]", question):  # a zero byte, as UTF-16 has them, or what `_lines` let pass
+            raise InputError("the question is no UTF-8 text: save the questions as UTF-8, or set the terminal to it.")
         media, self.waiting = self.waiting, []
         content = [*media, {"type": "text", "text": question}]
         said, answered = [*self.messages, {"role": "user", "content": content}], False
         pieces: list[str] = []
         try:
-            self.answer(said, question, pieces)
-            answered = True
+            generation = self.answer(said, question, pieces)
+            answered = bool(pieces) or not generation.thought_cut
+            if not answered:
+                say("the question is forgotten.")
         except KeyboardInterrupt:
             if not self.terminal:
                 raise
             answered = bool(pieces)
-            print(flush=True)
+            put()
             say("stopped; " + ("what was said stays." if answered else "the question is forgotten."))
         except MediaError as error:
             left = "The media of this question are left out." if media else "/new begins without it."
@@ -167,7 +176,7 @@ class Conversation:
             else:
                 self.waiting = [*media, *self.waiting]
 
-    def answer(self, said: list[dict[str, Any]], question: str, pieces: list[str]) -> None:
+    def answer(self, said: list[dict[str, Any]], question: str, pieces: list[str]) -> Generation:
         """Prints the next answer, whose pieces are also put into `pieces` as they come."""
         started = time.perf_counter()
         inputs = prepare(self.model, said, self.options)
@@ -188,15 +197,16 @@ class Conversation:
             while generation is None:
                 try:
                     pieces.append(next(stream))
-                    print(pieces[-1], end="", flush=True)
+                    put(pieces[-1], end="")
                 except StopIteration as stop:
                     generation = stop.value
-        print(flush=True)
+        put()
         if generation.thought:
             print(file=sys.stderr)  # ends its line
         warn_of_cut_thought(generation)
         cast(Shown, self.last).answer = generation.text
         print(figures(generation, media_seconds), file=sys.stderr)
+        return generation
 
     def add(self, sources: list[str]) -> None:
         """Media for the next question; all of them or, where one cannot be read, none."""
@@ -307,11 +317,12 @@ def say(message: str) -> None:
 def _lines(first: str, terminal: bool) -> Iterator[str]:
     if first:
         yield first
-    # What is no UTF-8 reaches the tokenizer, which refuses it.
+    # What is no UTF-8 is refused where it is asked, and may be a path.
     with suppress(AttributeError):
         cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
     if not terminal:
-        yield from (line.rstrip("\n") for line in sys.stdin or ())
+        for number, line in enumerate(sys.stdin or ()):
+            yield line.removeprefix("" if number else BYTE_ORDER_MARK).rstrip("\n")
         return
     read = _reader()
     while True:

@@ -14,9 +14,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import omni
-from omni.arguments import OUT_OF_MEMORY, model_parser, settings_parser
+from omni.arguments import OUT_OF_MEMORY, model_parser, open_streams, settings_parser
 
 # PyTorch, whose import takes most of a second, waits until there is a question: nothing here needs it.
 
@@ -28,6 +29,7 @@ class UsageError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Runs one question; returns the exit status: 0, 1 for a bad request, 2 for none, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    open_streams()
     state = {"interrupted": False, "importing": True}
 
     def interrupt(*_: object) -> None:
@@ -95,7 +97,7 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
 
     import torch
 
-    from omni.answer import ERRORS, answer, demo
+    from omni.answer import ERRORS, OutputError, answer, demo
     from omni.chat import chat
 
     imported()
@@ -112,9 +114,10 @@ def _run(arguments: list[str], imported: Callable[[], None]) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         print(f"omni-generate: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): nothing more to say, not even at interpreter exit.
-        sys.stdout = None
+    except (BrokenPipeError, OutputError) as error:
+        if isinstance(error, OutputError):  # else its reader went away (`| head`): nothing more to say
+            print(f"omni-generate: {error}", file=sys.stderr)
+        sys.stdout = None  # or what it holds would be written at interpreter exit
         return 1
     return 0
 
@@ -133,19 +136,26 @@ def split_words(words: list[str], *, may_ask: bool = False) -> tuple[list[str], 
     """Media and question of a command line, whichever comes first.
 
     What is there as a file, or looks like the name of one, is a medium. Of what is left the last is the question, and
-    anything else a file that is missing. Raises UsageError where nothing is left, and for a single word that asks
-    nothing; beside media one may ("Transcribe"). may_ask: there need be no question, which then is "".
+    anything else a file that is missing. Where nothing is left, what ends in the name of another medium is the
+    question ("Describe clip.mp4"). Raises UsageError where there is none, and for a single word that asks nothing;
+    beside media one may ("Transcribe"), and so may "", since some models take sound alone. may_ask: there need be no
+    question, which then is "".
     """
     how = 'Ask like this: omni-generate clip.mp4 "What happens here?"'
     told = [index for index, word in enumerate(words) if not _names_a_file(word)]
+    if not told:
+        ends = tuple(f" {name}" for word in words for name in (word, Path(word).name))
+        told = [index for index, word in enumerate(words) if word.endswith(ends) and not os.path.lexists(word)]
     if may_ask and not told:
         return words, ""
     if not words:
         raise UsageError(f"there is no question. {how}")
     if not told:
-        raise UsageError(f"there is no question, {words[-1]} names a file. {how}")
+        raise UsageError(f'there is no question, {words[-1]} names a file. {how} "" asks without one.')
     at = told[-1]
     media, question = words[:at] + words[at + 1 :], words[at]
+    if not (media or question.strip() or may_ask):
+        raise UsageError(f"there is no question. {how}")
     others = [words[index] for index in told[:-1]]
     if others and not any(" " in word for word in others):
         raise UsageError(f"{others[0]!r} and {question!r} are no files: put the question in quotation marks. {how}")
@@ -162,8 +172,16 @@ def _names_a_file(word: str) -> bool:
         return False
     if re.fullmatch(r"((file|data|https?):|~?/|\.\.?/)\S*", word, re.IGNORECASE):
         return True
+    if re.fullmatch(rf"[^?\n]*[^?\s]\.({MEDIA_ENDINGS})", word, re.IGNORECASE):  # with spaces, as phones name them
+        return True
     # Questions without a space may have a slash further on: Chinese ones, and "Cat/dog?".
     return bool(re.fullmatch(r"\S*\.\w{2,5}|(?!.*\?$)[!-~]*/[!-~]*", word, re.ASCII))
+
+
+MEDIA_ENDINGS = (
+    "mp4|m4v|mov|mkv|webm|avi|mpe?g|m?ts|m2ts|wmv|flv|3gp|ogv|mp3|wav|flac|og[ga]|opus|m4a|aac|wma|aiff?|"
+    "jpe?g|png|gif|webp|bmp|tiff?|avif|hei[cf]"
+)
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ class SeatsOmni(lmms):
     `seats.method_for`; retention=1 keeps every token. kv: `Omni.prefill`. fps, max_frames, min_pixels, max_pixels,
     total_pixels: `Omni.prepare`. use_audio_in_video: whether clips are heard. system_prompt: instead of the chat
     template's, or a file that has it. max_new_tokens: where a task says nothing. batch_size: requests together, of one
-    plan each.
+    plan each. seed: makes answers that a task draws at a temperature repeatable, by the same command in as many
+    processes; none unless given. Each batch draws from a seed of its own, made of this one and of its first request's
+    number, so that a task that asks one question several times gets several answers.
 
     protocol: "ours", where clips have their true times and their whole sound, and prompts keep to the model's context;
     or "paper", as the paper's authors ask (`omni.protocol`): frames from a clip's first to its last, 1.0 or 2.0 s per
@@ -143,6 +146,7 @@ class SeatsOmni(lmms):
         system_prompt: str | None = None,
         max_new_tokens: int = 512,
         batch_size: int | str = 1,
+        seed: int | str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -165,6 +169,9 @@ class SeatsOmni(lmms):
         for name, count in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if not 1 <= number(count) < math.inf:
                 raise InputError(f"{name} must be 1 or more, not {count!r}.")
+        if seed is not None and not (str(seed).isdecimal() and int(seed) < 2**63):
+            raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r:.80}.")
+        self.seed = None if seed is None else int(seed)
         from accelerate import Accelerator
 
         accelerator = Accelerator()
@@ -243,6 +250,9 @@ class SeatsOmni(lmms):
 
     def answer(self, requests: list[Any], numbers: list[int], inputs: list[Inputs], options: dict[str, Any]) -> None:
         """Notes the answers to some of the requests. Where a batch fails and the run goes on, one after another."""
+        if self.seed is not None and "temperature" in options:
+            # Not their sum: the answers of the next seed would be these of the next request.
+            options = {**options, "seed": Random(f"{self.seed} {numbers[0]}").getrandbits(63)}
         try:
             generations = self.model.generate(inputs, seats=self.method, kv=self.kv, **options)
         except Exception as error:

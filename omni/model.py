@@ -25,7 +25,7 @@ from omni.inputs import InputError, Inputs
 from omni.processing.chat_template import check_template
 from omni.processing.media.files import as_number
 from omni.processing.processor import TURN_END, Processor
-from omni.processing.reasoning import AnswerStream, split_answer
+from omni.processing.reasoning import AnswerStream, ends_in_thought, split_answer
 from omni.processing.tokenizer import LazyTokenizer, Tokenizer, TokenizerError
 from omni.processing.vocabulary import has_vocabulary
 from omni.reuse import REUSE_BYTES
@@ -44,8 +44,8 @@ Selection = Method | float | str
 class GenerateOptions(TypedDict, total=False):
     """max_new_tokens: 512 unless given. temperature, top_p, top_k: `omni.runtime.sampling.Sampling`; greedy unless
     given; the temperature "checkpoint" takes all that are not given from its generation config
-    (`omni.config.read_sampling`). seed: makes sampling repeatable on one device. stop_token_ids: instead of the
-    checkpoint's own and of <|im_end|>.
+    (`omni.config.read_sampling`). seed: makes sampling repeatable on one device, of the same requests in one call.
+    stop_token_ids: instead of the checkpoint's own and of <|im_end|>.
     seats, kv: token selection, as `Omni.prefill` takes it.
     """
 
@@ -125,7 +125,7 @@ class Generation:
 
     @cached_property
     def thought_cut(self) -> bool:
-        return not self._stopped and AnswerStream(self._tokenizer(), self._prompt[0].tolist() + self.tokens).is_thought
+        return not self._stopped and ends_in_thought(self._tokenizer(), self._prompt[0].tolist(), self.tokens)
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
@@ -292,11 +292,12 @@ class Omni:
         max_new_tokens: of the answer, its stop token included (512 unless given).
         temperature: 0.0, which is greedy, unless given; "checkpoint" takes its generation config's, with top_p and
         top_k where these are not given. top_p: draws from the likeliest tokens that share this probability, top_k from
-        so many of the likeliest. seed: makes sampling repeatable on one device.
+        so many of the likeliest; without a temperature both are refused. seed: makes sampling repeatable on one device.
         stop_token_ids: instead of the checkpoint's own and of <|im_end|>.
         seats: token selection: a retention, a method's name, a method; None, as unless given, keeps every token.
         kv: what decoding sees of video and sound, "layerwise" unless given or "pruned". Both as `prefill` takes them.
-        Several requests run together, in a plan that holds all of them; the answers are those of one by one.
+        Several requests run together, in a plan that holds all of them; the answers are those of one by one, but for
+        what is drawn: all rows draw from one generator, so that a seed repeats the call as a whole.
         Errors: `stream` and `prefill`.
         """
         tokens = self._tokens(listed(inputs), **options)
@@ -480,15 +481,19 @@ class Omni:
             temperature, own_top_p, own_top_k = read_sampling(self.folder)
         elif isinstance(temperature, str):
             raise ValueError(f'temperature must be a number or "checkpoint", not {temperature!r:.80}.')
-        return Sampling(
+        sampling = Sampling(
             real("temperature", temperature),
             own_top_p if top_p is None else real("top_p", top_p),
             own_top_k if top_k is None else whole("top_k", top_k),
         )
+        given = [name for name, value in (("top_p", top_p), ("top_k", top_k)) if value is not None]
+        if given and sampling.temperature == 0:
+            raise InputError(f"{' and '.join(given)} must have a temperature above 0: at 0 nothing is drawn.")
+        return sampling
 
 
 def listed(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
-    requests = [inputs] if isinstance(inputs, Inputs) else list(inputs)
+    requests = list(inputs) if isinstance(inputs, Iterable) and not isinstance(inputs, Inputs) else [inputs]
     if not all(isinstance(each, Inputs) for each in requests):
         raise TypeError("a request must be omni.Inputs, which Omni.prepare makes of messages; or Inputs(**tensors).")
     return requests

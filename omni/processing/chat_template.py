@@ -63,8 +63,8 @@ ROLES = ("system", "user", "assistant")
 MEDIA = ("image", "audio", "video")
 
 _WALL_SECONDS = 30
-# Of this user's nothing: keys and names are none of a template's business. Windows starts no program without its own.
-_ENVIRONMENT = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ and os.name == "nt"}
+# Of this user's what the interpreter may need to start: keys and names are none of a template's business.
+_ENVIRONMENT = ("SYSTEMROOT",) if os.name == "nt" else ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 class ChatTemplateError(ValueError):
@@ -225,11 +225,14 @@ def render(
 
     special_tokens: "eos_token" and the like → text, which the template may name.
     Bounded: processor time, memory and the prompt's length (`omni.processing.sandbox` names the figures).
-    On systems other than Linux memory is not, and on Windows the wall clock alone bounds the time. Its environment is
-    empty. The process has this user's rights: what a hole in jinja2's sandbox would yield is not contained.
+    On systems other than Linux memory is not, and on Windows the wall clock alone bounds the time. It imports from
+    where this process does; of the environment it has what an interpreter needs to start. The process has this user's
+    rights: what a hole in jinja2's sandbox would yield is not contained.
     Costs the start of a Python interpreter, about a tenth of a second. Raises ChatTemplateError.
     """
-    program = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
+    # Modules of a cluster and `pip install --target` are found by PYTHONPATH, which it does not see.
+    program = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py")), *filter(None, sys.path)]
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     request = {
         "template": template,
         "messages": messages,
@@ -238,7 +241,7 @@ def render(
     }
     try:
         done = subprocess.run(
-            program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS, env=_ENVIRONMENT
+            program, input=json.dumps(request).encode(), capture_output=True, timeout=_WALL_SECONDS, env=environment
         )
     except subprocess.TimeoutExpired as error:
         raise ChatTemplateError(f"the chat template took more than {_WALL_SECONDS} s: use another.") from error

@@ -141,14 +141,17 @@ def _read(part: Mapping[str, Any], kind: str, where: str) -> Part:
             raise InputError(f'{where} has two sources, under "{names[0]}" and "{name}".')
     known = KEYS[kind]
     _refuse_unknown(stated, ("type", *names, *known), f"{'an' if kind != 'video' else 'a'} {kind}", where)
-    settings: dict[str, Any] = {}
-    for key, check in known.items():
-        if key in stated:
-            if not check.is_right(stated[key]):
-                raise InputError(f"{where}: {key} must be {check.what}, not {stated[key]!r:.80}.")
-            settings[key] = check.make(stated[key])
+    settings = checked(kind, {key: stated[key] for key in known if key in stated}, f"{where}: ")
     _require_sense(settings, where)
     return Part(kind, _source(stated[names[0]], names[0], where), settings, where)
+
+
+def checked(kind: str, settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Values under names of `KEYS`, of a part or of a call, as numbers of Python. Raises InputError."""
+    for key, value in settings.items():
+        if not KEYS[kind][key].is_right(value):
+            raise InputError(f"{where}{key} must be {KEYS[kind][key].what}, not {value!r:.80}.")
+    return {key: KEYS[kind][key].make(value) for key, value in settings.items()}
 
 
 def _refuse_unknown(part: Mapping[str, Any], known: Sequence[str], what: str, where: str) -> None:

@@ -20,7 +20,7 @@ from omni.processing.frames import Pixels, VisionSizes, vision_sizes
 from omni.processing.media import fetched
 from omni.processing.media.addresses import data_of, scheme_of
 from omni.processing.media.files import named
-from omni.processing.parts import Part, read_parts
+from omni.processing.parts import Part, checked, read_parts
 from omni.processing.prompt import clip_block, expand
 from omni.processing.reader import OnFrame, OnPixels, Reader, bounded
 from omni.processing.settings import check_sound_settings
@@ -96,10 +96,13 @@ class Processor:
         share their tensors, which are not to be written to.
         Raises InputError, MediaError, ChatTemplateError or TokenizerError.
         """
+        options = checked("video", {"fps": fps, "max_frames": max_frames, "use_audio_in_video": use_audio_in_video})
+        options["reading"] = reading
+        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
+        pixels |= checked("video", {name: value for name, value in pixels.items() if value is not None})
         plain, parts = read_parts(messages)
         ids = apply_chat_template(self.tokenizer, self.template, plain)  # before minutes go into decoding
-        options = {"fps": fps, "max_frames": max_frames, "use_audio_in_video": use_audio_in_video, "reading": reading}
-        sizes = bounded(self.sizes, min_pixels, max_pixels, total_pixels)
+        sizes = bounded(self.sizes, **pixels)
         with ExitStack() as stack:
             local = [replace(part, source=_local(part.source, urls, stack)) for part in parts]
             return self._prepared(ids, local, sizes, options, on_frame, on_pixels)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import NamedTuple
 
 from omni.processing.tokenizer import TextStream, Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
+TURN_BEGIN = "<|im_start|>"
 
 
 class Piece(NamedTuple):
@@ -18,14 +20,17 @@ class Piece(NamedTuple):
 class AnswerStream:
     """Turns new token ids into pieces of thought and answer as they come; the marks are part of neither.
 
-    prompt: the ids before them. Reasoning templates leave a thought open at the end of the prompt. Blank lines after a
-    mark are left out. Vocabularies without the marks yield answers alone. is_thought: whether one is open now.
+    prompt: the ids before them. Reasoning templates leave a thought open at the end of the prompt, in the turn that is
+    to be said: marks of earlier turns, which may be spoken of there, open nothing. Blank lines after a mark are left
+    out. Vocabularies without the marks yield answers alone. is_thought: whether one is open now.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._marks = {tokenizer.added_tokens[mark]: mark for mark in (OPEN, CLOSE) if mark in tokenizer.added_tokens}
-        last = next((self._marks[id] for id in reversed(list(prompt)) if id in self._marks), CLOSE)
+        begin = tokenizer.added_tokens.get(TURN_BEGIN)
+        turn = takewhile(lambda id: id != begin, reversed(list(prompt)))
+        last = next((self._marks[id] for id in turn if id in self._marks), CLOSE)
         self.is_thought, self._skip_blank = last == OPEN, last == OPEN
         self._text = TextStream(tokenizer)
 
@@ -47,6 +52,14 @@ class AnswerStream:
             text = text.lstrip("\n")
             self._skip_blank = not text
         return Piece(text, self.is_thought)
+
+
+def ends_in_thought(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> bool:
+    """Whether a generation leaves a thought open."""
+    stream = AnswerStream(tokenizer, prompt)
+    for id in ids:
+        stream.push(id)
+    return stream.is_thought
 
 
 def split_answer(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> tuple[str, str]:

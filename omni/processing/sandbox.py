@@ -13,6 +13,9 @@ import json
 import sys
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[:] = sys.argv[1:]  # of the process that started this one
+
 import jinja2
 import jinja2.ext
 import jinja2.nodes

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -140,6 +142,27 @@ def test_media_wait_for_a_question_that_is_answered(
     assert [kept(line) for line in err if line.startswith("[")] == [answer.stats.segments for answer in answers]
 
 
+def test_a_question_whose_thought_was_cut_is_forgotten(
+    write_checkpoint, clip: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Protects: a model is not shown an empty answer of its own as if it had said nothing; the medium waits."""
+    folder = shutil.copytree(write_checkpoint("qwen3"), tmp_path / "thinking")
+    settings = json.loads((folder / "chat_template.json").read_text())
+    thinking = settings["chat_template"] + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": thinking}))
+    asked = []
+    prepare = chat.prepare
+    monkeypatch.setattr(
+        chat, "prepare", lambda model, said, options: asked.append(said) or prepare(model, said, options)
+    )
+    status, out, err = talk(monkeypatch, capsys, folder, ["Why?", "And then?"], clip)
+    assert (status, out) == (0, ["", ""])
+    kinds = [[part["type"] for part in message["content"]] for said in asked for message in said]
+    assert kinds == [["video", "text"], ["video", "text"]]
+    assert [message["content"][1]["text"] for said in asked for message in said] == ["Why?", "And then?"]
+    assert err.count("omni-generate: the question is forgotten.") == 2
+
+
 def test_help_lists_every_command(monkeypatch, capsys) -> None:
     status, out, err = talk(monkeypatch, capsys, "tiny", ["/help"])
     assert status == 0 and not out
@@ -157,6 +180,7 @@ def test_what_is_wrong_before_the_first_question_ends_it(checkpoint: Path, tmp_p
     (tmp_path / "note.txt").write_text("no medium")
     for more, words in (
         ([tmp_path / "gone.mp4"], "gone.mp4 does not exist."),
+        (["My holiday clip.mp4"], "My holiday clip.mp4 does not exist."),
         ([tmp_path / "note.txt"], "note.txt"),
         (["--top-k", "3"], "--top-k is for sampling"),
         (["--method", "fastv", "--retention", "0.1"], "token selection cannot run"),
@@ -268,7 +292,27 @@ def test_an_interrupt_ends_a_conversation_by_pipe(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_lines_in_another_encoding_are_lines(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was pasted as Latin-1 goes to the tokenizer, which refuses it in words, and the next line is read."""
+    """What was pasted as Latin-1 is refused where it is asked, and the next line is read."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nWhy?\n"), encoding="utf-8"))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert list(chat._lines("", terminal)) == ["caf\udce9?", "Why?"]
+
+
+def test_text_of_windows_is_read_or_refused_in_words(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Protects: a byte-order mark before a command makes no question of it, and UTF-16 is told to whoever saved it so,
+    line by line, with nothing of it asked."""
+
+    def said(content: bytes) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        status = main(["--model", "tiny", "--device", "cpu", "--max-new-tokens", "2", "--chat"])
+        out, err = capsys.readouterr()
+        assert not out
+        return status, err.splitlines()
+
+    text = "/retention 0.5\r\n/retention 0.6\n"
+    told = ["omni-generate: retention 0.5.", "omni-generate: retention 0.6."]
+    assert said(text.encode("utf-8-sig")) == (0, told)
+    refused = "omni-generate: the question is no UTF-8 text: save the questions as UTF-8, or set the terminal to it."
+    assert said("What?\nWho?".encode("utf-16-le")) == (1, [refused] * 2)
+    assert said("What?\nWho?".encode("utf-16")) == (1, [refused] * 2)
+    assert said("caf\xe9?".encode("latin-1")) == (1, [refused])

@@ -180,6 +180,20 @@ def test_sampling_settings(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
     assert "names no sampling settings in generation_config.json: give a temperature." in capsys.readouterr().err
 
 
+def test_what_asks_nothing_to_be_drawn_is_said_before_anything_is_loaded(capsys) -> None:
+    assert main(["--model", "no-such-folder", "--top-p", "0.9", "Why?"]) == 1
+    assert capsys.readouterr().err.startswith("omni-generate: --top-p is for sampling: ")
+
+
+def test_a_sound_may_be_asked_about_without_words(
+    checkpoint: Path, clip: Path, model: omni.Omni, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects: "" is the library's message of the medium alone, as Qwen3-Omni's Captioner takes it."""
+    assert run(checkpoint, "--json", "--retention", "1", clip, "") == 0
+    inputs = model.prepare([{"role": "user", "content": [{"type": "video", "video": str(clip)}]}])
+    assert json.loads(capsys.readouterr().out)["tokens"] == model.generate(inputs, max_new_tokens=6).tokens
+
+
 def test_json_and_no_audio(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(checkpoint, "--json", "--no-audio", "--fps", "1", clip, "What?") == 0
     report = json.loads(capsys.readouterr().out)
@@ -227,6 +241,68 @@ def test_bad_request_is_one_sentence(
     assert last.startswith("omni-generate: ")
     assert words in last
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_stdout_cannot_encode_is_escaped(
+    checkpoint: Path, model: omni.Omni, monkeypatch: pytest.MonkeyPatch, capsys, encoding: str
+) -> None:
+    """Protects: an answer that was computed is not lost to its last character; JSON stays JSON."""
+    text = model.generate(model.prepare([{"role": "user", "content": "Why?"}]), max_new_tokens=6).text
+    assert not text.isascii()
+
+    def printed(*options: str) -> str:
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+        assert run(checkpoint, *options, "Why?") == 0
+        sys.stdout.flush()
+        return out.getvalue().decode(encoding)
+
+    assert printed() == text.encode(encoding, "backslashreplace").decode(encoding) + "\n"
+    written = printed("--json")
+    assert json.loads(written)["text"] == text and written.isascii() == (encoding != "utf-8")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("options", [["Why?"], ["--json", "Why?"], ["--chat", "Why?"]])
+def test_a_full_disk_is_one_sentence(checkpoint: Path, options: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n"))
+    with open("/dev/full", "w") as full:  # noqa: PTH123, as stdout
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(checkpoint, *options) == 1
+        with suppress(OSError):
+            full.close()
+    assert capsys.readouterr().err.splitlines() == ["omni-generate: stdout takes no answer: No space left on device."]
+
+
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_closed_streams_lead_nowhere(
+    checkpoint: Path, chat: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Protects: `2>&-` and `>&-`. The answer alone is on stdout, whose place figures do not take."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run(checkpoint, *chat, "Why?") == 0
+    whole = capsys.readouterr()
+    for name, left in (("stderr", (whole.out, "")), ("stdout", ("", whole.err))):
+        with monkeypatch.context() as closed:
+            closed.setattr(sys, name, None)
+            assert run(checkpoint, *chat, "Why?") == 0
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == (left[0], left[1].count("\n"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells what a number stands for")
+def test_closed_streams_take_no_other_files_number() -> None:
+    """Protects: what libraries write to stderr by its number never goes into a file that was opened later."""
+    code = "import os, sys, omni.arguments as a; a.open_streams(); "
+    code += (
+        "print([os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)], [each is None for each in (sys.stdin, sys.stderr)])"
+    )
+    done = subprocess.run(
+        f'{sys.executable} -c "{code}" <&- 2>&-', shell=True, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout == "['/dev/null', '/dev/null'] [False, False]\n"
 
 
 @pytest.mark.parametrize("moment", ["importing", "loading", "answering"])
@@ -344,7 +420,16 @@ def test_the_parser_lists_what_there_is() -> None:
         (["What?", "missing.mp4"], ["missing.mp4"], "What?"),
         (["https://example.org/a", "Why?"], ["https://example.org/a"], "Why?"),
         (["clips/one", "Why?"], ["clips/one"], "Why?"),
+        (["My holiday clip.mp4", "What?"], ["My holiday clip.mp4"], "What?"),
+        (["What?", "Video 2026-11-27 at 10.00.00.MP4"], ["Video 2026-11-27 at 10.00.00.MP4"], "What?"),
+        (["My holiday.mp4", "Sound 1.wav", "Why so"], ["My holiday.mp4", "Sound 1.wav"], "Why so"),
+        (["CLIP", "Describe clip.mp4"], ["CLIP"], "Describe clip.mp4"),
+        (["What happens in a b.mp4", "c/a b.mp4"], ["c/a b.mp4"], "What happens in a b.mp4"),
+        (["Describe clip.mp4", "CLIP", "Why so"], ["Describe clip.mp4", "CLIP"], "Why so"),
+        (["CLIP", "Is it like My clip.mp4?"], ["CLIP"], "Is it like My clip.mp4?"),
+        (["CLIP", "Pick one.\nA. an mp3\nB. some .mp3"], ["CLIP"], "Pick one.\nA. an mp3\nB. some .mp3"),
         (["CLIP", "Transcribe"], ["CLIP"], "Transcribe"),
+        (["CLIP", ""], ["CLIP"], ""),
         (["Is clip.mp4 loud?"], [], "Is clip.mp4 loud?"),
         (["发生了什么"], [], "发生了什么"),
         (["CLIP", "他/她在做什么?"], ["CLIP"], "他/她在做什么?"),
@@ -363,9 +448,13 @@ def test_media_and_question(clip: Path, words: list[str], media: list[str], ques
     ("words", "reason"),
     [
         ([], "there is no question."),
-        (["CLIP"], "there is no question, "),
+        ([""], "there is no question."),
+        (["  "], "there is no question."),
+        (["CLIP"], '"" asks without one.'),
         (["."], "there is no question, . names a file."),
         (["missing.mp4"], "there is no question, missing.mp4 names a file."),
+        (["My holiday clip.mp4"], "there is no question, My holiday clip.mp4 names a file."),
+        (["CLIP", "My holiday clip2.mp4"], "there is no question, My holiday clip2.mp4 names a file."),
         (["version"], "'version' asks nothing."),
         (["CLIP", "clip2"], "'clip2' asks nothing."),
         (["CLIP", "What", "happens", "here?"], "'What' and 'here?' are no files: put the question in quotation marks."),

@@ -241,6 +241,26 @@ def test_a_tasks_settings_are_obeyed_or_refused(lmms: ModuleType, checkpoint: Pa
     assert found == whole
 
 
+def test_a_seed_makes_what_is_drawn_repeatable(lmms: ModuleType, checkpoint: Path) -> None:
+    """Whatever ran before; of one question that is asked several times the answers differ, and so do seeds'."""
+
+    def answers(settings: dict[str, Any], **more: Any) -> list[str]:
+        evaluated = lmms.SeatsOmni(pretrained=str(checkpoint), device="cpu", retention=1, **more)
+        return ask(evaluated, [[{"type": "text", "text": "Why?"}]] * 4, {"max_new_tokens": 8, **settings})
+
+    warm = {"temperature": 1.0}
+    for batch_size in (1, 2):
+        found = answers(warm, seed=3, batch_size=batch_size)
+        assert answers(warm, seed="3", batch_size=batch_size) == found
+        assert len(set(found)) == 4
+        assert not set(answers(warm, seed=4, batch_size=batch_size)) & set(found)
+    assert answers(warm) != answers(warm)
+    assert answers({}, seed=3) == answers({})
+    for wrong in ("x", -1, 1.5, 2**63, True):
+        with pytest.raises(InputError, match=r"^seed must be a whole number from 0 to 2\^63 - 1, not "):
+            answers(warm, seed=wrong)
+
+
 def question_about(clip: Path) -> list[dict[str, Any]]:
     return [{"type": "video", "url": str(clip)}, {"type": "text", "text": "Which?\nA. one\nB. two"}]
 

@@ -311,6 +311,8 @@ def test_what_is_no_request_is_said(deep: Pair) -> None:
     for ask in (deep.model.prefill, deep.model.generate):
         with pytest.raises(TypeError, match=r"a request must be omni.Inputs, which Omni.prepare makes"):
             ask([{"role": "user", "content": "What?"}])
+        with pytest.raises(TypeError, match=r"a request must be omni.Inputs, which Omni.prepare makes"):
+            ask(None)
 
 
 def test_decoding_sees_video_and_sound_unless_told_otherwise(deep: Pair) -> None:
@@ -519,6 +521,27 @@ def test_stop_tokens_that_are_none_are_refused(pair, given: Any) -> None:
 def test_options_that_are_no_numbers_are_refused(pair, option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{option} must be a"):
         pair.model.generate(make_request(pair, [("text", 3)]), **{"temperature": 0.5, option: value})
+
+
+@pytest.mark.parametrize("ask", ["generate", "stream"])
+def test_what_draws_is_refused_where_nothing_is_drawn(model: omni.Omni, tmp_path: Path, monkeypatch, ask: str) -> None:
+    """Not passed over: who gives it takes the answer for a draw. A checkpoint's own are of its temperature."""
+    inputs = model.prepare([{"role": "user", "content": "Why?"}])
+
+    def refused(**options: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            list(getattr(model, ask)(inputs, max_new_tokens=1, **options))
+        return str(caught.value)
+
+    why = "must have a temperature above 0: at 0 nothing is drawn."
+    assert refused(top_p=0.9) == f"top_p {why}"
+    assert refused(top_k=1, top_p=1.0, temperature=0) == f"top_p and top_k {why}"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "top_p": 0.5}))
+    monkeypatch.setattr(model, "folder", tmp_path)
+    assert refused(top_k=3, temperature="checkpoint") == f"top_k {why}"
+    stops = {"max_new_tokens": 2, "stop_token_ids": []}
+    greedy = model.generate(inputs, **stops).tokens
+    assert model.generate(inputs, temperature="checkpoint", **stops).tokens == greedy
 
 
 def test_options_of_numpy_and_torch_are_obeyed(pair) -> None:

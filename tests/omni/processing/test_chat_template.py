@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -441,6 +442,16 @@ def test_a_template_gets_no_environment(tmp_path: Path, monkeypatch: pytest.Monk
     program = "import json, os; print(json.dumps({'prompt': ' '.join(os.environ)}))"
     (tmp_path / "sandbox.py").write_text(program)
     monkeypatch.setenv("API_KEY", "secret")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setattr(chat_template, "__file__", str(tmp_path / "chat_template.py"))
     found = chat_template.render("", [], True).split()
-    assert set(found) <= {"LC_CTYPE", "SYSTEMROOT"}  # Python's own, and Windows'
+    needed = {"SYSTEMROOT"} if os.name == "nt" else {"LD_LIBRARY_PATH"}
+    assert needed <= set(found) <= needed | {"LC_CTYPE", "DYLD_LIBRARY_PATH"}  # LC_CTYPE is Python's own
+
+
+def test_a_template_imports_from_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: jinja2 that lies on PYTHONPATH alone, as on clusters, and goes before an older one of the system's."""
+    (tmp_path / "jinja2.py").write_text("raise ImportError('the first of the path')")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    with pytest.raises(ChatTemplateError, match="could not be rendered: ImportError: the first of the path"):
+        chat_template.render("", [], True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,6 +324,39 @@ def test_what_cannot_be_obeyed_is_refused_by_name(
     with pytest.raises((InputError, MediaError), match=message) as caught:
         processor.prepare(asked({part["type"]: str(files[part["type"]]), **part}))
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"fps": value}, "fps must be a number of frames per second above 0, not") for value in ("2", None, True, 0)),
+        *(
+            ({"max_frames": value}, "max_frames must be a whole number of at least 2, not")
+            for value in ("8", None, 10.5)
+        ),
+        *(
+            ({"max_pixels": value}, "max_pixels must be a number of pixels of at least 1, not")
+            for value in ("x", math.nan)
+        ),
+        ({"total_pixels": -1}, "total_pixels must be a number of pixels of at least 1, not -1"),
+        ({"min_pixels": True}, "min_pixels must be a number of pixels of at least 1 and at most"),
+        *(({"use_audio_in_video": value}, "use_audio_in_video must be true or false, not") for value in ("no", None)),
+    ],
+)
+def test_options_of_a_call_are_held_to_the_same(processor: Processor, options: dict[str, Any], message: str) -> None:
+    """Protects: what a part's key may not be, the option may not be, and nothing is read for it."""
+    with pytest.raises(InputError, match=f"^{message}"):
+        processor.prepare(asked({"type": "video", "video": "not read.mp4"}), **options)
+
+
+def test_options_of_a_call_may_be_any_numbers(processor: Processor, files: dict[str, Path]) -> None:
+    plain = processor.prepare(
+        asked({"type": "video", "video": files["video"]}), fps=1, max_frames=8, max_pixels=784 * 24
+    )
+    numbers = {"fps": np.float32(1), "max_frames": np.int64(8), "max_pixels": 784 * 24.0}
+    assert torch.equal(
+        processor.prepare(asked({"type": "video", "video": files["video"]}), **numbers).input_ids, plain.input_ids
+    )
 
 
 @pytest.mark.parametrize(

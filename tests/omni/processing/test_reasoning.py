@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni.processing.reasoning import AnswerStream, split_answer
+from omni.processing.reasoning import AnswerStream, ends_in_thought, split_answer
 
-OPEN, CLOSE, END = 300, 301, 302
+OPEN, CLOSE, END, BEGIN = 300, 301, 302, 303
 
 
 def tokenizer(marks: bool = True) -> Any:
     """One token per byte, a special token, and the marks."""
-    added = {"<|im_end|>": END, **({"<think>": OPEN, "</think>": CLOSE} if marks else {})}
+    added = {"<|im_end|>": END, "<|im_start|>": BEGIN, **({"<think>": OPEN, "</think>": CLOSE} if marks else {})}
     words = {OPEN: b"<think>", CLOSE: b"</think>"}
     return SimpleNamespace(
-        added_tokens=added, token_bytes=lambda id: b"" if id == END else words.get(id) or bytes([id])
+        added_tokens=added, token_bytes=lambda id: b"" if id in (END, BEGIN) else words.get(id) or bytes([id])
     )
 
 
@@ -35,6 +35,8 @@ def ids(text: str) -> list[int]:
         ([OPEN, *ids("\n")], [*ids("hm"), CLOSE, *ids("yes")], "hm", "yes"),
         ([OPEN, *ids("\n")], ids("never done"), "never done", ""),
         ([OPEN, CLOSE, *ids("\n\n")], ids("yes"), "", "yes"),  # a template that forbids to think
+        ([BEGIN, *ids("It is "), OPEN, END, BEGIN, *ids("a\n")], ids("yes"), "", "yes"),  # spoken of in an earlier turn
+        ([BEGIN, *ids("It is "), CLOSE, END, BEGIN, *ids("a\n"), OPEN, 10], ids("hm"), "hm", ""),
         ([], [OPEN, CLOSE, *ids("yes")], "", "yes"),
         ([], [*ids("yes"), CLOSE, *ids("no")], "", "yesno"),
         ([], [OPEN, *ids("é")[:1], CLOSE, *ids("é")], "\N{REPLACEMENT CHARACTER}", "é"),
@@ -42,6 +44,18 @@ def ids(text: str) -> list[int]:
 )
 def test_thought_and_answer(prompt: list[int], new: list[int], thought: str, text: str) -> None:
     assert split_answer(tokenizer(), prompt, new) == (thought, text)
+
+
+def test_a_thought_that_is_cut_stays_one() -> None:
+    """Whatever was opened before it, in the prompt or not, and whatever turns a model makes up."""
+    for prompt, new, open in (
+        ([BEGIN, OPEN], ids("hm"), True),
+        ([BEGIN, OPEN], [*ids("hm"), BEGIN, *ids("x")], True),
+        ([BEGIN, OPEN], [CLOSE, *ids("yes")], False),
+        ([BEGIN, OPEN, END, BEGIN], ids("yes"), False),
+    ):
+        assert ends_in_thought(tokenizer(), prompt, new) == open
+        assert bool(split_answer(tokenizer(), prompt, new)[1]) != open
 
 
 def test_vocabularies_without_marks_yield_answers() -> None:
