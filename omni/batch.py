@@ -31,7 +31,7 @@ from torch import Tensor
 import omni
 import weights
 from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
-from omni.arguments import OUT_OF_MEMORY, model_parser, settings_parser
+from omni.arguments import OUT_OF_MEMORY, model_parser, open_streams, settings_parser
 from omni.config import DTYPES, OmniConfig, read_config
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
@@ -51,6 +51,7 @@ READERS = 2
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 for a bad request, 130 when interrupted. A row's error is no error of the run."""
+    open_streams()
     options = argument_parser().parse_args(arguments)
     try:
         run(options)
