@@ -33,7 +33,9 @@ class Attention(nn.Module):
     def prefill(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, S, hidden) → what attention adds to it, and keys and values, (B, kv_heads, S, dim)."""
         q, k, v = self.project(x, rotary)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        shared = groups_in_kernels(q)
+        every = [k, v] if shared else [each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (k, v)]
+        mixed = F.scaled_dot_product_attention(q, every[0], every[1], is_causal=True, enable_gqa=shared)
         return self.output(rearrange(mixed, "b h s d -> b s (h d)")), k, v
 
     def extend(
@@ -95,6 +97,17 @@ class Attention(nn.Module):
     @staticmethod
     def _normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
         return x if norm is None else norm(x)
+
+
+@torch.compiler.assume_constant_result
+def before_ampere() -> bool:
+    return torch.cuda.get_device_capability() < (8, 0)
+
+
+def groups_in_kernels(q: Tensor) -> bool:
+    """Whether PyTorch has a kernel for heads that share keys which does not write all scores: on a GPU flash attention
+    and cuDNN's alone, for 16 bits, from Ampere on. What else takes shared keys needs memory by the square of tokens."""
+    return not q.is_cuda or (q.dtype in HALVES and not before_ampere())
 
 
 MASK = 2**26

@@ -429,6 +429,11 @@ class Engine:
 
         def first() -> tuple[Tensor | None, Tensor, Tensor, Tensor, Callable[[], list[int]]]:
             logits = torch.stack([prefill.logits for prefill in prefills])
+            if bool(logits.isnan().any()):  # the likeliest token of which would be the first of all, "!"
+                raise InputError(
+                    f"what the model makes of this prompt in {str(self.thinker.embedding.weight.dtype)[6:]} are no "
+                    "numbers. float16 may be too small a range, where bfloat16 or float32 are not."
+                )
             noise = draw_noise(sampling, (len(logits), logits.shape[1]), generator)
             token = pick(logits, sampling, noise)
             position = torch.tensor([float(prefill.next_position) for prefill in prefills], device=self.device)

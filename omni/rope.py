@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def inverse_frequencies(channels: int, theta: float, device: torch.device) -> Tensor:
-    """(channels / 2,) float32: theta ** (-2i / channels)."""
-    return theta ** (-torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels)
+    """(channels / 2,) float32: theta ** (-2i / channels).
+
+    By the operations of the public models: a last bit more or less is an angle of 0.01 after an hour of video.
+    """
+    return 1.0 / theta ** (torch.arange(0, channels, 2, device=device).float() / channels)
 
 
 def multimodal_rotary(

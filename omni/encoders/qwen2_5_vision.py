@@ -67,10 +67,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.padded_size, bias=True)
 
     @part
-    def forward(self, x: Tensor, frame: FrameLayout) -> Tensor:
-        """x: (grids, N, hidden), in window order."""
-        x = x + self.attention(self.attention_norm(x), frame.rotary, () if self.full else frame.windows)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], windows: tuple[tuple[int, int], ...]) -> Tensor:
+        """x: (grids, N, hidden), in window order. windows: of `FrameLayout`, none where attention is full: machine code
+        is made for each kind of windows."""
+        x = x + self.attention(self.attention_norm(x), rotary, windows)
         return x + self.mlp(self.mlp_norm(x))
+
+    def over(self, x: Tensor, frame: FrameLayout) -> Tensor:
+        return self(x, frame.rotary, () if self.full else frame.windows)
 
 
 class Merger(nn.Module):
@@ -109,11 +113,11 @@ class Qwen25VisionEncoder(VisionEncoder):
         x = F.linear(patches.to(embedding.dtype).index_select(1, layout.order), embedding)
         last = cast(Block, self.blocks[-1])
         for block in self.blocks[:-1]:
-            x = block(x, layout)
+            x = cast(Block, block).over(x, layout)
         found = None
         if needs is not None:
             q, k, _ = last.attention.project(last.attention_norm(x), layout.rotary)
             received, keys = signals(q, k, real, self.merger.group, needs)
             keys = None if keys is None else keys.index_select(1, layout.restore)
             found = Signals(received.index_select(1, layout.restore), keys)
-        return self.merger(last(x, layout)).index_select(1, layout.restore).unsqueeze(0), found
+        return self.merger(last.over(x, layout)).index_select(1, layout.restore).unsqueeze(0), found

@@ -12,7 +12,7 @@ from torch import Tensor
 from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
-from seats.methods.ranking import apart, intact, part, sound_intact, unit
+from seats.methods.ranking import FLOOR, apart, intact, part, sound_intact, unit
 from seats.operators import operator
 
 BLOCK = 2048
@@ -43,15 +43,21 @@ class DivPrune(BeforeDecoder):
 
     def before(self, video: Media | None, audio: Media | None) -> tuple[Kept | None, Kept | None]:
         share_out = apart if self.both else intact
-        return share_out(most_diverse, video, audio, (self.video_ratio, self.audio_ratio))
+        return share_out(self.most_diverse, video, audio, (self.video_ratio, self.audio_ratio))
+
+    def most_diverse(self, media: Media, ratio: float | Tensor) -> Kept:
+        """ratio: a number or (B,) float64, which `sound_intact` leaves to video: the larger of video_ratio and FLOOR at
+        most."""
+        most = ratio if isinstance(ratio, float) else max(self.video_ratio, FLOOR)
+        return most_diverse(media, ratio, most)
 
 
-def most_diverse(media: Media, ratio: float | Tensor) -> Kept:
-    """ratio: a number or (B,) float64."""
+def most_diverse(media: Media, ratio: float | Tensor, most: float) -> Kept:
+    """ratio: a number or (B,) float64, `most` at most."""
     there = media.there.flatten(1)
     features = unit(media.features.flatten(1, 2).masked_fill(~there[..., None], 0), 1e-8)
-    most = max(1, round(ratio * there.shape[1])) if isinstance(ratio, float) else there.shape[1]
-    keep = farthest(features, there, keep_counts(media.sizes.sum(dim=-1), ratio), most)
+    steps = min(max(1, round(most * there.shape[1])), there.shape[1])
+    keep = farthest(features, there, keep_counts(media.sizes.sum(dim=-1), ratio), steps)
     return Kept(keep.view(media.received.shape))
 
 

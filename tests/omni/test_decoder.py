@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,40 @@ from torch import Tensor
 
 from omni import decoder
 from omni.decoder import attend_after
+from tests.omni.pairs import FAMILIES, make_request
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_may_have_keys_of_their_own(make_pair, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: where no kernel knows shared keys, as on a GPU in float32 and before Ampere, the same is computed."""
+    pair = make_pair(family)
+    inputs = make_request(pair, [("text", 4), ("video", 3, 6, 8, 1.0, 300), ("text", 3)])
+    expected = pair.model.prefill(inputs).logits
+    asked: list[torch.Size] = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **named: bool) -> Tensor:
+        if named.get("is_causal"):
+            assert not named["enable_gqa"]
+            assert q.shape == k.shape == v.shape
+            asked.append(q.shape)
+        return attention(q, k, v, **named)
+
+    monkeypatch.setattr(decoder, "groups_in_kernels", lambda q: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    torch.testing.assert_close(pair.model.prefill(inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(asked) == pair.model.config.decoder.num_layers
+
+
+def test_which_processors_have_a_kernel_for_shared_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype)  # noqa: E731
+    assert decoder.groups_in_kernels(torch.zeros(1))
+    for capability, halves in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert decoder.groups_in_kernels(on_gpu(torch.float16)) == halves
+        assert not decoder.groups_in_kernels(on_gpu(torch.float32))
 
 
 def of_each_position(q: Tensor, keys: Tensor, values: Tensor, known: list[int]) -> Tensor:

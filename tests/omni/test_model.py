@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,16 @@ def test_what_cannot_be_loaded_with_is_one_sentence(
 
 def test_a_dtype_has_a_name(checkpoint: Path) -> None:
     assert omni.load(checkpoint, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_logits_that_are_no_numbers_are_no_answer(make_pair) -> None:
+    """Protects: their likeliest token would be the first of the vocabulary, and the answer "!!!!"."""
+    model = make_pair(text={"num_hidden_layers": 6}).model
+    inputs = make_request(SimpleNamespace(model=model), [("text", 9)])
+    model.thinker.layers[1].mlp.down.weight.data[0] = float("nan")
+    for seats in (None, 0.1):
+        with pytest.raises(InputError, match="what the model makes of this prompt in float32 are no numbers"):
+            model.generate(inputs, max_new_tokens=3, seats=seats, stop_token_ids=[])
 
 
 def test_an_adapter_beside_weights_is_not_passed_over(checkpoint: Path, tmp_path: Path) -> None:

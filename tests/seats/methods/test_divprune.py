@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,3 +62,30 @@ def test_copies_are_not_picked_twice() -> None:
     kept, _ = DivPrune(video_ratio=0.5, audio_ratio=0.5).before(video, None)
     assert kept is not None
     assert int(kept.keep.sum()) == 8
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    windows=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    sound=st.lists(st.integers(1, 9), max_size=3),
+    ratio=st.floats(0.01, 1),
+    both=st.booleans(),
+)
+def test_no_more_picks_than_may_be_needed(
+    seed: int, windows: list[int], sound: list[int], ratio: float, both: bool
+) -> None:
+    """Protects: a GPU does as many picks as are planned, of which all but those needed are for nothing."""
+    steps: list[tuple[int, int, int]] = []
+    pick = divprune.farthest
+
+    def watched(features: Tensor, there: Tensor, counts: Tensor, most: int) -> Tensor:
+        steps.append((int(counts.max()), most, there.shape[1]))
+        return pick(features, there, counts, most)
+
+    video, audio = media(seed, [windows], 9, empty=1), media(seed, [sound], 9) if sound else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divprune, "farthest", watched)
+        DivPrune(video_ratio=ratio, audio_ratio=ratio, both=both).before(video, audio)
+    for needed, planned, slots in steps:
+        assert needed <= planned <= max(1, round(max(ratio, 0.05) * slots))
