@@ -112,7 +112,8 @@ def check_texts(model: str, revision: str | None, temperature: float | str) -> N
     and read."""
     folder = weights.locate(model, revision=revision, shards=False)
     read_config(folder)
-    require_vocabulary(folder)
+    if not (folder / weights.ADAPTER_CONFIG).is_file():  # of which `load` has more to say
+        require_vocabulary(folder)
     if temperature == "checkpoint":
         read_sampling(folder)
 
