@@ -568,8 +568,8 @@ def load(
         judge=lambda folder, names: _judge(folder, names, adapter_folder, device, asked, compile),
     )
     config = read_config(folder)
-    _refuse_adapter_beside(folder, adapter_folder)
     layout = weights.read_layout(folder)
+    _refuse_adapter_beside(folder, adapter_folder)
     config = _with_its_head(config, folder, layout)
     processor = Processor(folder, config, reuse=reuse) if has_vocabulary(folder) else None
     dtype = asked or _dtype_on(device, config)
