@@ -12,7 +12,8 @@ from torch import Tensor
 from seats.budget import keep_counts
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
-from seats.methods.ranking import FLOOR, apart, intact, part, sound_intact, unit
+from seats.methods.fastvid import FLOOR
+from seats.methods.ranking import apart, intact, part, sound_intact, unit
 from seats.operators import operator
 
 BLOCK = 2048

@@ -13,9 +13,12 @@ from torch import Tensor
 from seats.diversity import BLOCK_BYTES, blocks
 from seats.method import Kept, Media, Needs
 from seats.methods.before import BeforeDecoder
-from seats.methods.ranking import FLOOR, highest, intact, part, sound_intact, unit
+from seats.methods.ranking import highest, intact, part, sound_intact, unit
 from seats.operators import operator
 from seats.selection import compact, rank_in_group
+
+FLOOR = 0.05
+"""The least share of video where sound takes the rest of the budget (`sound_intact`)."""
 
 NEIGHBOURS = 4
 """Nearest tokens that a density is of, the token itself among them."""

@@ -37,12 +37,8 @@ def part(tokens: Tensor, ratio: float | Tensor) -> Tensor:
     return (ratio * tokens.double()).long().clamp(min=1).minimum(tokens)
 
 
-FLOOR = 0.05
-"""The least share of video where sound takes the rest of the budget (`sound_intact`)."""
-
-
 def sound_intact(
-    video: Tensor, audio: Tensor, video_ratio: float, audio_ratio: float, floor: float | Tensor = FLOOR
+    video: Tensor, audio: Tensor, video_ratio: float, audio_ratio: float, floor: float | Tensor = 0.05
 ) -> tuple[Tensor, Tensor]:
     """The ratios of a method made for pictures, at the budget of these two ratios (arXiv 2605.20035, its code).
 
@@ -85,7 +81,7 @@ def intact(
     video: Media | None,
     audio: Media | None,
     ratios: tuple[float, float],
-    floor: float | Tensor = FLOOR,
+    floor: float | Tensor = 0.05,
 ) -> tuple[Kept | None, Kept | None]:
     """Video at what `sound_intact` leaves it, (B,) float64, and any of the tokens of sound, mostly all."""
     tokens = tokens_of(video, audio)
