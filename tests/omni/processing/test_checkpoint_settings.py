@@ -62,6 +62,18 @@ def write(folder: Path, **files: Any) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value))
 
 
+@pytest.mark.parametrize(("key", "value"), [("fps", 1), ("max_frames", 32), ("num_frames", 8)])
+def test_frames_sampled_otherwise_are_refused(tmp_path: Path, key: str, value: int) -> None:
+    """Protects: what transformers would sample by is not passed over; without do_sample_frames it says nothing."""
+    write(tmp_path, video_preprocessor_config={**CLIPS, key: value})
+    vision_sizes(tmp_path, config())
+    write(tmp_path, video_preprocessor_config={**CLIPS, "do_sample_frames": True, "fps": 2.0})
+    vision_sizes(tmp_path, config())
+    write(tmp_path, video_preprocessor_config={**CLIPS, "do_sample_frames": True, key: value})
+    with pytest.raises(ConfigError, match=f"{key} = {value} has clips sampled otherwise"):
+        vision_sizes(tmp_path, config())
+
+
 def test_the_nested_file_of_transformers_5_has_its_say(tmp_path: Path) -> None:
     """Protects: changed bounds and colours in processor_config.json, of pictures and of clips, each their own."""
     write(tmp_path, processor_config=NESTED)
