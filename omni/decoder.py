@@ -99,15 +99,14 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
 
-@torch.compiler.assume_constant_result
-def before_ampere() -> bool:
-    return torch.cuda.get_device_capability() < (8, 0)
-
-
 def groups_in_kernels(q: Tensor) -> bool:
     """Whether PyTorch has a kernel for heads that share keys which does not write all scores: on a GPU flash attention
     and cuDNN's alone, for 16 bits, from Ampere on. What else takes shared keys needs memory by the square of tokens."""
-    return not q.is_cuda or (q.dtype in HALVES and not before_ampere())
+    if not q.is_cuda or q.dtype not in HALVES:
+        return not q.is_cuda
+    if torch.compiler.is_compiling():  # which cannot ask for the device; bfloat16 is not compiled before Ampere
+        return q.dtype == torch.bfloat16
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 MASK = 2**26

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omni import decoder
 from omni.decoder import attend_after
+from omni.layers import HALVES
 from tests.omni.pairs import FAMILIES, make_request
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
@@ -39,12 +40,14 @@ def test_heads_may_have_keys_of_their_own(make_pair, family: str, monkeypatch: p
 
 
 def test_which_processors_have_a_kernel_for_shared_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype)  # noqa: E731
+    on_gpu = {dtype: SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda") for dtype in (torch.float32, *HALVES)}
     assert decoder.groups_in_kernels(torch.zeros(1))
     for capability, halves in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert decoder.groups_in_kernels(on_gpu(torch.float16)) == halves
-        assert not decoder.groups_in_kernels(on_gpu(torch.float32))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert not decoder.groups_in_kernels(on_gpu[torch.float32])
+        assert all(decoder.groups_in_kernels(on_gpu[half]) == halves for half in HALVES)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert [decoder.groups_in_kernels(q) for q in on_gpu.values()] == [dtype == torch.bfloat16 for dtype in on_gpu]
 
 
 def of_each_position(q: Tensor, keys: Tensor, values: Tensor, known: list[int]) -> Tensor:
