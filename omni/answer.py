@@ -13,18 +13,16 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-import weights
 from omni.arguments import CLIP, QUESTION, TINY, settings_parser
-from omni.config import ConfigError, OmniConfig, read_config, read_sampling
+from omni.config import ConfigError, OmniConfig
 from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
 from omni.kept import explain
-from omni.model import Generation, Omni, load
+from omni.model import Generation, Omni, load, load_to_ask
 from omni.processing.chat_template import ChatTemplateError
 from omni.processing.frames import vision_sizes
 from omni.processing.media import MediaError, fetched, kind_of
 from omni.processing.tokenizer import TokenizerError
-from omni.processing.vocabulary import require_vocabulary
 from omni.show import check_path, show
 from seats.method import Method
 from seats.methods import method_for
@@ -75,7 +73,8 @@ def answer(options: argparse.Namespace) -> None:
         settings = {name: getattr(options, name) for name in vars(settings_parser().parse_args([]))}
         asked = {"model": options.model, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
         report = {**report_of(generation), "stats": stats, **asked, "settings": settings}
-        put(json.dumps(report, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"))
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        put(json.dumps(report, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
     elif generation.thought:
         print(file=sys.stderr)  # ends the line of the thought
     warn_of_cut_thought(generation)
@@ -95,9 +94,9 @@ def answer(options: argparse.Namespace) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Omni:
-    check_texts(options.model, options.revision, options.temperature)
-    return load(
+    return load_to_ask(
         options.model,
+        temperature=options.temperature,
         device=options.device,
         dtype=options.dtype,
         revision=options.revision,
@@ -105,17 +104,6 @@ def load_model(options: argparse.Namespace) -> Omni:
         compile=options.compile,
         progress=sys.stderr.isatty(),
     )
-
-
-def check_texts(model: str, revision: str | None, temperature: float | str) -> None:
-    """Raises what asking a checkpoint in words would, as far as its small files tell, before its weights are fetched
-    and read."""
-    folder = weights.locate(model, revision=revision, shards=False)
-    read_config(folder)
-    if not (folder / weights.ADAPTER_CONFIG).is_file():  # of which `load` has more to say
-        require_vocabulary(folder)
-    if temperature == "checkpoint":
-        read_sampling(folder)
 
 
 def prepare(model: Omni, conversation: list[dict[str, Any]], options: argparse.Namespace) -> Inputs:
@@ -168,7 +156,7 @@ TIMES = 5
 
 def demo() -> None:
     """Asks `tiny` about its clip and prints answers and figures side by side, a line for each retention."""
-    model = load("tiny")
+    model = load("tiny", reuse=0)  # each prefill is timed as if nothing was known
     content = [{"type": "video", "video": str(CLIP)}, {"type": "text", "text": QUESTION}]
     inputs = model.prepare([{"role": "user", "content": content}])
     put(f"{CLIP}\n{QUESTION}\n")

@@ -319,7 +319,8 @@ def _lines(first: str, terminal: bool) -> Iterator[str]:
         yield first
     # What is no UTF-8 is refused where it is asked, and may be a path.
     with suppress(AttributeError):
-        cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
+        # A file of questions is UTF-8 also where a console is not, as on Windows.
+        cast(Any, sys.stdin).reconfigure(errors="surrogateescape", **({} if terminal else {"encoding": "utf-8"}))
     if not terminal:
         for number, line in enumerate(sys.stdin or ()):
             yield line.removeprefix("" if number else BYTE_ORDER_MARK).rstrip("\n")

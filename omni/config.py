@@ -470,8 +470,9 @@ def read_sampling(folder: Path) -> tuple[float, float, int | None]:
     if sampled is None and not any(section.has(key) for key in section.defaults):
         raise ConfigError(f"{folder} names no sampling settings in generation_config.json: give a temperature.")
     for key, value in _NEUTRAL.items():
-        section.expect(key, value)
-    if sampled not in (None, True, False):
+        if section.values.get(key) != []:
+            section.expect(key, value)
+    if sampled is not None and type(sampled) is not bool:
         raise ConfigError(f"generation_config.json.do_sample must be true or false, not {sampled!r:.80}.")
     if sampled is False:
         return 0.0, 1.0, None

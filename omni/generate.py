@@ -151,7 +151,9 @@ def split_words(words: list[str], *, may_ask: bool = False) -> tuple[list[str], 
     if not words:
         raise UsageError(f"there is no question. {how}")
     if not told:
-        raise UsageError(f'there is no question, {words[-1]} names a file. {how} "" asks without one.')
+        raise UsageError(
+            f'there is no question, {words[-1]} names a file. End a question with "?"; "" asks without one. {how}'
+        )
     at = told[-1]
     media, question = words[:at] + words[at + 1 :], words[at]
     if not (media or question.strip() or may_ask):
@@ -179,7 +181,7 @@ def _names_a_file(word: str) -> bool:
 
 
 MEDIA_ENDINGS = (
-    "mp4|m4v|mov|mkv|webm|avi|mpe?g|m?ts|m2ts|wmv|flv|3gp|ogv|mp3|wav|flac|og[ga]|opus|m4a|aac|wma|aiff?|"
+    "mp4|m4v|mov|mkv|webm|avi|mpe?g|m2?ts|wmv|flv|3gp|ogv|mp3|wav|flac|og[ga]|opus|m4a|aac|wma|aiff?|"
     "jpe?g|png|gif|webp|bmp|tiff?|avif|hei[cf]"
 )
 

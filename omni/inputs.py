@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ class InputError(ValueError):
     """A request that the model cannot run: what was wrong with it and what to do."""
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes a place: beside it, under a name of this thread's own."""
+    return path.parent / f".{os.getpid()}-{threading.get_ident()}.part"
+
+
 class TensorOrPixels:
     """A field that takes patches, or the bytes that they are made of, and is read as patches.
 
@@ -48,7 +55,7 @@ class TensorOrPixels:
         inputs.__dict__[self.name] = value
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Inputs:
     """One request, under the names and shapes of transformers' processors: `Inputs(**batch)` takes theirs.
 
@@ -105,6 +112,11 @@ class Inputs:
                 raise InputError("a grid_thw must be (n, 3) positive counts of patches: time, height, width.")
         if not _counts(self.input_ids):
             raise InputError(f"input_ids must be integers, not {self.input_ids.dtype}.")
+        self.input_ids = self.input_ids.long()
+        for name in ("pixel_values", "pixel_values_videos"):
+            patches = self.held(name)
+            if isinstance(patches, Tensor) and not patches.is_floating_point():
+                raise InputError(f"{name} must be floating point, normalised, not {patches.dtype}.")
         self.check_seconds()
         self._bring_sounds_forward()
 
@@ -168,6 +180,11 @@ class Inputs:
             raise InputError(f"{name} must be of ones, where something is, and zeros.")
         return value.bool()
 
+    def with_ids(self, input_ids: Tensor) -> Inputs:
+        """The same media in another prompt; bytes stay bytes."""
+        others = {field.name: self.held(field.name) for field in fields(self) if field.name != "input_ids"}
+        return Inputs(input_ids, **others)
+
     def held(self, name: str) -> Any:
         """What a field holds: of pictures and clips bytes, `Pixels`, as long as nobody asked for patches."""
         return self.__dict__[name]
@@ -190,16 +207,17 @@ class Inputs:
         from safetensors.torch import save_file
 
         path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = part_of(path)
         metadata = {FORMAT: "1", "use_audio_in_video": str(self.use_audio_in_video)}
         try:
             # A tensor may be a view of another, as `Inputs(**batch)` takes what it is given.
             save_file({name: value.contiguous().clone() for name, value in self.tensors().items()}, part, metadata)
             part.replace(path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{path} cannot be written: {error}.") from None
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError, ValueError):
+                part.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> Inputs:

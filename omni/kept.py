@@ -19,7 +19,7 @@ from torch import Tensor
 from omni.config import OmniConfig
 from omni.engine import Prefill
 from omni.inputs import InputError, Inputs
-from omni.processing.frames import VisionSizes
+from omni.processing.frames import Pixels, VisionSizes
 from omni.processing.positions import layout
 
 if TYPE_CHECKING:
@@ -221,7 +221,9 @@ def lay_tiles(view: View, inputs: Inputs, config: OmniConfig, most: int) -> tupl
     for kind, grid_thw in ((IMAGE, inputs.image_grid_thw), (VIDEO, inputs.video_grid_thw)):
         first = 0
         for number, (grids, height, width) in enumerate([] if grid_thw is None else grid_thw.tolist()):
-            seconds = float(inputs.video_second_per_grid[number]) if inputs.video_second_per_grid is not None else 0.0
+            seconds = 0.0
+            if kind == VIDEO and inputs.video_second_per_grid is not None:
+                seconds = float(inputs.video_second_per_grid[number])
             rows, columns = height // merge, width // merge
             for grid in range(grids):
                 middle = first + rows * columns // 2
@@ -285,11 +287,28 @@ def draw_tiles(tiles: Sequence[Tile], inputs: Inputs, config: OmniConfig, sizes:
 
 
 def _frame(tile: Tile, inputs: Inputs, sizes: VisionSizes, pixels: int) -> Picture:
-    """Undoes `omni.processing.frames.patchify` on the first of a grid's frames, and shrinks it."""
+    """The first of a grid's frames, small: of the request's bytes or, where it holds patches, of what
+    `omni.processing.frames.patchify` made them from."""
     from PIL import Image
 
-    patches = inputs.pixel_values if tile.kind == IMAGE else inputs.pixel_values_videos
-    assert patches is not None
+    # Not by the field, which would turn bytes into patches for good.
+    held = inputs.held("pixel_values" if tile.kind == IMAGE else "pixel_values_videos")
+    frame = _of_bytes(tile, held) if isinstance(held, Pixels) else _of_patches(tile, held, sizes)
+    picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
+    shrink = min(1.0, math.sqrt(pixels / (picture.width * picture.height)))
+    size = max(1, round(picture.width * shrink)), max(1, round(picture.height * shrink))
+    return picture.resize(size, Image.Resampling.BOX if shrink < 1 else Image.Resampling.NEAREST)
+
+
+def _of_bytes(tile: Tile, held: Pixels) -> Tensor:
+    """(3, h, w) uint8."""
+    before = int(held.grid_thw[: tile.number].prod(dim=1).sum()) // held.sizes.merge_size**2
+    grid = (tile.first - before) // (tile.rows * tile.columns)
+    return held.frames[tile.number][grid * held.sizes.temporal_patch_size].cpu()
+
+
+def _of_patches(tile: Tile, patches: Tensor, sizes: VisionSizes) -> Tensor:
+    """(3, h, w) uint8."""
     merge, patch = sizes.merge_size, sizes.patch_size
     per_token = merge**2
     some = patches[tile.first * per_token :][: tile.rows * tile.columns * per_token].float().cpu()
@@ -305,11 +324,7 @@ def _frame(tile: Tile, inputs: Inputs, sizes: VisionSizes, pixels: int) -> Pictu
         pw=patch,
     )[0]
     mean, std = (torch.tensor(values) for values in sizes.colours(of_clip=tile.kind != IMAGE))
-    frame = (frame * std[:, None, None] + mean[:, None, None]).nan_to_num().clamp(0, 1).mul(255).round().byte()
-    picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
-    shrink = min(1.0, math.sqrt(pixels / (picture.width * picture.height)))
-    size = max(1, round(picture.width * shrink)), max(1, round(picture.height * shrink))
-    return picture.resize(size, Image.Resampling.BOX if shrink < 1 else Image.Resampling.NEAREST)
+    return (frame * std[:, None, None] + mean[:, None, None]).nan_to_num().clamp(0, 1).mul(255).round().byte()
 
 
 def _mel_strip(tile: Tile, inputs: Inputs, config: OmniConfig, loudest: float) -> Picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,12 @@ from omni.ahead import BackgroundEncoder, can_encode_ahead
 from omni.config import DTYPES, QWEN3, ConfigError, OmniConfig, read_config, read_sampling
 from omni.engine import Engine, Prefill
 from omni.inputs import InputError, Inputs
-from omni.processing.chat_template import check_template
+from omni.processing.chat_template import ChatTemplateError, check_template
 from omni.processing.media.files import as_number
 from omni.processing.processor import TURN_END, Processor
 from omni.processing.reasoning import AnswerStream, ends_in_thought, split_answer
 from omni.processing.tokenizer import LazyTokenizer, Tokenizer, TokenizerError
-from omni.processing.vocabulary import has_vocabulary
+from omni.processing.vocabulary import has_vocabulary, require_vocabulary
 from omni.reuse import REUSE_BYTES
 from omni.runtime.blank import blank_clip
 from omni.runtime.sampling import Sampling
@@ -346,7 +347,7 @@ class Omni:
                 # The same clip with other words after it.
                 after = (inputs.input_ids > 0).nonzero()[-1, 1] + 1
                 next_ids = inputs.input_ids.index_fill(1, torch.arange(int(after), inputs.input_ids.shape[1]), 1)
-                for asked in [inputs, replace(inputs, input_ids=next_ids)][: 2 if self.engine.reuses else 1]:
+                for asked in [inputs, inputs.with_ids(next_ids)][: 2 if self.engine.reuses else 1]:
                     steps = self._tokens([asked], max_new_tokens=max_new_tokens, stop_token_ids=[], seats=seats, kv=kv)
                     for _ in zip(range(2), steps, strict=False):
                         pass
@@ -486,7 +487,7 @@ class Omni:
             own_top_p if top_p is None else real("top_p", top_p),
             own_top_k if top_k is None else whole("top_k", top_k),
         )
-        given = [name for name, value in (("top_p", top_p), ("top_k", top_k)) if value is not None]
+        given = [name for name, cuts in (("top_p", top_p not in (None, 1)), ("top_k", top_k is not None)) if cuts]
         if given and sampling.temperature == 0:
             raise InputError(f"{' and '.join(given)} must have a temperature above 0: at 0 nothing is drawn.")
         return sampling
@@ -553,25 +554,83 @@ def load(
     them and what became of a prompt's beginning, and as many on the host for pictures and sounds as they are read. What
     was not used for longest goes first, and all of it where a request needs the memory. 0 keeps nothing. The same
     tokens are kept and the same answers given as by a model that knows nothing, within the rounding of float sums.
-    Tokenizer, chat template and media settings that the checkpoint has are read before its weights.
-    Raises omni.config.ConfigError, weights.CheckpointError, omni.processing's TokenizerError and ChatTemplateError; and
-    omni.inputs.InputError for a device or dtype that cannot be.
+    Tokenizer and media settings are read before the weights; where they cannot be, a warning says so, and who asks in
+    tensors may go on.
+    Raises omni.config.ConfigError, weights.CheckpointError, and omni.inputs.InputError for a device or dtype that
+    cannot be.
     """
-    if type(reuse) is not int or reuse < 0:
-        raise ValueError(f"reuse must be bytes, 0 or more, not {reuse!r:.80}.")
+    return _load(
+        source,
+        _words_or_warning,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        adapter=adapter,
+        compile=compile,
+        eager_until_warm=eager_until_warm,
+        reuse=reuse,
+        progress=progress,
+    )
+
+
+def load_to_ask(source: str | Path, *, temperature: float | str = 0.0, **options: Any) -> Omni:
+    """`load`, with its options, to be asked in words at this temperature. What could not be asked then is raised before
+    weights are fetched and read: TokenizerError, ChatTemplateError or ConfigError, too."""
+
+    def words(folder: Path, config: OmniConfig, reuse: int) -> Processor:
+        require_vocabulary(folder)
+        processor = Processor(folder, config, reuse=reuse)
+        check_template(processor.template)
+        if temperature == "checkpoint":
+            read_sampling(folder)
+        return processor
+
+    return _load(source, words, **options)
+
+
+Words = Callable[[Path, OmniConfig, int], Processor | None]
+"""Folder, config and the processor's reuse → what asking in words needs."""
+
+
+def _words_or_warning(folder: Path, config: OmniConfig, reuse: int) -> Processor | None:
+    if not has_vocabulary(folder):
+        return None
+    try:
+        return Processor(folder, config, reuse=reuse)
+    except (ConfigError, TokenizerError, ChatTemplateError) as error:
+        warnings.warn(f"{error} It can be asked in tensors alone.", stacklevel=4)
+        return None
+
+
+def _load(
+    source: str | Path,
+    words: Words,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    compile: bool = False,
+    eager_until_warm: bool = False,
+    reuse: int = REUSE_BYTES,
+    progress: bool = False,
+) -> Omni:
+    reuse = whole("reuse", reuse)
+    if reuse < 0:
+        raise ValueError(f"reuse must be bytes, 0 or more, not {reuse}.")
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = _named_dtype(dtype)
     adapter_folder = None if adapter is None else weights.locate_adapter(adapter)
     folder = weights.locate(
         source,
         revision=revision,
-        judge=lambda folder, names: _judge(folder, names, adapter_folder, device, asked, compile),
+        judge=lambda folder, names: _judge(folder, names, words, adapter_folder, device, asked, compile),
     )
     config = read_config(folder)
     layout = weights.read_layout(folder)
     _refuse_adapter_beside(folder, adapter_folder)
     config = _with_its_head(config, folder, layout)
-    processor = Processor(folder, config, reuse=reuse) if has_vocabulary(folder) else None
+    processor = words(folder, config, reuse)
     dtype = asked or _dtype_on(device, config)
     _check_compiler(device, dtype, compile)
     thinker = _on_meta(config)
@@ -609,8 +668,9 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in DTYPES.values():
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    right = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
+    if dtype is not None and not right:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.80}.")
     return found
 
@@ -621,7 +681,7 @@ def _refuse_adapter_beside(folder: Path, adapter_folder: Path | None) -> None:
     if adapter_folder is None and (folder / weights.ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{folder} holds {weights.ADAPTER_CONFIG} beside its weights: give the folder as the adapter, too, or take "
-            "that file away where the adapter is merged already."
+            "that file away, from a copy if need be, where the adapter is merged already."
         )
 
 
@@ -638,20 +698,20 @@ class Uninitialised(torch.overrides.TorchFunctionMode):
 def _judge(
     folder: Path,
     find_names: Callable[[], Collection[str] | None],
+    words: Words,
     adapter_folder: Path | None,
     device: torch.device,
     dtype: torch.dtype | None,
     compile: bool,
 ) -> None:
-    """Raises what `load` would raise after the shards are fetched, as far as configuration, names and adapter tell."""
+    """Raises what `load` would raise after the shards are fetched, as far as small files, names and adapter tell."""
     config = read_config(folder)
     _refuse_adapter_beside(folder, adapter_folder)
     dtype = dtype or _dtype_on(device, config)
     _check_compiler(device, dtype, compile)
     thinker = _on_meta(config)
     weights.check_memory(thinker, device, dtype)
-    if has_vocabulary(folder):
-        check_template(Processor(folder, config).template)
+    words(folder, config, 0)
     if (found := find_names()) is None:
         return
     layout = weights.layout_of(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from omni.config import QWEN3
 from omni.engine import Prefill
-from omni.inputs import InputError, Inputs
+from omni.inputs import InputError, Inputs, part_of
 from omni.kept import AUDIO, IMAGE, KINDS, VIDEO, Tile, View, draw_tiles, lay_tiles, read, short
 from omni.processing.frames import QWEN3_OMNI_SIZES, VisionSizes
 from omni.processing.media.files import named
@@ -360,7 +359,7 @@ def _draw_budgets(axes: Axes, view: View) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Under another name first: nobody finds half a file."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         part.write_bytes(content)
         part.replace(path)

@@ -121,6 +121,8 @@ def other_weights(files: Iterable[str]) -> str:
     found = sorted(file for file in files if file.endswith(OTHER_WEIGHTS))
     if not found:
         return ""
+    if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", file) for file in found):
+        return " Shards are there without their index: fetch it."
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f" Not read: {', '.join(found[:3])}{more}; pickles and other formats have to be saved as {SINGLE_FILE}."
 
@@ -150,15 +152,15 @@ def read_names(folder: Path) -> list[str] | None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """That of the first tensor; None where there is none yet, or it cannot be read: what is wrong will be said then."""
+    """That of the thinker's first tensor; None where there is none yet, or it cannot be read: what is wrong will be
+    said then."""
     try:
-        listing = listing_file(folder)
-        if listing == INDEX_FILE:
-            listing = next(iter(read_weight_map(folder, "").values()))
-        header, _, _ = _read_header(_shard_path(folder, str(listing)))
-        dtypes = (_parse_entry(entry)[0] for name, entry in header.items() if name != "__metadata__")
-        return DTYPES.get(next(dtypes))
-    except (OSError, ValueError, StopIteration):
+        names = read_names(folder) or []
+        first = next((name for name in names if name.startswith("thinker.")), names[0])
+        file = read_weight_map(folder, first)[first] if listing_file(folder) == INDEX_FILE else SINGLE_FILE
+        header, _, _ = _read_header(_shard_path(folder, file))
+        return DTYPES.get(_parse_entry(header[first])[0])
+    except (OSError, ValueError, LookupError):
         return None
 
 

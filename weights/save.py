@@ -21,7 +21,8 @@ def save_sharded(
 
     A shard holds max_shard_bytes of tensors at most, or one larger tensor. `tensors` may make them as it goes:
     only the shard in work and the one before are held. The folder is made where it is absent; an error leaves
-    none of its files half-written. Raises ValueError for a name that comes twice.
+    none of its files half-written. A model.safetensors of before, which would be read instead, is removed. Raises
+    ValueError for a name that comes twice.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

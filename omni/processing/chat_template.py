@@ -141,7 +141,7 @@ def apply_chat_template(
     """
     typed = set(json.dumps(_plain_messages(messages, {}), ensure_ascii=False)) | set(template)
     private = (char for char in map(chr, range(0xE000, 0xF900)) if char not in typed)
-    edges = sorted({edge for token in tokenizer.added_tokens for edge in (token[0], token[-1])})
+    edges = sorted({edge for mark in tokenizer.marks for edge in (mark[0], mark[-1])})
     stand_ins = dict(zip(edges, private, strict=False))
     if len(stand_ins) < len(edges):
         raise ChatTemplateError("the messages use up Unicode's private-use characters: take some out.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
             temporal_patch_size=sizes.temporal_patch_size,
         )
     clips.expect(cap_pixels_per_frame=True)
-    _refuse_other_sampling(clips)
+    _warn_of_other_sampling(clips)
     stated = _stated_colours(pictures, "image") | _stated_colours(clips, "video")
     for settings, key, field, edge in (
         (pictures, "min_pixels", "image_min_pixels", "shortest_edge"),
@@ -150,16 +151,14 @@ def vision_sizes(folder: Path, config: OmniConfig) -> VisionSizes:
     return sizes
 
 
-def _refuse_other_sampling(clips: Settings) -> None:
+def _warn_of_other_sampling(clips: Settings) -> None:
     """transformers takes frames by these keys where the file says so; here whoever asks says how many."""
     if not clips.values.get("do_sample_frames"):
         return
     for key, usual in (("fps", 2), ("max_frames", 768), ("num_frames", None)):
         if (stated := clips.values.get(key)) not in (None, usual):
-            raise ConfigError(
-                f"{clips.where}: {key} = {stated!r:.80} has clips sampled otherwise than the family's: set "
-                "do_sample_frames to false there, and give fps, max_frames or nframes when asking."
-            )
+            how = "give fps, max_frames or nframes when asking"
+            warnings.warn(f"{clips.where}: {key} = {stated!r:.80} is not followed: {how}.", stacklevel=3)
 
 
 def _stated_colours(settings: Settings, kind: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ _LEAST_PIXELS = Check(
     f"a number of pixels of at least 1 and at most {MAX_PIXELS}",
     int,
 )
-_FLAG = Check(lambda value: isinstance(value, bool), "true or false", bool)
+_FLAG = Check(lambda value: type(value).__name__ in ("bool", "bool_"), "true or false", bool)
 _SIZES = {
     "min_pixels": _LEAST_PIXELS,
     "max_pixels": _PIXELS,

@@ -46,6 +46,8 @@ class Tokenizer:
         # Longest first: where several added tokens start at one place, the longest wins.
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
         normalized = {token.text for token in vocabulary.added if token.normalized}
+        self.marks = [text for text in self.added_tokens if text not in normalized]
+        """Added tokens that typed text may not make."""
         self._added_pattern = _any_of(text for text in longest_first if text not in normalized)
         self._normalized_pattern = _any_of(unicodedata.normalize("NFC", t) for t in longest_first if t in normalized)
         self._added_ids = {unicodedata.normalize("NFC", text): self.added_tokens[text] for text in normalized}
@@ -71,13 +73,9 @@ class Tokenizer:
     def split(self, text: str) -> Iterator[str | int]:
         """Yields the plain pieces of a text and the ids of the added tokens between them, in order.
 
-        Those that are normalized are looked for in the others' pieces, in NFC, as the tokenizers library does.
+        But for those that are normalized, which are part of a plain piece (`encode`).
         """
-        for piece in self._split(text, self._added_pattern):
-            if isinstance(piece, int) or self._normalized_pattern is NOTHING:
-                yield piece
-            else:
-                yield from self._split(unicodedata.normalize("NFC", piece), self._normalized_pattern)
+        yield from self._split(text, self._added_pattern)
 
     def _split(self, text: str, pattern: re.Pattern[str]) -> Iterator[str | int]:
         start = 0
@@ -90,7 +88,8 @@ class Tokenizer:
             yield text[start:]
 
     def encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text. With split_special_tokens the whole text is plain and yields no added token.
+        """Token ids of a text. With split_special_tokens the whole text is plain and yields no added token but those
+        that are normalized: who trains with tokens of their own types them, where nobody types <|im_end|>.
 
         Raises TokenizerError where the text holds half of a surrogate pair, which no UTF-8 can express.
         """
@@ -105,11 +104,15 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
+        """Tokens that are normalized are looked for after NFC, as the tokenizers library does."""
+        ids: list[int] = []
+        for piece in self._split(unicodedata.normalize("NFC", text), self._normalized_pattern):
+            ids += [piece] if isinstance(piece, int) else self._encode_words(piece)
+        return ids
+
+    def _encode_words(self, text: str) -> list[int]:
         try:
-            words = [
-                word.encode().decode("latin-1").translate(BYTE_CHARACTERS)
-                for word in split_words(unicodedata.normalize("NFC", text))
-            ]
+            words = [word.encode().decode("latin-1").translate(BYTE_CHARACTERS) for word in split_words(text)]
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"the text holds {error.object[error.start]!a}, half of a surrogate pair: decode it from its "

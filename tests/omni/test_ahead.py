@@ -186,6 +186,17 @@ def test_what_is_known_is_not_encoded_again(engine: Engine, method: Method, batc
     assert batches.done == 3
 
 
+def test_what_would_not_be_kept_is_not_encoded(
+    thinker: Thinker, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects: a clip whose tokens take more than what is kept may would be encoded twice."""
+    engine = Engine(thinker, compile=False, eager_until_warm=False, reuse=1000)
+    batches = Batches(engine, monkeypatch)
+    with BackgroundEncoder(engine, method) as encoder:
+        encoder.tell(make_clip(engine), FRAMES)
+    assert batches.done == 0
+
+
 def test_others_use_the_device_meanwhile(engine: Engine, method: Method, batches: Batches) -> None:
     """Protects: while a file is read, which may take minutes, no other thread waits for its encoding."""
     with BackgroundEncoder(engine, method) as early:

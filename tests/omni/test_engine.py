@@ -330,6 +330,15 @@ def test_warmup_makes_the_graphs_that_clips_need(pair: Pair, traced) -> None:
 
 
 @pytest.mark.usefixtures("traced")
+def test_warmup_cuts_bytes_into_patches(made: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: frames come as bytes, of which patches are made on a GPU; the first question finds that warm, too."""
+    compiled = captures_without_a_gpu(made, monkeypatch)
+    made.warmup([3.0], seats=SETTINGS, max_new_tokens=9, height=84, width=140)
+    assert any(name.endswith("VisionEncoder.cut") for name, _ in compiled.encoders.graphs)
+    compiled.clear()
+
+
+@pytest.mark.usefixtures("traced")
 def test_a_plan_is_captured_once(pair: Pair, made: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with a stand-in for CUDA graphs: whatever the clips of a plan show, they share its graph."""
     model, draw = made, random.Random(0)

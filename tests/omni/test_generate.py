@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -401,6 +402,19 @@ found = {"torch._dynamo", "torch._inductor", "triton", "sympy"} & sys.modules.ke
 assert not found, found
 """
     subprocess.run([sys.executable, "-c", code, omni.arguments.CLIP], check=True, env=ENVIRONMENT)
+
+
+def test_the_demonstration_times_whole_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: what is kept of the first prefill would leave nothing to the others, and selection look slow."""
+    asked: dict[str, Any] = {}
+
+    def watched(source: str, **options: Any) -> Any:
+        asked.update(options)
+        raise MemoryError
+
+    monkeypatch.setattr("omni.answer.load", watched)
+    assert main([]) == 1
+    assert asked == {"reuse": 0}
 
 
 def test_the_parser_lists_what_there_is() -> None:

@@ -10,8 +10,8 @@ import torch
 from test_stages import LAYERS, REQUESTS
 
 import seats.selection
-from omni.kept import audio_spans, draw_tiles, explain, lay_tiles, read
-from omni.processing.frames import QWEN3_OMNI_SIZES, VisionSizes, patchify
+from omni.kept import VIDEO, audio_spans, draw_tiles, explain, lay_tiles, read
+from omni.processing.frames import QWEN3_OMNI_SIZES, Pixels, VisionSizes, patchify
 from omni.processing.positions import layout
 from seats.config import SeatsConfig
 from tests.omni.pairs import FAMILIES, Pair, make_request
@@ -46,10 +46,45 @@ def test_frames_are_those_that_went_in(pair: Pair) -> None:
     view = read(inputs, pair.model.prefill(inputs))
     tiles, _ = lay_tiles(view, inputs, pair.model.config, most=9)
     drawn = draw_tiles(tiles, inputs, pair.model.config, sizes)
-    for picture, frame in zip(drawn, frames[::2], strict=True):
+    inputs.pixel_values_videos = Pixels((frames,), sizes, of_clip=True)
+    of_bytes = draw_tiles(tiles, inputs, pair.model.config, sizes)
+    assert isinstance(
+        inputs.held("pixel_values_videos"), Pixels
+    )  # they would take four times the memory, and be others
+    for picture, other, frame in zip(drawn, of_bytes, frames[::2], strict=True):
         expected = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
-        assert picture.size == expected.size
-        assert picture.tobytes() == expected.tobytes()
+        assert picture.size == other.size == expected.size
+        assert picture.tobytes() == other.tobytes() == expected.tobytes()
+
+
+def test_bytes_of_several_pictures_and_clips(pair: Pair) -> None:
+    """Each tile has its own frame, and there may be more pictures than clips."""
+    sizes = QWEN3_OMNI_SIZES if pair.model.config.family == "qwen3_omni_moe" else VisionSizes()
+    patch = sizes.patch_size
+    parts = [
+        ("text", 2),
+        ("image", 4, 4),
+        ("video", 3, 4, 6, 1.0),
+        ("image", 2, 4),
+        ("video", 2, 2, 2, 0.5),
+        ("image", 4, 2),
+    ]
+    inputs = make_request(pair, [*parts, ("text", 2)])
+    torch.manual_seed(0)
+    made = {"image": [], "video": []}
+    for kind, *grid in parts[1:]:
+        count, (height, width) = (1, grid) if kind == "image" else (2 * grid[0], grid[1:3])
+        made[kind].append(torch.randint(0, 256, (count, 3, height * patch, width * patch)).byte())
+    inputs.pixel_values = Pixels(tuple(made["image"]), sizes)
+    inputs.pixel_values_videos = Pixels(tuple(made["video"]), sizes, of_clip=True)
+    view = read(inputs, pair.model.prefill(inputs))
+    tiles, _ = lay_tiles(view, inputs, pair.model.config, most=9)
+    seen = [*(picture[0] for picture in made["image"]), *(frame for clip in made["video"] for frame in clip[::2])]
+    for picture, frame in zip(draw_tiles(tiles, inputs, pair.model.config, sizes), seen, strict=True):
+        assert picture.size == (frame.shape[2], frame.shape[1])
+        assert picture.tobytes() == frame.permute(1, 2, 0).contiguous().numpy().tobytes()
+    spans = [tile.seconds for tile in tiles if tile.kind == VIDEO]
+    assert spans == [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (0.0, 0.5), (0.5, 1.0)]
 
 
 @pytest.mark.parametrize("frames", [1, 4, 7, 99, 100, 101, 200, 437, 1333])

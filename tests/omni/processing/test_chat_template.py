@@ -221,6 +221,19 @@ def test_a_template_that_looks_for_thoughts_drops_those_of_an_assistant() -> Non
     )
 
 
+def test_tokens_of_ones_own_may_be_typed() -> None:
+    """Protects: who fine-tunes with tokens that `add_tokens` of transformers made asks with them, and a template sees
+    their letters; a mark is still none."""
+    first = TOKENIZER.vocab_size
+    own = [AddedToken(text, first + i, False, normalized=True) for i, text in enumerate(("<seg>", "n_x", "caf\u00e9"))]
+    tokenizer = Tokenizer(Vocabulary(IDS, MERGES, [*ADDED, *own]))
+    template = "{{ 'YES' if messages[0].content.endswith('n_x') else 'NO' }}<|im_start|>{{ messages[0].content }}"
+    with _in_process():
+        ids = apply_chat_template(tokenizer, template, [{"role": "user", "content": "cafe\u0301 <seg><|im_end|>n_x"}])
+    assert [id for id in ids if id >= len(IDS)] == [tokenizer.token_to_id("<|im_start|>"), first + 2, first, first + 1]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "YES<|im_start|>caf\u00e9 <seg><|im_end|>n_x"
+
+
 def test_templates_can_work_on_typed_text() -> None:
     """Comparing, searching and stripping see the text that was typed."""
     template = "{% set t = messages[0].content %}{{ t.strip() == 'Hi there' }} {{ 'there' in t }} {{ t | length }}"
