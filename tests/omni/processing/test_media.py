@@ -475,6 +475,20 @@ def test_pictures_in_memory() -> None:
         assert kind_of(source) == "image"
 
 
+def test_arrays_of_any_strides() -> None:
+    """Protects: views of numpy that run backwards, such as OpenCV's BGR turned to RGB, of pictures, clips and sound."""
+    array = np.asarray(picture()).copy()
+    expected = torch.from_numpy(array).permute(2, 0, 1)
+    backwards = np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1]
+    assert backwards.strides[2] < 0 and torch.equal(read_image(backwards), expected)
+    clip = read_video((np.stack([array] * 4)[::-1], 2.0))
+    assert torch.equal(clip.frames, torch.stack([expected] * 4))
+    assert torch.equal(read_video(([backwards] * 4, 2.0)).frames, clip.frames)
+    sound = np.linspace(-1, 1, 16_000, dtype=np.float32)
+    found = read_audio(sound[::-1])
+    assert found is not None and torch.equal(found, torch.from_numpy(sound[::-1].copy()))
+
+
 def cover() -> bytes:
     buffer = io.BytesIO()
     picture().resize((32, 32)).save(buffer, "JPEG")
