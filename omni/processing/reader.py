@@ -15,7 +15,7 @@ from omni.inputs import InputError
 from omni.processing.background import BackgroundTask
 from omni.processing.frames import Pixels, VisionSizes, resize, target_size
 from omni.processing.media import Video, read_image, read_video
-from omni.processing.media.files import is_array, is_file_object, noting, warn
+from omni.processing.media.files import is_array, is_file_object, is_pair, noting, warn
 from omni.processing.media.identity import Identity, identity
 from omni.processing.media.sound import PastEndError, listen
 from omni.processing.media.video import SizeFor
@@ -220,6 +220,8 @@ def _look(source: Any, sizes: VisionSizes, size: tuple[int, int] | None) -> Tens
 def _asked_frames(part: Part, sizes: VisionSizes, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A clip as `read_video` takes it, and which frames of it: by its own settings, then those of the call."""
     given, source, fps = part.settings, part.source, part.settings.get("fps", options["fps"])
+    if isinstance(source, tuple) and not is_pair(source):  # as qwen-omni-utils takes it
+        source = list(source)
     listed = isinstance(source, list) or is_array(source)
     if "sample_fps" in given and not listed:
         raise InputError(f"{part.where}: sample_fps is the rate of a list of frames; of a clip give fps.")

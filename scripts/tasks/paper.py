@@ -5,8 +5,9 @@
     python scripts/tasks/paper.py --gather                            # the table of what has been run
 
 Needs the environment of `make eval`, real weights and the benchmarks' clips. Runs that have left a result are not run
-again. Everything is asked as the paper asks it (protocol=paper of `omni.lmms`); --protocol ours has true times, whole
-sound and prompts within the context. What a protocol cannot run is said first, and left out.
+again; those of the first questions alone (--limit) have folders and tables of their own. Everything is asked as the
+paper asks it (protocol=paper of `omni.lmms`); --protocol ours has true times, whole sound and prompts within the
+context. What a protocol cannot run is said first, and left out.
 """
 
 from __future__ import annotations
@@ -83,11 +84,13 @@ class Run:
     method: str
     retention: float
     protocol: str = "paper"
+    limit: int | None = None
 
     @property
     def folder(self) -> Path:
         kept = "every-token" if self.retention == 1 else f"{self.method}-{round(100 * self.retention)}"
-        return OUT / self.protocol / self.family / kept / self.task
+        asked = self.task if self.limit is None else f"{self.task}-first-{self.limit}"
+        return OUT / self.protocol / self.family / kept / asked
 
     def refusal(self) -> str | None:
         """Why the protocol cannot run this row, None where it can: no such row, or too few tokens for the method."""
@@ -99,7 +102,7 @@ class Run:
             return str(error)
         return None
 
-    def command(self, processes: int, batch: int, limit: int | None) -> list[str]:
+    def command(self, processes: int, batch: int) -> list[str]:
         settings = {
             "pretrained": FAMILIES[self.family],
             "dtype": "bfloat16",
@@ -117,7 +120,7 @@ class Run:
             *("--model_args", ",".join(f"{name}={value}" for name, value in settings.items())),
             *("--include_path", str(TASKS_FOLDER), "--tasks", TASKS[self.task][1], "--batch_size", str(batch)),
             *("--log_samples", "--output_path", str(self.folder)),
-            *([] if limit is None else ["--limit", str(limit)]),
+            *([] if self.limit is None else ["--limit", str(self.limit)]),
         ]
 
     def score(self) -> float | None:
@@ -153,26 +156,29 @@ def cells(values: Iterable[float | None]) -> str:
     return " | ".join("" if value is None else f"{value:.1f}" for value in values)
 
 
-def table(families: list[str], method: str, protocol: str = "paper") -> str:
+def table(families: list[str], method: str, protocol: str = "paper", limit: int | None = None) -> str:
     """What was run beside what was published: two rows for each retention. TFLOPs are means over answers, tera
     multiply-accumulates as in the paper; accuracy in percent; the mean is over all five tasks. For what was run the
-    last column is the median of the seconds to the first token."""
+    last column is the median of the seconds to the first token, of those answers whose whole prompt ran: after an
+    earlier one about the same clip only what differs does. limit: of runs of so many questions."""
     lines = []
+    of = "" if limit is None else f", first {limit} questions of each"
     for family in families:
         names = " | ".join(name for name, _ in TASKS.values())
-        lines += [f"## {FAMILIES[family]}, {method}, protocol {protocol}", ""]
+        lines += [f"## {FAMILIES[family]}, {method}, protocol {protocol}{of}", ""]
         lines += [f"| R | | TFLOPs | {names} | mean | of every token's | prefill s |"]
         lines += ["|" + " --- |" * (len(TASKS) + 6)]
         full: float | None = None
         for retention in RETENTIONS:
-            runs = [Run(family, task, method, retention, protocol) for task in TASKS]
+            runs = [Run(family, task, method, retention, protocol, limit) for task in TASKS]
             scores = [run.score() for run in runs]
             costs = [cost for run in runs for cost in run.costs()]
             average = mean(scores)
             full = average if retention == 1 else full
             share = None if average is None or not full else 100 * average / full
             flops = mean([cost["macs"] / 1e12 for cost in costs])
-            seconds = statistics.median([cost["prefill_seconds"] for cost in costs]) if costs else None
+            whole = [cost["prefill_seconds"] for cost in costs if cost["reused_tokens"] == 0]
+            seconds = statistics.median(whole) if whole else None
             done = f"run ({sum(score is not None for score in scores)} of {len(TASKS)})"
             prefill = "" if seconds is None else f"{seconds:.2f}"
             lines += [f"| {retention:.0%} | {done} | {cells([flops, *scores, average, share])} | {prefill} |"]
@@ -212,13 +218,13 @@ def main() -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="how to ask (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="GPUs (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="questions together (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="questions of each task")
+    parser.add_argument("--limit", type=int, help="the first questions of each task alone")
     parser.add_argument("--run", action="store_true", help="run what has no result yet")
     parser.add_argument("--gather", action="store_true", help="print the table alone")
     options = parser.parse_args()
     if not options.gather:
         runs = [
-            Run(family, task, options.method, retention, options.protocol)
+            Run(family, task, options.method, retention, options.protocol, options.limit)
             for family in options.families
             for task in options.tasks
             for retention in options.retention
@@ -230,7 +236,7 @@ def main() -> None:
             else:
                 print(f"left out: {run.family}, {run.task}, {run.method} at {run.retention:.0%}: {why}", flush=True)
         for run in able:
-            command = run.command(options.processes, options.batch, options.limit)
+            command = run.command(options.processes, options.batch)
             print(shlex.join(command), flush=True)
             if options.run and run.score() is None:
                 status = subprocess.run(command).returncode
@@ -243,7 +249,7 @@ def main() -> None:
         if not able:
             raise SystemExit("nothing of what was asked can be run.")
     if options.gather or options.run:
-        print(table(options.families, options.method, options.protocol))
+        print(table(options.families, options.method, options.protocol, options.limit))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -24,7 +24,8 @@ def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTyp
 
 
 def test_published_stands_beside_what_was_run(paper: ModuleType) -> None:
-    """Scores, mean, share of every token's, and costs from the logs of a family that was run; the paper's of both."""
+    """Scores, mean, share of every token's, and costs from the logs of a family that was run; the paper's of both. A
+    second question about a clip does not count in the seconds: it was not prefilled whole."""
     for retention, score, macs in ((1.0, 50.0, 111e12), (0.10, 46.0, 12e12)):
         for number, task in enumerate(paper.TASKS):
             run = paper.Run("qwen2.5", task, "seats", retention)
@@ -34,7 +35,8 @@ def test_published_stands_beside_what_was_run(paper: ModuleType) -> None:
             result = {"results": {name: {"accuracy,none": score + number, "accuracy_stderr,none": 1.0}}}
             (folder / "1_results.json").write_text(json.dumps(result))
             lines = [
-                {"token_counts": [{"macs": macs, "prefill_seconds": 0.25}]},
+                {"token_counts": [{"macs": macs, "prefill_seconds": 0.25, "reused_tokens": 0}]},
+                *[{"token_counts": [{"macs": macs, "prefill_seconds": 0.01, "reused_tokens": 99}]}] * 2,
                 {"token_counts": [{"error": "MemoryError: too little"}]},
             ]
             (folder / f"1_samples_{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -111,6 +113,32 @@ def test_a_run_that_fails_is_said_in_a_sentence(
     said = rf"qwen2\.5, worldsense, seats at 35% has left no result \(status {status}\).*the same command"
     with pytest.raises(SystemExit, match=said):
         paper.main()
+
+
+def test_a_run_of_some_questions_is_not_the_benchmark(
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects: what has a score for its first questions is run all the same, and neither table shows the other's."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        asked.append(command)
+        folder = Path(command[command.index("--output_path") + 1])
+        folder.mkdir(parents=True)
+        score = 80.0 if "--limit" in command else 46.7
+        (folder / "1_results.json").write_text(json.dumps({"results": {"worldsense_omni": {"accuracy,none": score}}}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(paper.subprocess, "run", run)
+    words = ["--families", "qwen2.5", "--tasks", "worldsense", "--retention", "1", "--run"]
+    for limit, score, other in ((["--limit", "2"], "80.0", "46.7"), ([], "46.7", "80.0")):
+        for _ in range(2):  # the second time there is a result
+            monkeypatch.setattr(sys, "argv", ["paper.py", *words, *limit])
+            paper.main()
+            said = capsys.readouterr().out
+            assert f"| run (1 of 5) |  | {score} |" in said and f"| run (1 of 5) |  | {other} |" not in said
+            assert ("protocol paper, first 2 questions of each\n" in said) == bool(limit)
+    assert ["--limit" in command for command in asked] == [True, False]
 
 
 def test_world_sense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Addresses of media: file://, data: and, where asked for, http:// and https://.
 
-An address is a str that begins with one of these schemes; any other str is a path.
+An address is a str that begins with one of these schemes; any other str is a path. http:// and https:// are asked for
+as browsers do: a host in any alphabet by IDNA (of 2003), whatever else a path or query may not have as %-escapes. The
+user:password@ of one stands in no message, and is sent to its own server alone.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ SHOWN = 80
 """Characters of an address that a message repeats: a data: address is the whole file."""
 
 _SCHEME = re.compile(r"(file|data|https?):", re.IGNORECASE)
+_LOGIN = re.compile(r"(?<=//)([^/?#]*|[^/?#:\[]*:(?![0-9]+[/?#])[^@]*)@")
+"""Also with a password that should have been escaped, as no port is."""
+_ALLOWED = "%!$&'()*+,;=:@/?[]"
+"""Of paths and queries (RFC 3986, 3.3 and 3.4) beside letters, digits and -._~; what is an escape stays one."""
 
 
 def scheme_of(source: Any) -> str | None:
@@ -42,12 +48,12 @@ def scheme_of(source: Any) -> str | None:
 
 
 def shown(source: str) -> str:
-    """A path or an address as a message names it: of an address the first characters, never what it carries."""
+    """A path or an address as a message names it: of an address the first characters, never what it carries or
+    who asks."""
     scheme = scheme_of(source)
     if scheme is None:
         return source if len(source) <= 300 else f"{source[:299]}…"
-    if scheme == "data":
-        source = source.partition(",")[0] + ",…"
+    source = source.partition(",")[0] + ",…" if scheme == "data" else _LOGIN.sub("…@", source, count=1)
     return source if len(source) <= SHOWN else f"{source[: SHOWN - 1]}…"
 
 
@@ -132,17 +138,20 @@ class _RefusedError(Exception):
 
 def _fetch(address: str, file: BinaryIO) -> None:
     deadline = time.monotonic() + MAX_SECONDS
-    here = address
     try:
+        here, login = _asked(address)
         for hop in range(MAX_REDIRECTS + 1):
-            with _answer(here, deadline, redirected=hop > 0) as answer:
+            with _answer(here, login, deadline, redirected=hop > 0) as answer:
                 target = answer.headers.get("Location") if 300 <= answer.status < 400 else None
                 if target is None:
                     _copy(answer, file, deadline)
                     return
-            here, before = urllib.parse.urljoin(here, target), scheme_of(here)
-            if scheme_of(here) != before:
-                raise _RefusedError(f"it redirects from {before}:// to another scheme")
+            # http.client reads headers as Latin-1, where servers write UTF-8.
+            target = target.encode("latin-1").decode(errors="surrogateescape")
+            before, (here, its) = here, _asked(urllib.parse.urljoin(here, target))
+            if scheme_of(here) != scheme_of(before):
+                raise _RefusedError(f"it redirects from {scheme_of(before)}:// to another scheme")
+            login = its or (login if _server(here) == _server(before) else None)
         raise _RefusedError(f"it redirects more than {MAX_REDIRECTS} times")
     except _RefusedError as error:
         raise MediaError(f"{shown(address)} is not fetched: {error}.") from None
@@ -154,8 +163,32 @@ def _fetch(address: str, file: BinaryIO) -> None:
         raise MediaError(f"{shown(address)} cannot be fetched: {why:.160}.") from error
 
 
+def _asked(address: str) -> tuple[str, str | None]:
+    """An address as a server is asked for it, and the Authorization (RFC 7617) of the user:password@ that it had."""
+    try:
+        parts = urllib.parse.urlsplit(address.strip())
+        user, password = (urllib.parse.unquote(each or "") for each in (parts.username, parts.password))
+        server, port = parts.netloc.rpartition("@")[2], parts.port
+        if not server.isascii():
+            server = (parts.hostname or "").encode("idna").decode() + ("" if port is None else f":{port}")
+    except ValueError:  # which may repeat the password
+        raise _RefusedError(
+            "its server is malformed (in a user's name or password @ : / ? # % are %40 %3A %2F %3F %23 %25)"
+        ) from None
+    path, query = (
+        urllib.parse.quote(each, safe=_ALLOWED, errors="surrogateescape") for each in (parts.path, parts.query)
+    )
+    login = base64.b64encode(f"{user}:{password}".encode()).decode() if user or password else None
+    return urllib.parse.urlunsplit((parts.scheme, server, path, query, "")), login and f"Basic {login}"
+
+
+def _server(address: str) -> str:
+    """Host and port."""
+    return urllib.parse.urlsplit(address).netloc.lower()
+
+
 @contextmanager
-def _answer(address: str, deadline: float, *, redirected: bool) -> Iterator[Any]:
+def _answer(address: str, login: str | None, deadline: float, *, redirected: bool) -> Iterator[Any]:
     """The answer of one server; a redirect is one, too. No answer, however slowly it drips, outlasts the deadline."""
     parts = urllib.parse.urlsplit(address)
     if not parts.hostname:
@@ -196,7 +229,8 @@ def _answer(address: str, deadline: float, *, redirected: bool) -> Iterator[Any]
     opener = urllib.request.OpenerDirector()  # with no handler of files, FTP or redirects
     for handler in (urllib.request.ProxyHandler(), PlainHandler(), SecureHandler(), urllib.request.UnknownHandler()):
         opener.add_handler(handler)
-    request = urllib.request.Request(address, headers={"User-Agent": "seats-omni", "Accept": "*/*"})
+    headers = {"User-Agent": "seats-omni", "Accept": "*/*"} | ({"Authorization": login} if login else {})
+    request = urllib.request.Request(address, headers=headers)
     try:
         with opener.open(request, timeout=STALL_SECONDS) as answer:
             yield answer

@@ -3,7 +3,7 @@
 A source is a path, an address (file://, data:; http:// and https:// by `addresses.fetched`), bytes, a seekable binary
 file object, or what is already decoded: a picture as a PIL image or an array (H, W, 3) or (3, H, W) uint8; sound as an
 array (n,) in [-1, 1] at 16 kHz, or a pair (array, rate in Hz); a clip as a pair (frames, frames per second), its frames
-an array (N, 3, H, W) or (N, H, W, 3) uint8 or a list of pictures. Arrays are torch's or numpy's.
+an array (N, 3, H, W) or (N, H, W, 3) uint8 or a list of pictures. Arrays are torch's or numpy's, of any strides.
 """
 
 from __future__ import annotations
@@ -173,8 +173,17 @@ def is_pil(source: Any) -> bool:
     return hasattr(source, "getbands")
 
 
+def is_pair(source: Any) -> bool:
+    """Whether a clip is (frames, frames per second) and not a tuple of frames: what is second is no picture."""
+    if not isinstance(source, tuple) or len(source) != 2:
+        return False
+    return not is_pil(source[1]) and getattr(source[1], "ndim", 0) < 2
+
+
 def as_array(source: Any) -> Tensor:
     try:
+        if any(step < 0 for step in getattr(source, "strides", ())):  # numpy's, such as of BGR turned to RGB
+            source = source.copy()
         array = torch.as_tensor(source).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise MediaError(f"{type(source).__name__} is no array of numbers: {error}") from error

@@ -14,12 +14,15 @@ from omni.processing.media.upright import over_white
 # Formats that Pillow recognises by a signature and decodes by itself: no EPS, which runs another program.
 PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "CUR")
 MOVING = ("GIF", "PNG", "WEBP", "AVIF")
+SCALED = ("PNG", "PPM")
+"""Formats of whose greys of more than 8 bits Pillow makes 0 .. 65535, also where it takes 32 bits for each."""
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
 """Of files with pictures coded as HEVC (ISO/IEC 23008-12, annex B); "mif1" and "msf1" leave the coding open."""
 
 
 def read_image(source: Any) -> Tensor:
-    """(3, H, W) uint8 RGB, upright. Transparency is laid over white; 16-bit greys keep their upper 8 bits.
+    """(3, H, W) uint8 RGB, upright. Transparency is laid over white; 16-bit greys keep their upper 8 bits, those of 32
+    bits or with a sign are taken as they are where all are within 0 .. 255, and refused elsewhere.
 
     Of a picture that moves, or has several pages, the first is taken, with a warning. HEIC needs `pillow-heif` (the
     extra `heif`). Raises MediaError for what is no picture, is damaged, or claims more than `MAX_PIXELS`.
@@ -121,16 +124,31 @@ def pixels(picture: Any, name: str) -> Tensor:
         raise MediaError(f"{name} has {width} x {height} pixels, which is too large. Scale it down.")
     if picture.mode == "F":
         raise MediaError(f"{name} has floating point pixels of unknown range. Convert it to 8 bits.")
+    sixteen = picture.mode.startswith("I;16") or picture.format in SCALED  # a copy has no format
     try:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
-            picture = picture.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
+            return _grey(picture, name, sixteen=sixteen).repeat(3, 1, 1)
         clear = "A" in picture.getbands() or picture.info.get("transparency") is not None
         mode = "RGBA" if clear else "RGB"
         picture = picture.convert(mode)
         found = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         found = found.view(picture.height, picture.width, len(mode))
+    except MediaError:
+        raise
     # On damaged files Pillow's decoders raise whatever their parsing runs into.
     except Exception as error:
         raise MediaError(f"{name} is a damaged picture: {error}.") from error
     return (over_white(found) if clear else found).permute(2, 0, 1)
+
+
+def _grey(picture: Any, name: str, *, sixteen: bool) -> Tensor:
+    """(H, W) uint8 of whole numbers: the upper 8 of 16 bits, or all of them. The one that is transparent is white."""
+    values = torch.frombuffer(bytearray(picture.convert("I").tobytes()), dtype=torch.int32)
+    values = values.view(picture.height, picture.width)
+    lowest, highest = int(values.min()), int(values.max())
+    if not sixteen and (lowest < 0 or highest > 255):
+        raise MediaError(f"{name} has greys of unknown range, here {lowest} .. {highest}. Convert it to 8 bits.")
+    found = (values >> 8 if sixteen else values).to(torch.uint8)
+    clear = picture.info.get("transparency")
+    return found if clear is None else found.masked_fill(values == clear, 255)

@@ -58,12 +58,20 @@ def _rgb(frame: Any) -> Any:
     return _of_thread.converter.reformat(frame, format="rgb24", threads=1)
 
 
+STRIP = 2**16
+"""Pixels that are laid over white at a time, at up to 44 bytes each."""
+
+
 def over_white(picture: Tensor) -> Tensor:
-    """(H, W, 4) uint8 RGBA → (H, W, 3), laid over white."""
+    """(H, W, 4) uint8 RGBA → (H, W, 3), laid over white, in strips: of all that is computed, memory holds one strip."""
     if bool((picture[..., 3] == 255).all()):
         return picture[..., :3]
-    colour, alpha = picture[..., :3].int(), picture[..., 3:].int()
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    found = torch.empty(*picture.shape[:2], 3, dtype=torch.uint8)
+    rows = max(1, STRIP // picture.shape[1])
+    for strip, into in zip(picture.split(rows), found.split(rows), strict=True):
+        colour, alpha = strip[..., :3].int(), strip[..., 3:].int()
+        into.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
+    return found
 
 
 def turned(picture: Any, matrix: tuple[int, ...] | None) -> Any:

@@ -23,6 +23,7 @@ from omni.processing.media.files import (
     as_number,
     described,
     is_array,
+    is_pair,
     open_container,
     packets,
     warn,
@@ -560,9 +561,11 @@ class _Through:
 
 def _given(source: Any, wish: Wish, scaling: _Scaling) -> Video:
     """The frames of an array or a list."""
-    if not isinstance(source, tuple) or len(source) != 2:
-        kind = "a list of frames" if isinstance(source, list) else "an array of frames"
-        raise MediaError(f"{kind} does not say how fast they follow: give fps, or a pair (frames, frames per second).")
+    if not is_pair(source):
+        kind = "a list" if isinstance(source, list) else "a tuple" if isinstance(source, tuple) else "an array"
+        raise MediaError(
+            f"{kind} of frames does not say how fast they follow: give fps, or a pair (frames, frames per second)."
+        )
     given, rate = source
     number = as_number(rate)
     if not 0 < number < math.inf:

@@ -7,6 +7,7 @@ import io
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,16 +30,21 @@ def picture() -> bytes:
 
 
 class Server:
-    """An HTTP server on this machine. answers: path → what is sent, or a function of the handler."""
+    """An HTTP server on this machine. answers: path → what is sent, or a function of the handler. asked, hosts, logins:
+    of each request in turn the path, and what its headers Host and Authorization say."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {}
         self.asked: list[str] = []
+        self.hosts: list[str | None] = []
+        self.logins: list[str | None] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.asked.append(self.path)
+                outer.hosts.append(self.headers["Host"])
+                outer.logins.append(self.headers["Authorization"])
                 answer = outer.answers.get(self.path)
                 if callable(answer):
                     answer(self)
@@ -165,6 +171,100 @@ def test_what_is_fetched_is_read_and_removed(server: Server, picture: bytes) -> 
     for other in ("a.png", b"x", 17, None, f"file://{path}"):
         with fetched(other, urls=True) as source:
             assert source is other
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("/клип 1.png", "/%D0%BA%D0%BB%D0%B8%D0%BF%201.png"),
+        ("/a.png?q=ü b&x=[1]#t=10", "/a.png?q=%C3%BC%20b&x=[1]"),
+        ("/a%20b%2Fc%zz.png?x=%26;y=a+b", "/a%20b%2Fc%zz.png?x=%26;y=a+b"),
+        ('/"<a>"\x01.png \n', "/%22%3Ca%3E%22%01.png"),
+    ],
+)
+def test_addresses_are_asked_for_as_browsers_do(server: Server, picture: bytes, written: str, asked: str) -> None:
+    """Protects: what an address may not have is escaped, once; what is escaped, or may stand there, stays."""
+    server.answers[asked] = picture
+    with fetched(server.url + written, urls=True) as source:
+        assert Path(source).read_bytes() == picture
+    assert server.asked == [asked]
+
+
+def test_a_redirect_in_any_alphabet(server: Server, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: servers write UTF-8, or other bytes, into a header whose text is Latin-1: those bytes are asked for."""
+    monkeypatch.setattr(addresses, "_require_public", lambda place: None)
+    for raw, asked in (("/ü x.png".encode(), "/%C3%BC%20x.png"), ("/ü.png".encode("latin-1"), "/%FC.png")):
+        server.answers |= {"/start": redirect(raw.decode("latin-1")), asked: picture}
+        with fetched(f"{server.url}/start", urls=True) as source:
+            assert Path(source).read_bytes() == picture
+        assert server.asked[-1] == asked
+
+
+def test_a_host_in_any_alphabet(server: Server, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = addresses.socket.getaddrinfo
+    names: list[str] = []
+
+    def here(host: str, *rest: Any, **options: Any) -> Any:
+        names.append(host)
+        return look_up("127.0.0.1", *rest, **options)
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", here)
+    server.answers["/a.png"] = picture
+    port = server.server.server_port
+    with fetched(f"http://bücher.example:{port}/a.png", urls=True) as source:
+        assert Path(source).read_bytes() == picture
+    assert names == ["xn--bcher-kva.example"] and server.hosts == [f"xn--bcher-kva.example:{port}"]
+
+
+def test_a_password_is_for_its_own_server(server: Server, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: it is sent as RFC 7617 has it, also after a redirect within the server, and nowhere else: neither after
+    a redirect to another, nor after one back."""
+    monkeypatch.setattr(addresses, "_require_public", lambda place: None)
+    port = server.server.server_port
+    server.answers |= {
+        "/within": redirect("/a.png"),
+        "/same": redirect(f"{server.url}/a.png"),
+        "/away": redirect(f"http://localhost:{port}/back"),
+        "/back": redirect(f"{server.url}/a.png"),
+        "/other": redirect(f"http://you:too@localhost:{port}/a.png"),
+        "/a.png": picture,
+    }
+    mine = f"Basic {base64.b64encode('me:gé heim:@'.encode()).decode()}"
+    yours = f"Basic {base64.b64encode(b'you:too').decode()}"
+    for path, expected in (
+        ("/a.png", [mine]),
+        ("/within", [mine, mine]),
+        ("/same", [mine, mine]),
+        ("/away", [mine, None, None]),
+        ("/other", [mine, yours]),
+    ):
+        server.logins.clear()
+        with fetched(f"http://me:g%C3%A9 heim:%40@127.0.0.1:{port}{path}", urls=True) as source:
+            assert Path(source).read_bytes() == picture
+            assert str(source) == f"http://…@127.0.0.1:{port}{path}"
+        assert server.logins == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://me:geheim@127.0.0.1:1/a.png", r"^http://…@127\.0\.0\.1:1/a\.png cannot be fetched: "),
+        ("http://me:geheim@host:x/a.png", r"^http://…@host:x/a\.png is not fetched: its server is malformed"),
+        ("http://me:ge/heim@host/a.png", r"^http://…@host/a\.png is not fetched: its server is malformed"),
+        ("http://me:geheim@[::1/a.png", r"is not fetched: its server is malformed"),
+        ("http://me:geheim@ho℀st/a.png", r"is not fetched: its server is malformed"),
+        ("http://me:geheim@" + "ü" * 80 + "/a.png", r"is not fetched: its server is malformed"),
+    ],
+)
+def test_no_message_has_a_password(address: str, message: str) -> None:
+    """Protects: neither the message nor what it was raised from, whatever is wrong with the address; allowed or not."""
+    for urls in (True, False):
+        with pytest.raises(MediaError, match=message if urls else "urls=True") as caught, fetched(address, urls=urls):
+            pass
+        said = "".join(traceback.format_exception(caught.value, limit=0))
+        assert not any(part in said for part in ("geheim", "heim@", "'ge'"))
+    assert addresses.shown("http://host:80/@me/a@b.png") == "http://host:80/@me/a@b.png"
+    assert addresses.shown("http://[::1]:80/@me") == "http://[::1]:80/@me"
 
 
 def test_answers_without_a_length_and_with_another_status(server: Server, picture: bytes) -> None:

@@ -422,6 +422,37 @@ def test_sixteen_bit_greys(tmp_path: Path) -> None:
     assert np.abs(pixels - greys // 256).max() <= 1
 
 
+@pytest.mark.parametrize("clear", [0x0180, 0x8000, 0x00FF])
+def test_one_sixteen_bit_grey_is_transparent(tmp_path: Path, clear: int) -> None:
+    """Protects: that very value is white, and neither what shares its upper 8 bits nor what shares its lower ones."""
+    greys = np.array([[0, 0x0180, 0x0181, 0x8000, 0x80FF, 0x8080, 0x7FFF, 0xFFFF, 0x00FF]], np.uint16)
+    Image.fromarray(greys).save(tmp_path / "a.png", transparency=clear)
+    expected = np.where(greys == clear, 255, greys >> 8)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0].numpy(), expected)
+
+
+def test_greys_of_unknown_range(tmp_path: Path) -> None:
+    """Protects: greys of 32 bits that are those of 8 stay what they are, as in transformers, and are not black; others
+    are refused, not guessed. What Pillow makes 16 bits of keeps the upper 8, turned or not."""
+    greys = np.arange(256, dtype=np.int32).reshape(8, 32)
+    for source in (tmp_path / "a.tiff", Image.fromarray(greys)):
+        Image.fromarray(greys).save(tmp_path / "a.tiff")
+        np.testing.assert_array_equal(read_image(source).numpy(), np.stack([greys] * 3))
+    for wrong in (greys - 1, greys + 1, greys * 2**20):
+        Image.fromarray(wrong).save(tmp_path / "a.tiff")
+        said = rf"a\.tiff has greys of unknown range, here {wrong.min()} \.\. {wrong.max()}\. Convert it to 8 bits\.$"
+        with pytest.raises(MediaError, match=said):
+            read_image(tmp_path / "a.tiff")
+    (tmp_path / "a.pgm").write_bytes(b"P5 32 8 65535\n" + (greys * 257).astype(">u2").tobytes())
+    with Image.open(tmp_path / "a.pgm") as opened:
+        assert opened.mode == "I"
+    np.testing.assert_array_equal(read_image(tmp_path / "a.pgm")[0].numpy(), greys)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((greys * 257).astype(np.uint16)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0].numpy(), np.rot90(greys, -1))
+
+
 def test_exif_rotation_is_honoured(tmp_path: Path) -> None:
     """A photograph stored lying comes out upright."""
     exif = Image.Exif()
@@ -442,6 +473,20 @@ def test_pictures_in_memory() -> None:
     for source in (image, buffer, array, torch.from_numpy(array), expected, expected.numpy()):
         assert torch.equal(read_image(source), expected)
         assert kind_of(source) == "image"
+
+
+def test_arrays_of_any_strides() -> None:
+    """Protects: views of numpy that run backwards, such as OpenCV's BGR turned to RGB, of pictures, clips and sound."""
+    array = np.asarray(picture()).copy()
+    expected = torch.from_numpy(array).permute(2, 0, 1)
+    backwards = np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1]
+    assert backwards.strides[2] < 0 and torch.equal(read_image(backwards), expected)
+    clip = read_video((np.stack([array] * 4)[::-1], 2.0))
+    assert torch.equal(clip.frames, torch.stack([expected] * 4))
+    assert torch.equal(read_video(([backwards] * 4, 2.0)).frames, clip.frames)
+    sound = np.linspace(-1, 1, 16_000, dtype=np.float32)
+    found = read_audio(sound[::-1])
+    assert found is not None and torch.equal(found, torch.from_numpy(sound[::-1].copy()))
 
 
 def cover() -> bytes:

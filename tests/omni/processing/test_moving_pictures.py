@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import torch
 from clips import number_of, numbered_frame
 from PIL import Image, features
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni.processing.media import MediaError, kind_of, read_audio, read_image, read_video
+from omni.processing.media.upright import over_white
 
 CORNERS = {(0, 0): (250, 0, 0), (0, 1): (0, 250, 0), (1, 0): (0, 0, 250), (1, 1): (250, 250, 250)}
 FORMATS = [
@@ -110,6 +113,27 @@ def test_half_transparent_as_pillow_lays_it_over_white() -> None:
     expected = np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
     found = read_image(picture).permute(1, 2, 0).numpy()
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_transparency_is_laid_over_white_in_strips() -> None:
+    """Protects: nothing on the way takes more memory than the picture itself, and no border of two strips shows: the
+    last of whose rows are fewer, or one row for each where the picture is wide."""
+    sizes: list[int] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            several = found if isinstance(found, (list, tuple)) else [found]
+            sizes.extend(each.nbytes for each in several if isinstance(each, Tensor))
+            return found
+
+    for height, width in ((701, 500), (3, 2**17)):
+        picture = torch.randint(0, 256, (height, width, 4), generator=torch.Generator().manual_seed(0)).byte()
+        with Noting():
+            found = over_white(picture)
+        assert max(sizes) <= picture.nbytes
+        colour, alpha = picture[..., :3].int(), picture[..., 3:].int()
+        assert torch.equal(found.int(), (colour * alpha + 255 * (255 - alpha) + 127) // 255)
 
 
 def test_a_still_for_those_who_see_nothing_move_is_no_frame(tmp_path: Path) -> None:

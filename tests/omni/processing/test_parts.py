@@ -22,6 +22,7 @@ from omni.inputs import InputError, Inputs
 from omni.processing import chat_template, sandbox
 from omni.processing.chat_template import ChatTemplateError
 from omni.processing.frames import MediaError
+from omni.processing.media import read_video
 from omni.processing.mel import log_mel
 from omni.processing.parts import KEYS
 from omni.processing.processor import Processor
@@ -211,6 +212,20 @@ def test_a_list_of_frames_is_a_clip(processor: Processor, tmp_path: Path, name: 
     part = {"type": "video", "video": list(array), name: 4}
     assert numbers(processor.prepare(asked({**part, "max_frames": 4}))) == [0, 2, 4, 6]
     assert numbers(processor.prepare(asked({**part, "video_start": 1.0, "video_end": 2.0}))) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_a_tuple_of_frames_is_a_list_of_them(processor: Processor, count: int) -> None:
+    """Protects: two pictures are no pair of frames and their rate."""
+    arrays = tuple(numbered_frame(number) for number in range(count))
+    for frames in (arrays, tuple(map(torch.from_numpy, arrays)), tuple(map(Image.fromarray, arrays))):
+        part = {"type": "video", "video": frames}
+        assert numbers(processor.prepare(asked({**part, "fps": 2}))) == list(range(count))
+        with pytest.raises(InputError, match="message 1, part 1: a list of frames needs fps"):
+            processor.prepare(asked(part))
+        with pytest.raises(MediaError, match="a tuple of frames does not say how fast they follow: give fps"):
+            read_video(frames)
+    assert numbers(processor.prepare(asked({"type": "video", "video": (list(arrays), np.array([2.0]))})))
 
 
 def test_an_array_without_a_rate_is_told_of_fps(processor: Processor) -> None:
