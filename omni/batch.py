@@ -32,7 +32,7 @@ import omni
 import weights
 from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
 from omni.arguments import OUT_OF_MEMORY, model_parser, open_streams, settings_parser
-from omni.config import DTYPES, OmniConfig, read_config
+from omni.config import DTYPES, OmniConfig, read_config, read_sampling
 from omni.inputs import InputError, Inputs
 from omni.model import Generation, load
 from omni.processing.frames import Pixels, VisionSizes
@@ -95,7 +95,10 @@ def run(options: argparse.Namespace) -> None:
     for name in ("replicas", "cores", "decoders", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1.")
+    if ray.is_initialized():
+        raise InputError("Ray runs in this process already, and a run starts its own: call ray.shutdown() before.")
     check_device(options.device, elsewhere=options.address is not None)
+    sampling_of(options)
     # Processes on other nodes have other working directories.
     options.questions = options.questions.resolve()
     source = Source(options.questions)
@@ -117,6 +120,8 @@ def complete(ray: Any, options: argparse.Namespace, source: Source) -> None:
         if folder_of_adapter == Path(options.adapter):
             options.adapter = str(folder_of_adapter.resolve())
     method_of(options, read_config(folder))  # a setting that fits no row is said before anything starts
+    if options.temperature == "checkpoint":
+        read_sampling(folder)
     command = command_of(options)
     journal.check_command(command)
     ids, unreadable = source.scan()

@@ -20,11 +20,10 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-import omni
 from omni.config import DTYPES, MAX_TOKENS
 from omni.engine import KV
 from omni.inputs import InputError, Inputs
-from omni.model import Generation, Omni
+from omni.model import Generation, Omni, load_to_ask
 from omni.processing.media.addresses import scheme_of
 from omni.protocol import (
     OURS,
@@ -179,7 +178,7 @@ class SeatsOmni(lmms):
         if self._world_size > 1:
             self.accelerator = accelerator
             device = device if device == "cpu" or not torch.cuda.is_available() else str(accelerator.device)
-        self.model = omni.load(
+        self.model = load_to_ask(
             str(pretrained),
             revision=revision,
             adapter=adapter,
