@@ -515,7 +515,7 @@ def test_a_process_that_cannot_start_tells_why(
 
 
 def test_on_ray_it_is_a_sentence(tmp_path: Path, checkpoint: Path) -> None:
-    """An adapter without weights, which the replica finds. In a process of its own: Ray is not for one of the tests'."""
+    """An adapter without weights, which the replica finds. Ray twice in one process may end it."""
     pytest.importorskip("ray")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "target_modules": []}')
