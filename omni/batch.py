@@ -34,7 +34,7 @@ from omni.answer import ERRORS, messages, method_of, report_of, sampling_of
 from omni.arguments import OUT_OF_MEMORY, model_parser, open_streams, settings_parser
 from omni.config import DTYPES, OmniConfig, read_config, read_sampling
 from omni.inputs import InputError, Inputs
-from omni.model import Generation, load
+from omni.model import Generation, load, usable_device
 from omni.processing.frames import Pixels, VisionSizes
 from omni.processing.media import fetched
 from omni.processing.media.addresses import scheme_of
@@ -237,13 +237,8 @@ def start(ray: Any, options: argparse.Namespace) -> Pool:
 
 def check_device(name: str | None, *, elsewhere: bool) -> None:
     """Raises InputError for a device that no replica can have. elsewhere: in a cluster, not on this machine."""
-    try:
-        device = torch.device(name or "cpu")
-        if device.type != "cuda" and not elsewhere:  # GPUs are counted: to use one here takes memory of it
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here ({why}); try --device cpu.") from None
+    # GPUs are counted: to use one here takes memory of it.
+    device = usable_device(name or "cpu", tried=not elsewhere and not (name or "").startswith("cuda"))
     if device.type == "cuda" and device.index:
         raise InputError(f"a replica sees one GPU, which is cuda, not {name}: choose GPUs by CUDA_VISIBLE_DEVICES.")
 

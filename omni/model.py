@@ -530,6 +530,10 @@ def token_ids(given: Iterable[int] | Tensor, below: int) -> list[int]:
     return ids
 
 
+Words = Callable[[Path, OmniConfig, int], Processor | None]
+"""Folder, config and the processor's reuse → what asking in words needs."""
+
+
 def load(
     source: str | Path,
     *,
@@ -541,6 +545,7 @@ def load(
     eager_until_warm: bool = False,
     reuse: int = REUSE_BYTES,
     progress: bool = False,
+    _words: Words | None = None,
 ) -> Omni:
     """Loads a public checkpoint.
 
@@ -559,62 +564,7 @@ def load(
     Raises omni.config.ConfigError, weights.CheckpointError, and omni.inputs.InputError for a device or dtype that
     cannot be.
     """
-    return _load(
-        source,
-        _words_or_warning,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        adapter=adapter,
-        compile=compile,
-        eager_until_warm=eager_until_warm,
-        reuse=reuse,
-        progress=progress,
-    )
-
-
-def load_to_ask(source: str | Path, *, temperature: float | str = 0.0, **options: Any) -> Omni:
-    """`load`, with its options, to be asked in words at this temperature. What could not be asked then is raised before
-    weights are fetched and read: TokenizerError, ChatTemplateError or ConfigError, too."""
-
-    def words(folder: Path, config: OmniConfig, reuse: int) -> Processor:
-        require_vocabulary(folder)
-        processor = Processor(folder, config, reuse=reuse)
-        check_template(processor.template)
-        if temperature == "checkpoint":
-            read_sampling(folder)
-        return processor
-
-    return _load(source, words, **options)
-
-
-Words = Callable[[Path, OmniConfig, int], Processor | None]
-"""Folder, config and the processor's reuse → what asking in words needs."""
-
-
-def _words_or_warning(folder: Path, config: OmniConfig, reuse: int) -> Processor | None:
-    if not has_vocabulary(folder):
-        return None
-    try:
-        return Processor(folder, config, reuse=reuse)
-    except (ConfigError, TokenizerError, ChatTemplateError) as error:
-        warnings.warn(f"{error} It can be asked in tensors alone.", stacklevel=4)
-        return None
-
-
-def _load(
-    source: str | Path,
-    words: Words,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
-    adapter: str | Path | None = None,
-    compile: bool = False,
-    eager_until_warm: bool = False,
-    reuse: int = REUSE_BYTES,
-    progress: bool = False,
-) -> Omni:
+    words = _words or _words_or_warning
     reuse = whole("reuse", reuse)
     if reuse < 0:
         raise ValueError(f"reuse must be bytes, 0 or more, not {reuse}.")
@@ -654,13 +604,40 @@ def _load(
     return Omni(thinker, folder, compile=compile, eager_until_warm=eager_until_warm, reuse=reuse, processor=processor)
 
 
-def usable_device(name: str | torch.device) -> torch.device:
-    """Raises InputError for one that this machine, or this build of PyTorch, does not have."""
+def load_to_ask(source: str | Path, *, temperature: float | str = 0.0, **options: Any) -> Omni:
+    """`load`, with its options, to be asked in words at this temperature. What could not be asked then is raised before
+    weights are fetched and read: TokenizerError, ChatTemplateError or ConfigError, too."""
+
+    def words(folder: Path, config: OmniConfig, reuse: int) -> Processor:
+        require_vocabulary(folder)
+        processor = Processor(folder, config, reuse=reuse)
+        check_template(processor.template)
+        if temperature == "checkpoint":
+            read_sampling(folder)
+        return processor
+
+    return load(source, _words=words, **options)
+
+
+def _words_or_warning(folder: Path, config: OmniConfig, reuse: int) -> Processor | None:
+    if not has_vocabulary(folder):
+        return None
+    try:
+        return Processor(folder, config, reuse=reuse)
+    except (ConfigError, TokenizerError, ChatTemplateError) as error:
+        warnings.warn(f"{error} It can be asked in tensors alone.", stacklevel=3)
+        return None
+
+
+def usable_device(name: str | torch.device, *, tried: bool = True) -> torch.device:
+    """Raises InputError for one that this machine, or this build of PyTorch, does not have; not `tried`, for a name
+    that is none."""
     try:
         device = torch.device(name)
         if device.type == "meta":
             raise RuntimeError("it holds no values")
-        torch.empty(0, device=device)
+        if tried:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise InputError(f"device {str(name)!r:.80} cannot be used here ({reason}); try cpu.") from None
