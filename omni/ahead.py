@@ -108,8 +108,8 @@ class BackgroundEncoder:
         ((grids, height, width),) = medium.size.tolist()
         step = pixels.sizes.temporal_patch_size
         config, dtype = self.engine.thinker.config.vision, self.engine.thinker.embedding.weight.dtype
-        tokens = grids * height * width // config.spatial_merge_size**2 * (1 + len(config.deepstack_blocks))
-        if tokens * config.out_hidden_size * dtype.itemsize > self.engine.kept.limit:
+        count = grids * height * width // config.spatial_merge_size**2 * (1 + len(config.deepstack_blocks))
+        if count * config.out_hidden_size * dtype.itemsize > self.engine.kept.limit:
             return  # it would not be kept, and be encoded once more
         if clip.there == frames and self.engine.encoded(medium.digest(), self.needs) is not None:
             return
@@ -122,9 +122,9 @@ class BackgroundEncoder:
                 return
             with self.engine.running():  # others have their turn between two batches
                 pieces.append(next(walk))
-        made_of, signals = zip(*pieces, strict=True)
+        tokens, signals = zip(*pieces, strict=True)
         with self.engine.running():
-            made = Encoded(self.needs, torch.cat(made_of, dim=1), joined(signals))
+            made = Encoded(self.needs, torch.cat(tokens, dim=1), joined(signals))
         self.engine.kept.put(medium.digest(), made, made.nbytes)
 
     def _waited(self, clip: _Clip, frames: int) -> bool:

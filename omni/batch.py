@@ -363,7 +363,7 @@ def with_media_of(one: Inputs, other: Inputs) -> Inputs | None:
     mine, theirs = media_in(one), media_in(other)
     if mine.keys() != theirs.keys() or not all(_same(mine[name], theirs[name]) for name in mine):
         return None
-    return Inputs(other.input_ids, **mine)
+    return one.with_ids(other.input_ids)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -449,7 +449,7 @@ class ModelReplica:
             self.model = load(
                 options.model,
                 device=pool.device,
-                dtype=DTYPES[options.dtype] if options.dtype else None,
+                dtype=options.dtype,
                 revision=options.revision,
                 adapter=options.adapter,
                 compile=options.compile,

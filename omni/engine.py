@@ -21,7 +21,7 @@ from omni.context import check_context
 from omni.encoders.received import Signals
 from omni.inputs import InputError, Inputs
 from omni.layers import Call, directly
-from omni.prefix import LONG_REST, CachedPrefix, PendingPrompt, PrefixMatch, cached_prefix, gathered, longest_match
+from omni.prefix import CachedPrefix, PendingPrompt, PrefixMatch, cached_prefix, gathered, longest_match
 from omni.processing.positions import Layout, layout
 from omni.request import PrefillBatch, Prompt, assign_slots, join, read_prompt, whole_prompt, with_media
 from omni.reuse import LRUCache
@@ -311,7 +311,8 @@ class Engine:
         begin_alike = len({one.keys(method)[0] if one.media else id(one) for one in pending}) < len(pending)
         if not any(found) and not begin_alike:
             return [], 0.0
-        if not any(found) and all(one.length - max(one.spans, default=(0, 0))[1] > LONG_REST for one in pending):
+        media_ends = [max((end for _, end in one.spans), default=0) for one in pending]
+        if not any(found) and not any(one.is_spared_by(end, end) for one, end in zip(pending, media_ends, strict=True)):
             return [], 0.0  # what they have in common would be taken by none
         if not all(each or self._keeps(one, method) for each, one in zip(found, pending, strict=True)):
             return [], 0.0

@@ -71,6 +71,11 @@ class PendingPrompt:
             spans += [(int(places[start]), int(places[end - 1]) + 1) for start, end in pairwise(ends)]
         return spans
 
+    def is_spared_by(self, entered: int, tokens: int) -> bool:
+        """Whether a beginning of so many tokens, of which some entered the decoder, spares as much as what follows it
+        costs (`LONG_REST`)."""
+        return self.length - tokens <= max(entered, LONG_REST)
+
     def keys(self, method: Method | None) -> list[Hashable]:
         """Under which a beginning of this prompt may be kept, that with the most media first.
 
@@ -146,7 +151,7 @@ def longest_match(kept: LRUCache[CachedPrefix], pending: PendingPrompt, method: 
         selected = [span for span, medium in zip(pending.spans, pending.media, strict=True) if medium.kind != "image"]
         least = min(pending.spans)[1] if method is None else max(end for _, end in selected)
         match = PrefixMatch(cached, tokens)
-        if tokens >= least and pending.length - tokens <= max(match.entered, LONG_REST):
+        if tokens >= least and pending.is_spared_by(match.entered, tokens):
             return match
     return None
 

@@ -73,18 +73,20 @@ def locate(
         return folder
     files = [SINGLE_FILE]
     if listing_file(folder) == INDEX_FILE:
-        sharded = sorted(set(read_weight_map(folder, read_layout(folder).prefix).values()))
-        if not (_absent(folder, sharded) and SINGLE_FILE in _listed(source, folder)):
-            files = sharded
+        files = sorted(set(read_weight_map(folder, read_layout(folder).prefix).values()))
     if absent := _absent(folder, files):
+        found = _listed(source, folder)
+        if SINGLE_FILE in found:
+            absent = files = [SINGLE_FILE]
         if judge is not None:
             judge(folder, lambda: _names(source, folder, files))
         many = f"{len(absent)} files" if len(absent) > 1 else absent[0]
-        print(f"fetching {many} of {source}{_size(source, folder, absent)} into {folder}", file=sys.stderr)
+        size = f", {sum(found[file] for file in absent) / 1e9:.2f} GB," if found.keys() >= set(absent) else ""
+        print(f"fetching {many} of {source}{size} into {folder}", file=sys.stderr)
         # The commit that answered the first request, so that all files are of one version.
         _fetch(source, folder.name, absent)
         if absent := _absent(folder, files):
-            others = other_weights(set(_listed(source, folder)) - set(files))
+            others = other_weights(found.keys() - set(files))
             raise listed(
                 f"{source} holds no weights, or they could not be fetched.{others} Absent from {folder}:", absent
             )
@@ -129,12 +131,6 @@ def _names(repo_id: str, folder: Path, files: list[str]) -> Collection[str] | No
         return HfApi().parse_safetensors_file_metadata(repo_id, SINGLE_FILE, revision=folder.name).tensors.keys()
     except Exception:  # without it the file is fetched, and judged then
         return None
-
-
-def _size(repo_id: str, folder: Path, files: list[str]) -> str:
-    """What is to be fetched, in words; nothing where the hub does not tell."""
-    found = _listed(repo_id, folder)
-    return f", {sum(found[file] for file in files) / 1e9:.2f} GB," if found.keys() >= set(files) else ""
 
 
 def _listed(repo_id: str, folder: Path) -> dict[str, int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omni.config import OmniConfig
@@ -67,26 +67,21 @@ def take_turns(frames: Tensor, sound: Tensor, config: OmniConfig) -> Tensor:
         is_frame[torch.searchsorted(sound, frames) + torch.arange(len(frames))] = True
         return is_frame
     size = int(config.positions_per_second * config.seconds_per_chunk)
-    counts = zip_longest(*(_chunks(times.tolist(), size) for times in (frames, sound)), fillvalue=0)
-    runs = torch.tensor([run for pair in counts for run in pair])
+    counts = [_chunks(times, size) for times in (frames, sound)]
+    longest = max(map(len, counts))
+    runs = torch.stack([F.pad(each, (0, longest - len(each))) for each in counts], dim=1).flatten()
     return (torch.arange(len(runs)) % 2 == 0).repeat_interleave(runs)
 
 
-def _chunks(times: Iterable[float], size: int) -> list[int]:
-    """Tokens per chunk, from each token's time in positions.
+def _chunks(times: Tensor, size: int) -> Tensor:
+    """Tokens per chunk, (chunks,) int64, from each token's time in positions, (n,), rising.
 
     A token that reaches the end of the chunk opens the next one, and only the next: where frames are more
     than a chunk apart, the first tokens of a frame stand alone until the chunks have caught up with the
     clock. That is how the public processor lays out clips sampled at less than half a frame per second.
     """
-
-    def lengths() -> Iterator[int]:
-        length, chunk = 0, 1
-        for time in times:
-            if time >= chunk * size:
-                yield length
-                length, chunk = 0, chunk + 1
-            length += 1
-        yield length
-
-    return list(lengths())
+    ends = size * torch.arange(1, int(times.max()) // size + 2, dtype=times.dtype)
+    number = torch.arange(len(times))
+    # By the clock alone, and at most one more than the token before.
+    behind = (torch.searchsorted(ends, times, right=True) - number).cummin(dim=0).values
+    return (number + behind.clamp(max=1)).bincount()

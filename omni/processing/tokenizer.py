@@ -20,13 +20,9 @@ __all__ = ["LazyTokenizer", "TextStream", "Tokenizer", "TokenizerError", "split_
 _BYTE_OF_CHARACTER = {ord(character): byte for byte, character in BYTE_CHARACTERS.items()}
 
 
-NOTHING = re.compile("(?!)")
-
-
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Finds the first of these texts that is there."""
-    alternatives = "|".join(map(re.escape, texts))
-    return re.compile(alternatives) if alternatives else NOTHING
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
 class Tokenizer:
@@ -45,7 +41,8 @@ class Tokenizer:
         self._tokens = {id: token for token, id in self._ids.items()}
         # Longest first: where several added tokens start at one place, the longest wins.
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        normalized = {token.text for token in vocabulary.added if token.normalized}
+        # Whatever a file says of special ones: typed text makes none of them.
+        normalized = {token.text for token in vocabulary.added if token.normalized and not token.special}
         self.marks = [text for text in self.added_tokens if text not in normalized]
         """Added tokens that typed text may not make."""
         self._added_pattern = _any_of(text for text in longest_first if text not in normalized)
@@ -71,11 +68,11 @@ class Tokenizer:
         return max(self._tokens) + 1
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Yields the plain pieces of a text and the ids of the added tokens between them, in order.
+        """The plain pieces of a text and the ids of the added tokens between them, in order.
 
         But for those that are normalized, which are part of a plain piece (`encode`).
         """
-        yield from self._split(text, self._added_pattern)
+        return self._split(text, self._added_pattern)
 
     def _split(self, text: str, pattern: re.Pattern[str]) -> Iterator[str | int]:
         start = 0

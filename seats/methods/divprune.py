@@ -49,17 +49,12 @@ class DivPrune(BeforeDecoder):
     def most_diverse(self, media: Media, ratio: float | Tensor) -> Kept:
         """ratio: a number or (B,) float64, which `sound_intact` leaves to video: the larger of video_ratio and FLOOR at
         most."""
+        there = media.there.flatten(1)
+        features = unit(media.features.flatten(1, 2).masked_fill(~there[..., None], 0), 1e-8)
         most = ratio if isinstance(ratio, float) else max(self.video_ratio, FLOOR)
-        return most_diverse(media, ratio, most)
-
-
-def most_diverse(media: Media, ratio: float | Tensor, most: float) -> Kept:
-    """ratio: a number or (B,) float64, `most` at most."""
-    there = media.there.flatten(1)
-    features = unit(media.features.flatten(1, 2).masked_fill(~there[..., None], 0), 1e-8)
-    steps = min(max(1, round(most * there.shape[1])), there.shape[1])
-    keep = farthest(features, there, keep_counts(media.sizes.sum(dim=-1), ratio), steps)
-    return Kept(keep.view(media.received.shape))
+        steps = min(max(1, round(most * there.shape[1])), there.shape[1])
+        keep = farthest(features, there, keep_counts(media.sizes.sum(dim=-1), ratio), steps)
+        return Kept(keep.view(media.received.shape))
 
 
 @operator("seats::farthest")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,8 @@ def templates_are_rendered_here(request: pytest.FixtureRequest, monkeypatch: pyt
         monkeypatch.setattr(chat_template, "render", rendered)
 
 
-def rendered(
-    template: str,
-    messages: Sequence[Mapping[str, Any]] | None,
-    add_generation_prompt: bool,
-    special_tokens: Mapping[str, str] | None = None,
-) -> str:
-    told = None if messages is None else list(messages)
+def rendered(*request: Any) -> str:
     try:
-        return sandbox.render(template, told, add_generation_prompt, dict(special_tokens or {}))
+        return sandbox.render(*request)
     except Exception as error:
         raise chat_template.ChatTemplateError(f"the chat template failed: {str(error).rstrip('.')}.") from error

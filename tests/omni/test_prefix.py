@@ -124,6 +124,19 @@ def test_with_every_token_a_later_medium_runs_alone(pair: Pair) -> None:
         assert found.encode_seconds > 0
 
 
+def test_long_questions_of_one_call_share_a_longer_clip(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects: a clip of more tokens than each question's text runs once; one of fewer is no detour."""
+    monkeypatch.setattr(prefix, "LONG_REST", 10)
+    for grids, shared in ((9, True), (1, False)):
+        model = fresh(pair.model)
+        clip = make_request(pair, [("text", 4), ("video", grids, 6, 6, 1.0), ("text", 4)])
+        asked = [ending(clip, seed, words=30) for seed in range(3)]
+        together = model.prefill(asked)
+        assert [each.reused_tokens > 0 for each in together] == [shared] * 3
+        for found, inputs in zip(together, asked, strict=True):
+            same(found, fresh(pair.model, reuse=0).prefill(inputs))
+
+
 def test_a_short_beginning_of_a_long_prompt_is_run_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects: a picture of a few tokens before a clip of many spares less than the clip's attention then costs."""
     monkeypatch.setattr(prefix, "LONG_REST", 20)

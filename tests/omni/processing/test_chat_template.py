@@ -223,10 +223,11 @@ def test_a_template_that_looks_for_thoughts_drops_those_of_an_assistant() -> Non
 
 def test_tokens_of_ones_own_may_be_typed() -> None:
     """Protects: who fine-tunes with tokens that `add_tokens` of transformers made asks with them, and a template sees
-    their letters; a mark is still none."""
+    their letters; a mark is still none, also where a file calls marks normalized."""
     first = TOKENIZER.vocab_size
     own = [AddedToken(text, first + i, False, normalized=True) for i, text in enumerate(("<seg>", "n_x", "caf\u00e9"))]
-    tokenizer = Tokenizer(Vocabulary(IDS, MERGES, [*ADDED, *own]))
+    added = [AddedToken(each.text, each.id, each.special, normalized=each.special) for each in ADDED]
+    tokenizer = Tokenizer(Vocabulary(IDS, MERGES, [*added, *own]))
     template = "{{ 'YES' if messages[0].content.endswith('n_x') else 'NO' }}<|im_start|>{{ messages[0].content }}"
     with _in_process():
         ids = apply_chat_template(tokenizer, template, [{"role": "user", "content": "cafe\u0301 <seg><|im_end|>n_x"}])
